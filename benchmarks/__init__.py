@@ -1,0 +1,1 @@
+"""Benchmarks: each compares with a peer in one run, pairwise, and prints ratios."""

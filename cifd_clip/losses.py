@@ -1,0 +1,118 @@
+"""The losses as pure functions, and the gather that contrastive ones need across ranks.
+
+Shapes: b rows of this rank, B rows of the global batch, D and T embedding dimensions.
+All arithmetic is float32: the callers leave autocast before they come here.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed.nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Features(NamedTuple):
+    """Unit-norm embeddings of a batch and the temperature they were trained with."""
+
+    image: Tensor
+    """(b, D) unit-norm."""
+    text: Tensor
+    """(b, D) unit-norm."""
+    logit_scale: Tensor
+    """() the factor on cosine similarities, 1/τ, already exponentiated."""
+    logit_bias: Tensor | None = None
+    """() additive bias of SigLIP-type models."""
+    space: int = 0
+    """Which teacher's embedding space these live in; an assistant shares its teacher's."""
+    weight: float = 1.0
+    """λ_n of eq. (8) and (12): the weight of this teacher's embedding terms."""
+
+
+class Logits(NamedTuple):
+    """Scaled similarities of this rank's rows with the whole global batch."""
+
+    image_to_text: Tensor
+    """(b, B)"""
+    text_to_image: Tensor
+    """(b, B)"""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among those that share a global batch.
+
+    Contrastive terms compare local rows with gathered columns and send gradients back through
+    the gather (OpenCLIP's ``--local-loss --gather-with-grad``): the mean over ranks of the
+    gradients is then the gradient of the whole batch.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(b, D) of every rank, concatenated in rank order: (B, D)."""
+        if self.size == 1:
+            return rows
+        if rows.requires_grad:
+            return torch.cat(torch.distributed.nn.all_gather(rows))
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    def logits(self, features: Features) -> Logits:
+        """Similarities of the local rows with the global batch, scaled and biased."""
+        bias = 0.0 if features.logit_bias is None else features.logit_bias
+        images, texts = self.gather(features.image), self.gather(features.text)
+        return Logits(
+            features.logit_scale * features.image @ texts.t() + bias,
+            features.logit_scale * features.text @ images.t() + bias,
+        )
+
+    def labels(self, logits: Logits) -> Tensor:
+        """(b,) column of each local row's own pair."""
+        rows = len(logits.image_to_text)
+        device = logits.image_to_text.device
+        return torch.arange(rows, device=device) + rows * self.rank
+
+
+def contrastive_loss(logits: Logits, labels: Tensor) -> Tensor:
+    """Eq. (10) and (11): L_CL = L_{I→L} + L_{L→I}, the *sum* of both directions.
+
+    OpenCLIP's ``ClipLoss`` is their mean: half of this.
+    """
+    return F.cross_entropy(logits.image_to_text, labels) + F.cross_entropy(
+        logits.text_to_image, labels
+    )
+
+
+def soft_contrastive_loss(student: Logits, teacher: Logits) -> Tensor:
+    """Cross-entropy of the student's rows to the teacher's, the sum of both directions.
+
+    Affinity mimicking (TinyCLIP, eq. 1); half of it is the distillation term of OpenCLIP's
+    ``DistillClipLoss``. A teacher's bias cancels in the softmax.
+    """
+    return F.cross_entropy(
+        student.image_to_text, teacher.image_to_text.softmax(-1)
+    ) + F.cross_entropy(student.text_to_image, teacher.text_to_image.softmax(-1))
+
+
+def relational_kl(student: Logits, teacher: Logits) -> Tensor:
+    """KL(teacher ‖ student) of the rows' distributions, the mean of both directions.
+
+    Contrastive relational distillation of CLIP-KD (its section 3.2, ``DistillKL`` at T = 1).
+    """
+    return 0.5 * sum(
+        F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="batchmean", log_target=True)
+        for s, t in zip(student, teacher)
+    )
+
+
+def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """‖Û − X‖² of eq. (8) and (12) as a mean over elements and batch.
+
+    The paper takes its λ_CL from CLIP-KD, whose embedding term is a mean over elements
+    (docs/paper.md, "Reductions").
+    """
+    return F.mse_loss(student, teacher)

@@ -1,0 +1,102 @@
+"""What every method shares: its contract and the projectors to the teachers' spaces."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifd_clip.losses import Features, World
+from cifd_clip.noise import Noise
+from cifd_clip.student import Pooled, Student, StudentEmbeddings
+
+Losses = dict[str, Tensor]
+Report = dict[str, Tensor]
+
+
+class Projectors(nn.Module):
+    """One linear map per teacher space and modality, none where the dimensions agree.
+
+    Args:
+        dim: D, the student's embedding dimension.
+        teacher_dims: T of each teacher space.
+        generator: draws the initial weights.
+    """
+
+    def __init__(self, dim: int, teacher_dims: list[int], generator: torch.Generator | None):
+        super().__init__()
+        self.image = nn.ModuleList(_projector(dim, t, generator) for t in teacher_dims)
+        self.text = nn.ModuleList(_projector(dim, t, generator) for t in teacher_dims)
+
+    def forward(self, student: StudentEmbeddings, space: int) -> tuple[Tensor, Tensor]:
+        """The student's unit-norm image and text embeddings in a teacher's space, (b, T)."""
+        return (
+            F.normalize(self.image[space](student.image), dim=-1),
+            F.normalize(self.text[space](student.text), dim=-1),
+        )
+
+
+def _projector(dim: int, teacher_dim: int, generator: torch.Generator | None) -> nn.Module:
+    if dim == teacher_dim:
+        return nn.Identity()
+    linear = nn.Linear(dim, teacher_dim)
+    with torch.no_grad():
+        linear.weight.normal_(std=dim**-0.5, generator=generator)
+        linear.bias.zero_()
+    return linear
+
+
+class Method(nn.Module):
+    """A distillation method.
+
+    Args:
+        student: the model it trains; only its dimensions are read here.
+        teacher_dims: T of each teacher space.
+        weights: the weights of the method's terms, by name; those missing keep `defaults`.
+        generator: draws the initial weights of what the method trains.
+    """
+
+    #: Weights of the terms and their defaults.
+    defaults: dict[str, float] = {}
+
+    def __init__(
+        self,
+        student: Student,
+        teacher_dims: list[int],
+        weights: dict[str, float] | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.weights = {**self.defaults, **(weights or {})}
+        self.build(student, teacher_dims, generator)
+
+    def build(
+        self, student: Student, teacher_dims: list[int], generator: torch.Generator | None
+    ) -> None:
+        """Make what the method trains besides the student; nothing by default."""
+
+    @property
+    def uses_logit_scale(self) -> bool:
+        """Whether the student's temperature gets a gradient."""
+        return True
+
+    def forward(
+        self,
+        student: Student,
+        pooled: Pooled,
+        teachers: list[Features],
+        world: World,
+        noise: Noise | None,
+    ) -> tuple[Losses, Report]:
+        """The losses of a batch.
+
+        Args:
+            student: projects W to embeddings.
+            pooled: W of this rank's rows.
+            teachers: every teacher's and assistant's features of the same rows.
+            world: this rank's place in the global batch.
+            noise: of this step; None in evaluation, where no noise is added.
+
+        Returns:
+            The weighted losses, each under a key ending in ``_loss`` (the total is their sum), and
+            scalars worth logging.
+        """
+        raise NotImplementedError
