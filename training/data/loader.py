@@ -1,0 +1,408 @@
+"""Batches of a data set, the same whatever the number of ranks and workers.
+
+A worker is handed a step number and nothing else: it works out the rows of its rank's part of that
+global batch (`training.data.order`), reads their bytes by position, and builds the whole batch. No
+state lives in a loader, so starting at step s gives what an uninterrupted run would have seen.
+"""
+
+import os
+import signal
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from training.data.decode import (
+    BadSample,
+    Caps,
+    choose_caption,
+    decode_caption,
+    decode_captions,
+    decode_image,
+)
+from training.data.draws import words
+from training.data.index import Sources
+from training.data.order import Order
+from training.data.views import View, draw, private_randomness
+
+MAX_ATTEMPTS = 64
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch.
+
+    Attributes:
+        images: per image transform, uint8 (B, 3, H, W), channels last in memory.
+        texts: per tokenizer, int64 (B, context).
+        rows: int64 (B,) global sample ids (-1 when streaming).
+        views: int64 (B,) the view of each sample.
+        keys: the samples' keys.
+        extras: what the fetchers returned.
+        skipped: samples replaced (or, in sequential reading, left out), by reason.
+        shards: shards consumed up to here, when streaming.
+    """
+
+    images: list[Tensor]
+    texts: list[Tensor]
+    rows: Tensor
+    views: Tensor
+    keys: list[str]
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    shards: int = 0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def pin_memory(self) -> "Batch":
+        """A copy in pinned memory."""
+        return self._map(Tensor.pin_memory)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """A copy on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+        def apply(value):
+            if isinstance(value, Tensor):
+                return fn(value)
+            if isinstance(value, list):
+                return [apply(v) for v in value]
+            if isinstance(value, dict):
+                return {k: apply(v) for k, v in value.items()}
+            return value
+
+        return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+
+
+class Fetcher:
+    """Reads something stored per (row, view), such as a teacher's embeddings. Must pickle."""
+
+    def check(self, row: int, view: int) -> None:
+        """Raise `BadSample` when nothing is stored; the sample is then replaced."""
+
+    def __call__(self, rows: Tensor, views: Tensor) -> dict[str, Tensor]:
+        """rows (B,), views (B,) -> named tensors (B, ...), which go to ``Batch.extras``."""
+        raise NotImplementedError
+
+
+@dataclass
+class Reader:
+    """Reads samples by row: bytes, caption, images, tokens."""
+
+    sources: Sources
+    image_transforms: Sequence[View]
+    tokenizers: Sequence[Callable[[list[str]], Tensor]]
+    seed: int = 0
+    captions: str = "first"
+    caps: Caps = field(default_factory=Caps)
+    fetchers: Sequence[Fetcher] = ()
+
+    def sample(self, row: int, view: int) -> tuple[bytes, str, list[Tensor]]:
+        """(key, caption, one image per transform).
+
+        Raises:
+            BadSample: the sample cannot be used.
+        """
+        shard, place = self.sources.locate(row)
+        record = shard.records[place]
+        key = record["key"]
+        for fetcher in self.fetchers:
+            fetcher.check(row, view)
+        caption = self._caption(shard.path, record, view) if self.tokenizers else ""
+        images = []
+        if self.image_transforms:
+            data = _read(shard.path, *record["image"], self.caps.max_bytes, "image: too many bytes")
+            image = decode_image(data, self.caps)
+            images = [draw(t, image, self.seed, view, key) for t in self.image_transforms]
+        return key, caption, images
+
+    def _caption(self, path: str, record, view: int) -> str:
+        limit = self.caps.max_caption
+        if self.captions == "all" and record["json"][0] >= 0:
+            data = _read(path, *record["json"], self.caps.max_json, "json: too many bytes")
+            captions = decode_captions(data, self.caps)
+            if captions:
+                return choose_caption(captions, self.seed, view, record["key"])
+        return decode_caption(_read(path, *record["text"], limit, "caption: too long"), self.caps)
+
+    def batch(
+        self,
+        rows: Sequence[int],
+        views: Sequence[int],
+        substitute: Callable[[int, int], int] | None = None,
+    ) -> Batch:
+        """Samples of ``rows`` at ``views``.
+
+        A bad sample i is replaced by row ``substitute(i, attempt)``, attempt = 1, 2, ...; without
+        a substitute it is left out.
+        """
+        kept, keys, captions, skipped = [], [], [], Counter()
+        images: list[Tensor] = []
+        with private_randomness():
+            for i, view in enumerate(map(int, views)):
+                row, attempt = int(rows[i]), 0
+                while row >= 0:
+                    try:
+                        key, caption, pixels = self.sample(row, view)
+                        break
+                    except BadSample as reason:
+                        skipped[str(reason)] += 1
+                        attempt += 1
+                        if attempt == MAX_ATTEMPTS:
+                            raise RuntimeError(
+                                f"{attempt} samples in a row cannot be used ({dict(skipped)}); "
+                                "run `python -m training.check_data --deep` on the data"
+                            ) from reason
+                        row = substitute(i, attempt) if substitute else -1
+                if row < 0:
+                    continue
+                images = images or [_empty(len(rows), image) for image in pixels]
+                for batch, image in zip(images, pixels):
+                    batch[len(kept)] = image
+                kept.append((row, view))
+                keys.append(key.decode("utf-8", "replace"))
+                captions.append(caption)
+        n = len(kept)
+        index = torch.tensor(kept, dtype=torch.int64).reshape(n, 2)
+        extras = {}
+        for fetcher in self.fetchers:
+            extras |= fetcher(index[:, 0], index[:, 1])
+        return Batch(
+            images=[batch[:n] for batch in images],
+            texts=[tokenizer(captions) for tokenizer in self.tokenizers] if n else [],
+            rows=index[:, 0].contiguous(),
+            views=index[:, 1].contiguous(),
+            keys=keys,
+            extras=extras,
+            skipped=dict(skipped),
+        )
+
+
+class Loader:
+    """The training stream as batches.
+
+    Args:
+        order: the stream of rows.
+        sources: where the rows lie.
+        image_transforms: `View` per distinct image transform; empty: images are not read.
+        tokenizers: per distinct tokenizer, list of str -> int64 (B, context); empty: captions are
+            not read.
+        seed: of the augmentation and of the choice of captions.
+        views: V: a sample's view is its pass modulo V; None or 0: each pass is a new view.
+        captions: ``first``: key.txt; ``all``: one of key.json's "captions" (key.txt without them).
+        caps: limits of one sample.
+        global_batch: samples per step over all ranks (and micro-batches).
+        rank, world_size: this rank reads rows [rank * local, (rank + 1) * local) of each global
+            batch, local = global_batch // world_size.
+        workers: processes; 0: read in this one.
+        start_method: ``fork``, ``spawn``, ``forkserver``, or None: Python's default.
+        fetchers: `Fetcher` objects.
+        pin_memory: hand out pinned batches.
+        prefetch: batches each worker works ahead.
+
+    The workers live until `close` and serve one `batches` at a time.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        sources: Sources,
+        image_transforms: Sequence[View],
+        tokenizers: Sequence[Callable],
+        *,
+        seed: int,
+        global_batch: int,
+        views: int | None = None,
+        captions: str = "first",
+        caps: Caps | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        start_method: str | None = None,
+        fetchers: Sequence[Fetcher] = (),
+        pin_memory: bool = False,
+        prefetch: int = 2,
+    ):
+        if global_batch % world_size:
+            raise ValueError(f"global batch {global_batch} is no multiple of {world_size} ranks")
+        reader = Reader(
+            sources, image_transforms, tokenizers, seed, captions, caps or Caps(), fetchers
+        )
+        self._steps = _Steps()
+        batches = _StepBatches(reader, order, seed, views or 0, global_batch, rank, world_size)
+        self._loader = _data_loader(
+            batches, self._steps, workers, start_method, pin_memory, prefetch, True
+        )
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        """This rank's part of the global batches ``start_step`` .. ``stop_step - 1``."""
+        self._steps.range = range(start_step, stop_step)
+        yield from self._loader
+
+    def close(self) -> None:
+        """End the workers."""
+        _close(self._loader)
+
+
+def sequential(
+    sources: Sources,
+    image_transforms: Sequence[View],
+    tokenizers: Sequence[Callable],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    view: int = 0,
+    captions: str = "first",
+    caps: Caps | None = None,
+    rows: range | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    start_method: str | None = None,
+    fetchers: Sequence[Fetcher] = (),
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Every sample once, in file order: validation, or (with a training view) a teacher's cache.
+
+    Bad samples are left out and counted. Each rank reads one contiguous part of ``rows`` (default:
+    all); its last batch may be short. Other arguments as of `Loader`.
+    """
+    rows = range(sources.num_samples) if rows is None else rows
+    rows = rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
+    reader = Reader(sources, image_transforms, tokenizers, seed, captions, caps or Caps(), fetchers)
+    batches = _RowBatches(reader, rows, batch_size, view)
+    loader = _data_loader(batches, range(len(batches)), workers, start_method, pin_memory, 2, False)
+    try:
+        yield from loader
+    finally:
+        _close(loader)
+
+
+@dataclass
+class _StepBatches(Dataset):
+    """Step number -> `Batch`."""
+
+    reader: Reader
+    order: Order
+    seed: int
+    views: int
+    global_batch: int
+    rank: int
+    world_size: int
+
+    def __getitem__(self, step: int) -> Batch:
+        local = self.global_batch // self.world_size
+        start = step * self.global_batch + self.rank * local
+        rows, turns = self.order.rows(start, start + local).T
+        total = np.uint64(self.reader.sources.num_samples)
+
+        def substitute(i: int, attempt: int) -> int:
+            return int(words(1, self.seed, "substitute", start + i, attempt)[0] % total)
+
+        return self.reader.batch(rows, turns % self.views if self.views else turns, substitute)
+
+
+@dataclass
+class _RowBatches(Dataset):
+    """Batch number -> `Batch` of consecutive rows."""
+
+    reader: Reader
+    rows: range
+    batch_size: int
+    view: int
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __getitem__(self, number: int) -> Batch:
+        rows = self.rows[number * self.batch_size : (number + 1) * self.batch_size]
+        return self.reader.batch(rows, [self.view] * len(rows))
+
+
+class _Steps(Sampler):
+    """The step numbers that the loader serves next."""
+
+    def __init__(self):
+        self.range = range(0)
+
+    def __iter__(self):
+        return iter(self.range)
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+
+def _data_loader(dataset, sampler, workers, start_method, pin_memory, prefetch, persistent):
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the dataset's items are batches
+        sampler=sampler,
+        collate_fn=_same,
+        num_workers=workers,
+        persistent_workers=persistent and workers > 0,
+        prefetch_factor=prefetch if workers else None,
+        multiprocessing_context=start_method if workers else None,
+        worker_init_fn=start_worker,
+        pin_memory=pin_memory,
+        # without its own, the loader would draw its seed from torch's default generator
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def start_worker(_: int) -> None:
+    """What each worker process does first.
+
+    A signal to the whole job (SLURM's, or ctrl-C) is the main process's business: a worker that
+    died of it, or ran the handler it inherited, would end the run before it can save. Workers end
+    when the loader closes or the main process is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    warnings.filterwarnings("ignore", module="PIL")  # broken EXIF and the like: not worth a line
+
+
+def in_worker() -> bool:
+    """Whether this process is a loader's worker."""
+    return get_worker_info() is not None
+
+
+def _same(batch: Batch) -> Batch:
+    return batch
+
+
+def _close(loader: DataLoader) -> None:
+    iterator, loader._iterator = loader._iterator, None
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
+def _empty(n: int, image: Tensor) -> Tensor:
+    """Room for ``n`` images like ``image`` (3, H, W), channels last as decoders make them."""
+    channels, height, width = image.shape
+    return torch.empty(n, height, width, channels, dtype=image.dtype).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=128)
+def _open(path: str):
+    # closed when it leaves the cache; each process opens its own
+    return open(path, "rb", buffering=0)
+
+
+def _read(path: str, offset: int, size: int, limit: int, reason: str) -> bytes:
+    """Bytes of one member, not read at all when over the limit."""
+    if size > limit:
+        raise BadSample(reason)
+    data = os.pread(_open(path).fileno(), int(size), int(offset))
+    if len(data) < size:
+        raise BadSample("truncated")
+    return data

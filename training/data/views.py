@@ -1,0 +1,132 @@
+"""From a decoded image to the uint8 tensor a model sees, with OpenCLIP's own transforms.
+
+Images travel as uint8 and are normalised per batch on the device (`normalise`), a quarter of the
+bytes of OpenCLIP's float images, with the same pixels. A view's randomness is seeded just before
+it is drawn (`draw`), so it depends on (seed, view, key) alone, and two models of different
+resolution see the same crop of one sample.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from open_clip.transform import MaybeConvertMode, image_transform
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import Compose, Normalize, ToTensor
+
+from training.data.draws import seed_of
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a model expects of its images: OpenCLIP's ``visual.preprocess_cfg``."""
+
+    size: int | tuple[int, int] = 224
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
+
+    @classmethod
+    def of(cls, preprocess_cfg: dict) -> "ImageSpec":
+        """From an open_clip model's ``visual.preprocess_cfg`` (a dict)."""
+        known = {k: v for k, v in preprocess_cfg.items() if k in cls.__dataclass_fields__}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+
+
+@dataclass(frozen=True)
+class View:
+    """PIL RGB image -> uint8 (3, H, W), channels last in memory.
+
+    With ``finish`` (stages that work on normalised images, such as timm's random erasing) the
+    result is float32 and already normalised.
+    """
+
+    stages: tuple[Callable, ...]
+    finish: tuple[Callable, ...] = ()
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Apply the transform, drawing from torch's default generator and `random`."""
+        for stage in self.stages:
+            image = stage(image)
+        if not self.finish:
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        for stage in self.finish:
+            image = stage(image)
+        return image
+
+
+def train_view(spec: ImageSpec, aug_cfg: dict | None = None) -> View:
+    """OpenCLIP's training transform (``aug_cfg``: its ``--aug-cfg``), up to the uint8 pixels."""
+    return _view(_transform(spec, True, aug_cfg))
+
+
+def eval_view(spec: ImageSpec) -> View:
+    """OpenCLIP's evaluation transform, up to the uint8 pixels."""
+    return _view(_transform(spec, False))
+
+
+def normalise(images: Tensor, spec: ImageSpec) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32, contiguous, bit-equal to OpenCLIP's ToTensor + Normalize.
+
+    Float images are already normalised (see `View`) and pass through.
+    """
+    if images.is_floating_point():
+        return images
+    mean, std = _statistics(spec.mean, spec.std, images.device)
+    images = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return images.div_(255).sub_(mean).div_(std)
+
+
+def draw(view_of: View, image: Image.Image, seed: int, view: int, key: bytes) -> Tensor:
+    """View number ``view`` of the sample ``key``: a pure function of (seed, view, key, image)."""
+    number = seed_of(seed, "view", view, key)
+    # not torch.manual_seed, which also queues a call for every other device
+    torch.default_generator.manual_seed(number & (2**63 - 1))
+    random.seed(number)
+    return view_of(image)
+
+
+@contextlib.contextmanager
+def private_randomness():
+    """Leave torch's and Python's generators as they were."""
+    state, python = torch.default_generator.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+        random.setstate(python)
+
+
+def _transform(spec: ImageSpec, is_train: bool, aug_cfg: dict | None = None) -> Compose:
+    return image_transform(
+        spec.size,
+        is_train=is_train,
+        mean=spec.mean,
+        std=spec.std,
+        resize_mode=spec.resize_mode,
+        interpolation=spec.interpolation,
+        fill_color=spec.fill_color,
+        aug_cfg=aug_cfg,
+    )
+
+
+def _view(transform: Compose) -> View:
+    stages = transform.transforms
+    cut = next(i for i, stage in enumerate(stages) if isinstance(stage, ToTensor))
+    head = tuple(stage for stage in stages[:cut] if not isinstance(stage, MaybeConvertMode))
+    plain = len(stages) == cut + 2 and isinstance(stages[-1], Normalize)
+    return View(head, () if plain else tuple(stages[cut:]))
+
+
+@lru_cache
+def _statistics(mean, std, device) -> tuple[Tensor, Tensor]:
+    return tuple(
+        torch.tensor(x, dtype=torch.float32, device=device).view(-1, 1, 1) for x in (mean, std)
+    )
