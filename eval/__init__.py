@@ -1,0 +1,1 @@
+"""From a trained student to the paper's tables: evaluation and report."""

@@ -1,0 +1,293 @@
+"""Zero-shot evaluation of runs, checkpoints and OpenCLIP models, offline.
+
+::
+
+    python -m eval.benchmark logs/cifd logs/clipkd --data-root DATA --datasets paper
+    python -m eval.benchmark ViT-B-32:openai --data-root DATA --datasets imagenetv2 --out results
+
+The data lie in clip_benchmark's WebDataset layout; class names, templates and metrics are
+clip_benchmark's, and so is the result's JSON (``clip_benchmark build`` takes it). A result's name
+holds what was evaluated (weights, data, precision), so nothing is overwritten and a repeated
+evaluation is skipped. A run's results go into ``RUN/results``.
+"""
+
+import argparse
+import base64
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from eval import datasets, metrics, models
+from eval.datasets import Folder, Gap
+from eval.models import Evaluated
+from training.errors import UsageError, cli
+
+PRECISIONS = {"fp32": None, "amp_bf16": torch.bfloat16, "amp": torch.float16}
+PACKAGES = ("torch", "open_clip_torch", "clip-benchmark", "timm", "transformers", "numpy", "Pillow")
+EXAMPLES = 8
+
+
+class Classifiers:
+    """Text embeddings of classes, each made once: ImageNet's variants share most of theirs."""
+
+    def __init__(self, model: Evaluated, device: torch.device, precision: str, batch: int = 1024):
+        self.model, self.device, self.precision, self.batch = model, device, precision, batch
+        self.known: dict[tuple[str, tuple[str, ...]], torch.Tensor] = {}
+
+    def __call__(self, classnames: list[str], templates: list[str]) -> torch.Tensor:
+        """The classifier (D, classes): the normalised mean over templates of unit embeddings."""
+        templates = tuple(templates)
+        missing = [c for c in dict.fromkeys(classnames) if (c, templates) not in self.known]
+        step = max(1, self.batch // len(templates))
+        with torch.no_grad(), autocast(self.device, self.precision):
+            for start in progress(range(0, len(missing), step), "classes"):
+                some = missing[start : start + step]
+                texts = [template.format(c=name) for name in some for template in templates]
+                vectors = self.model.encode_text(texts, self.device).view(
+                    len(some), len(templates), -1
+                )
+                mean = torch.nn.functional.normalize(vectors.mean(dim=1), dim=-1)
+                self.known.update({(c, templates): v for c, v in zip(some, mean)})
+        return torch.stack([self.known[c, templates] for c in classnames], dim=1)
+
+
+def autocast(device: torch.device, precision: str):
+    """The forward pass's precision; similarities stay float32 whatever it is."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+
+
+def progress(items, what: str):
+    """A progress bar on a terminal, nothing elsewhere."""
+    return tqdm(items, desc=what, leave=False, disable=None)
+
+
+def embed_images(model: Evaluated, folder: Folder, args, device: torch.device) -> torch.Tensor:
+    """Unit embeddings (N, D) of every image, in the folder's order."""
+    loader = torch.utils.data.DataLoader(
+        folder.images(model.transform), batch_size=args.batch_size, num_workers=args.workers
+    )
+    with torch.no_grad(), autocast(device, args.precision):
+        batches = [model.encode_image(x.to(device)) for x in progress(loader, folder.name)]
+    return torch.cat(batches)
+
+
+def embed_texts(model: Evaluated, texts: list[str], args, device: torch.device) -> torch.Tensor:
+    """Unit embeddings (M, D) of captions."""
+    starts = progress(range(0, len(texts), args.batch_size), "captions")
+    with torch.no_grad(), autocast(device, args.precision):
+        batches = [model.encode_text(texts[s : s + args.batch_size], device) for s in starts]
+    return torch.cat(batches)
+
+
+def classify(model: Evaluated, folder: Folder, classifiers: Classifiers, args, device):
+    """Metrics of zero-shot classification, and what the data set held."""
+    labels = folder.labels()
+    classifier = classifiers(folder.classnames, folder.templates)
+    images = embed_images(model, folder, args, device)
+    logits = 100.0 * metrics.similarities(images, classifier.T)
+    held = {
+        "images": len(images),
+        "classes": len(folder.classnames),
+        "templates": len(folder.templates),
+    }
+    return metrics.classification_metrics(logits.cpu(), labels), held, None
+
+
+def retrieve(model: Evaluated, folder: Folder, args, device):
+    """Metrics of retrieval both ways, what the data set held, and some queries with answers."""
+    captions = folder.captions()
+    texts = [caption for some in captions for caption in some]
+    image_of = torch.tensor([i for i, some in enumerate(captions) for _ in some], device=device)
+    images = embed_images(model, folder, args, device)
+    vectors = embed_texts(model, texts, args, device)
+    held = {"images": len(images), "captions": len(texts)}
+    found = metrics.retrieval_metrics(images, vectors, image_of)
+    return found, held, examples(folder, images, vectors, texts, image_of)
+
+
+def examples(folder: Folder, images, vectors, texts, image_of, top: int = 5) -> list[dict]:
+    """A few captions, evenly spaced over the set, each with its image and the images retrieved."""
+    chosen = torch.linspace(0, len(texts) - 1, min(EXAMPLES, len(texts))).long().tolist()
+    scores = metrics.similarities(vectors[chosen], images)
+    nearest = scores.sort(dim=1, descending=True, stable=True).indices[:, :top].tolist()
+    return [
+        {
+            "caption": texts[text],
+            "image": thumbnail(folder, int(image_of[text])),
+            "retrieved": [
+                {"image": thumbnail(folder, i), "hit": i == int(image_of[text])} for i in answers
+            ],
+        }
+        for text, answers in zip(chosen, nearest)
+    ]
+
+
+def thumbnail(folder: Folder, index: int, side: int = 96) -> str:
+    """A small PNG of an image, base64."""
+    image = datasets.picture(folder.samples[index]).convert("RGB")
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def identity(model: Evaluated, folder: Folder, precision: str) -> dict:
+    """What a figure depends on: a result is repeated exactly when all of this is."""
+    return {
+        "weights": model.weights,
+        "data": folder.fingerprint,
+        "split": folder.split,
+        "precision": precision,
+    }
+
+
+def result_name(model: Evaluated, folder: Folder, precision: str) -> str:
+    """A file name that two different evaluations never share."""
+    parts = [folder.name, folder.split, model.name, model.weights[:10]]
+    key = json.dumps(identity(model, folder, precision), sort_keys=True)
+    parts.append(hashlib.sha256(key.encode()).hexdigest()[:10])
+    return "_".join(slug(part) for part in parts) + ".json"
+
+
+def slug(text: str) -> str:
+    """Text as part of a file name, not longer than a file system takes."""
+    return re.sub(r"[^A-Za-z0-9.@+-]+", "-", text).strip("-")[-80:]
+
+
+def write_once(path: Path, content: dict) -> None:
+    """Write strict JSON; an existing file is never touched, a half-written one never seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        print(f"{path}: written by another process meanwhile; kept")
+    finally:
+        draft.unlink()
+
+
+def evaluate(model: Evaluated, folder: Folder, classifiers: Classifiers, args, device):
+    """The result of one model on one data set, and retrieval examples or None."""
+    if folder.task == "zeroshot_classification":
+        values, held, shown = classify(model, folder, classifiers, args, device)
+    else:
+        values, held, shown = retrieve(model, folder, args, device)
+    result = {
+        "dataset": folder.name,
+        "model": model.name,
+        "pretrained": model.weights[:10],
+        "task": folder.task,
+        "metrics": values,
+        "language": "en",
+        "provenance": {
+            **identity(model, folder, args.precision),
+            "source": model.source,
+            "parameters": model.parameters,
+            "held": held,
+            "protocol": protocol(folder, held),
+            "device": device.type,
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+    }
+    return result, shown
+
+
+def protocol(folder: Folder, held: dict[str, int]) -> str:
+    """Whether a known set's test split is whole."""
+    known = datasets.PROTOCOLS.get(folder.name)
+    if known is None:
+        return "no published protocol"
+    wanted = {"images": known.images, "classes": known.classes, "captions": known.captions}
+    wrong = [f"{held.get(k, 0)} {k} of {v}" for k, v in wanted.items() if v and held.get(k) != v]
+    return "; ".join(wrong) or "whole"
+
+
+def run(args, device: torch.device) -> list[str]:
+    """Evaluate every model on every data set; the gaps, one line each."""
+    root = datasets.check_root(args.data_root)
+    gaps = []
+    for spec in args.models[args.part[0] - 1 :: args.part[1]]:
+        model = models.load(spec, device)
+        out = args.out or (model.run / "results" if model.run else Path("results"))
+        classifiers = Classifiers(model, device, args.precision)
+        for name in datasets.names(args.datasets):
+            gap = out / "gaps" / f"{slug(name)}_{args.split}_{slug(model.name)}.json"
+            try:
+                folder = datasets.open_folder(root, name, args.split)
+                path = out / result_name(model, folder, args.precision)
+                if path.exists():
+                    print(f"{model.name} on {name}: evaluated already, skipped ({path})")
+                    continue
+                result, shown = evaluate(model, folder, classifiers, args, device)
+            except Gap as reason:
+                gap.parent.mkdir(parents=True, exist_ok=True)
+                line = {"dataset": name, "model": model.name, "gap": str(reason)}
+                gap.write_text(json.dumps(line, indent=2) + "\n")
+                gaps.append(f"{model.name} on {name}: not evaluated: {reason}")
+                print(gaps[-1], file=sys.stderr)
+                continue
+            if shown:
+                write_once(out / "examples" / path.name, {"model": model.name, "queries": shown})
+            write_once(path, result)
+            gap.unlink(missing_ok=True)
+            told = ", ".join(f"{k} {v:.4f}" for k, v in result["metrics"].items() if v is not None)
+            print(f"{model.name} on {name}: {told} ({path})", flush=True)
+    return gaps
+
+
+def part(text: str) -> tuple[int, int]:
+    """``I/N``, one-based."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"'{text}': expected I/N with 1 <= I <= N, e.g. 1/4")
+    return int(match[1]), int(match[2])
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("models", nargs="+", help="run directories, checkpoints, model folders, NAME[:PRETRAINED]")
+    add("--data-root", type=Path, required=True, help="folder of the data sets")
+    suites = ", ".join(datasets.SUITES)
+    add("--datasets", nargs="+", required=True, help=f"names of folders, or suites: {suites}")
+    add("--split", default="test", help="split folder to evaluate (default: %(default)s)")
+    add("--out", type=Path, help="folder of results (default: RUN/results; results for others)")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the towers' forward pass")
+    add("--batch-size", type=int, default=256)
+    add("--workers", type=int, default=4, help="processes that decode images")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--part", type=part, default=(1, 1), help="I/N: only every N-th model, for job arrays")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of ``python -m eval.benchmark``; 1 when a data set could not be evaluated."""
+    args = parse(argv)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise UsageError(f"--device '{args.device}': expected cpu, cuda or cuda:N") from error
+    gaps = run(args, device)
+    if gaps:
+        print(f"{len(gaps)} of the evaluations asked for are gaps", file=sys.stderr)
+    return 1 if gaps else 0
+
+
+if __name__ == "__main__":
+    cli(main)

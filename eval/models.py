@@ -1,0 +1,139 @@
+"""A name, a run directory, a checkpoint or a model folder -> a frozen CLIP and who it is."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from training.errors import UsageError
+
+CONFIG = "open_clip_config.json"
+
+
+@dataclass
+class Evaluated:
+    """A frozen model with its own preprocessing and tokenizer, and what a result says of it."""
+
+    name: str
+    source: str
+    run: Path | None
+    model: nn.Module
+    transform: Callable
+    tokenizer: Callable
+    weights: str
+    parameters: dict[str, int]
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit image embeddings (B, D), float32."""
+        return nn.functional.normalize(self.model.encode_image(images).float(), dim=-1)
+
+    def encode_text(self, texts: list[str], device: torch.device) -> Tensor:
+        """Unit text embeddings (len(texts), D), float32."""
+        tokens = self.tokenizer(texts).to(device)
+        return nn.functional.normalize(self.model.encode_text(tokens).float(), dim=-1)
+
+
+def load(spec: str, device: torch.device) -> Evaluated:
+    """Load what ``spec`` names.
+
+    - a run directory: the student it ended with (``RUN/student``), named after the run;
+    - ``RUN/checkpoints/X.pt``: that step's student, named ``RUN@X``;
+    - a folder with ``open_clip_config.json``, with or without ``local-dir:``;
+    - ``NAME`` or ``NAME:PRETRAINED`` of OpenCLIP, where PRETRAINED is a tag or a file;
+      ``hf-hub:`` names too.
+    """
+    path = Path(spec.removeprefix("local-dir:"))
+    if (path / CONFIG).is_file():
+        run = path.parent if path.name == "student" else None
+        return _from_folder(spec, path, (run or path).resolve().name, run, device)
+    if path.is_dir():
+        student = path / "student"
+        if not (student / CONFIG).is_file():
+            raise UsageError(
+                f"'{spec}': expected a run directory with student/{CONFIG} or a model folder; "
+                "evaluate an unfinished run by one of its checkpoints/*.pt"
+            )
+        return _from_folder(spec, student, path.resolve().name, path, device)
+    if path.is_file():
+        return _from_checkpoint(spec, path, device)
+    return _from_openclip(spec, device)
+
+
+def state_hash(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and values: the same weights have the same hash in any file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters of the image tower, the text tower without its token table, and the table."""
+    total = sum(p.numel() for p in model.parameters())
+    image = sum(p.numel() for p in model.visual.parameters())
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    table = max((m.weight.numel() for m in tables), default=0)
+    return {"image": image, "text": total - image - table, "token_table": table}
+
+
+def _evaluated(spec: str, name: str, run: Path | None, model, transform, tokenizer) -> Evaluated:
+    model.eval().requires_grad_(False)
+    return Evaluated(
+        name=name,
+        source=spec,
+        run=run,
+        model=model,
+        transform=transform,
+        tokenizer=tokenizer,
+        weights=state_hash(model),
+        parameters=count_parameters(model),
+    )
+
+
+def _from_folder(spec: str, folder: Path, name: str, run: Path | None, device) -> Evaluated:
+    local = f"local-dir:{folder}"
+    model, _, transform = open_clip.create_model_and_transforms(local, device=device)
+    return _evaluated(spec, name, run, model, transform, open_clip.get_tokenizer(local))
+
+
+def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
+    run = path.resolve().parent.parent
+    config = run / "config.json"
+    if not config.is_file():
+        raise UsageError(
+            f"'{spec}': a checkpoint outside a run directory does not say its architecture; "
+            f"write NAME:{spec} with an OpenCLIP model name"
+        )
+    config = json.loads(config.read_text())
+    for file in config.get("model_config") or []:
+        open_clip.add_model_config(file)
+    mean, std = config.get("image_mean"), config.get("image_std")
+    model, _, transform = open_clip.create_model_and_transforms(
+        config["model"], pretrained=str(path), device=device, image_mean=mean, image_std=std
+    )
+    tokenizer = open_clip.get_tokenizer(config["model"])
+    return _evaluated(spec, f"{run.name}@{path.stem}", run, model, transform, tokenizer)
+
+
+def _from_openclip(spec: str, device) -> Evaluated:
+    schema = spec.startswith("hf-hub:")
+    name, _, pretrained = (spec, "", "") if schema else spec.partition(":")
+    if not schema and name not in open_clip.list_models():
+        raise UsageError(
+            f"'{spec}': neither a run directory, a checkpoint, a model folder nor an OpenCLIP "
+            "model (open_clip.list_models())"
+        )
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained or None, device=device
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UsageError(f"'{spec}': {str(error).splitlines()[0]}") from error
+    return _evaluated(spec, spec, None, model, transform, tokenizer)
