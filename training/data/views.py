@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from open_clip.transform import MaybeConvertMode, image_transform
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, Normalize, ToTensor
@@ -105,6 +104,9 @@ def private_randomness():
 
 
 def _transform(spec: ImageSpec, is_train: bool, aug_cfg: dict | None = None) -> Compose:
+    # imported here, so that a spawned worker, which is handed its views, need not import it
+    from open_clip.transform import image_transform
+
     return image_transform(
         spec.size,
         is_train=is_train,
@@ -118,6 +120,8 @@ def _transform(spec: ImageSpec, is_train: bool, aug_cfg: dict | None = None) -> 
 
 
 def _view(transform: Compose) -> View:
+    from open_clip.transform import MaybeConvertMode
+
     stages = transform.transforms
     cut = next(i for i, stage in enumerate(stages) if isinstance(stage, ToTensor))
     head = tuple(stage for stage in stages[:cut] if not isinstance(stage, MaybeConvertMode))

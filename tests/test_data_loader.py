@@ -1,0 +1,306 @@
+"""The global batches do not depend on ranks, workers, start methods or interruptions."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from shards import Letters, encode, picture, sample, write_shards, write_tar
+
+from training.data.decode import BadSample, Caps
+from training.data.index import index_shards
+from training.data.loader import Fetcher, Loader, sequential
+from training.data.order import Order
+from training.data.views import ImageSpec, eval_view, train_view
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+SPEC = ImageSpec(size=8)
+SEED, BATCH, STEPS = 5, 6, 6  # an epoch: 6 steps of 6 of the 40 samples
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return index_shards(write_shards(tmp_path_factory.mktemp("good"), [9, 14, 1, 16]))
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """30 samples, each third with a broken image."""
+    folder = tmp_path_factory.mktemp("damaged")
+    members = {}
+    for i in range(30):
+        members |= sample(f"{i:03d}", i)
+        if i % 3 == 0:
+            members[f"{i:03d}.jpg"] = b"no image"
+    write_tar(folder / "0.tar", members)
+    return index_shards(str(folder))
+
+
+def global_batches(sources, start, stop, ranks=1, workers=0, start_method="fork"):
+    """Steps [start, stop) as (keys, pixels, tokens, skipped) over all ranks, from fresh loaders."""
+    order = Order(sources, SEED, window=16)
+    parts = []
+    for rank in range(ranks):
+        loader = Loader(
+            order,
+            sources,
+            [train_view(SPEC)],
+            [Letters()],
+            seed=SEED,
+            global_batch=BATCH,
+            captions="all",
+            rank=rank,
+            world_size=ranks,
+            workers=workers,
+            start_method=start_method,
+        )
+        parts.append(list(loader.batches(start, stop)))
+        loader.close()
+    return [
+        (
+            [key for batch in step for key in batch.keys],
+            torch.cat([batch.images[0] for batch in step]),
+            torch.cat([batch.texts[0] for batch in step]),
+            sum(sum(batch.skipped.values()) for batch in step),
+        )
+        for step in zip(*parts)
+    ]
+
+
+def assert_same(found, expected):
+    assert [batch[0] for batch in found] == [batch[0] for batch in expected]
+    for (keys, pixels, tokens, skipped), (_, *others) in zip(found, expected):
+        assert torch.equal(pixels, others[0]), f"other pixels for {keys}"
+        assert torch.equal(tokens, others[1]), f"other captions for {keys}"
+        assert skipped == others[2]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(sources):
+    return global_batches(sources, 0, 2 * STEPS + 2)
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 1), (3, 2)])
+def test_stopped_at_any_step_and_resumed_elsewhere_the_batches_go_on(
+    sources, uninterrupted, ranks, workers
+):
+    before = global_batches(sources, 0, STEPS, ranks=2, workers=3)
+    for stop in range(STEPS + 1):  # the last one is the boundary of the epoch
+        after = global_batches(sources, stop, STEPS + 2, ranks, workers)
+        assert_same(before[:stop] + after, uninterrupted[: STEPS + 2])
+
+
+def test_stopped_twice_in_one_epoch_the_batches_go_on(sources, uninterrupted):
+    found = global_batches(sources, 0, 2, 2, 3)
+    found += global_batches(sources, 2, 5, 3, 1)
+    found += global_batches(sources, 5, 2 * STEPS + 2, 1, 2)
+    assert_same(found, uninterrupted)
+
+
+def test_each_sample_is_seen_once_per_pass_across_epochs(sources, uninterrupted):
+    seen = [key for keys, *_ in uninterrupted for key in keys]  # 84: two passes of 40 and a bit
+    assert len(set(seen[:40])) == len(set(seen[40:80])) == 40
+    assert {len(batch[0]) for batch in uninterrupted} == {BATCH}
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_of_any_start_method_make_the_same_batches(sources, uninterrupted, method):
+    found = global_batches(sources, 1, 3, workers=1, start_method=method)
+    assert_same(found, uninterrupted[1:3])
+
+
+def test_one_loader_serves_epoch_after_epoch(sources, uninterrupted):
+    loader = Loader(
+        Order(sources, SEED, window=16), sources, [], [Letters()],
+        seed=SEED, global_batch=BATCH, captions="all", workers=2, start_method="fork",
+    )  # fmt: skip
+    pids = []
+    for epoch in range(2):
+        steps = range(epoch * STEPS, (epoch + 1) * STEPS)
+        keys = [batch.keys for batch in loader.batches(steps.start, steps.stop)]
+        assert keys == [uninterrupted[step][0] for step in steps]
+        pids.append([worker.pid for worker in loader._loader._iterator._workers])
+    assert pids[0] == pids[1], "the workers live on"
+    loader.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids[0]), "and end with the loader"
+
+
+def test_signals_to_the_job_do_not_stop_its_workers(sources):
+    hits = []
+    previous = signal.signal(signal.SIGUSR1, lambda *_: hits.append(os.getpid()))
+    try:
+        loader = Loader(
+            Order(sources, SEED), sources, [], [Letters()],
+            seed=SEED, global_batch=2, workers=2, start_method="fork",
+        )  # fmt: skip
+        batches = loader.batches(0, 20)
+        keys = next(batches).keys
+        for worker in loader._loader._iterator._workers:
+            for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+                os.kill(worker.pid, number)
+        for batch in batches:
+            keys += batch.keys
+        loader.close()
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert len(keys) == 40 and hits == []
+
+
+def test_a_bad_sample_is_replaced_the_same_way_everywhere(damaged):
+    alone = global_batches(damaged, 0, 10)
+    assert_same(global_batches(damaged, 0, 10, ranks=3, workers=2), alone)
+    assert_same(global_batches(damaged, 4, 10, ranks=2), alone[4:])
+    keys = [key for keys, *_ in alone for key in keys]
+    assert len(keys) == 60 and all(int(key) % 3 for key in keys)
+    assert sum(batch[3] for batch in alone) >= 20, "each bad sample is counted, in both passes"
+
+
+def test_skipped_samples_are_counted_by_reason(damaged):
+    batches = list(sequential(damaged, [eval_view(SPEC)], [Letters()], batch_size=30))
+    assert batches[0].skipped == {"image: broken": 10}
+    assert len(batches[0]) == len(batches[0].images[0]) == len(batches[0].texts[0]) == 20
+
+
+def test_data_without_a_good_sample_ends_with_an_error(tmp_path):
+    members = {}
+    for i in range(4):
+        members |= sample(str(i)) | {f"{i}.jpg": b"no image"}
+    write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(RuntimeError, match=r"image: broken.*check_data"):
+        global_batches(index_shards(str(tmp_path)), 0, 1)
+
+
+def test_views_repeat_after_v_passes(sources):
+    def images_by_key(start, views):
+        order = Order(sources, SEED)
+        loader = Loader(
+            order, sources, [train_view(SPEC)], [], seed=SEED, global_batch=40, views=views
+        )
+        (batch,) = loader.batches(start, start + 1)
+        return dict(zip(batch.keys, batch.images[0])), set(batch.views.tolist())
+
+    first, number = images_by_key(0, views=2)
+    second, _ = images_by_key(1, views=2)
+    third, again = images_by_key(2, views=2)
+    fresh, _ = images_by_key(2, views=0)
+    assert number == again == {0}
+    assert all(torch.equal(first[key], third[key]) for key in first)
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(first[key], fresh[key]) for key in first)
+
+
+def test_captions_are_the_first_or_any_of_several(sources):
+    def captions(mode, epoch):
+        loader = Loader(
+            Order(sources, SEED), sources, [], [Letters()],
+            seed=SEED, global_batch=40, captions=mode,
+        )  # fmt: skip
+        (batch,) = loader.batches(epoch, epoch + 1)
+        texts = [bytes(row.tolist()).rstrip(b"\0").decode() for row in batch.texts[0]]
+        assert all(key in text for key, text in zip(batch.keys, texts))
+        return {text.split()[1] for text in texts}
+
+    assert captions("first", 0) == {"0"}
+    assert captions("all", 0) == captions("all", 1) == {"0", "1", "2"}
+
+
+class Stored(Fetcher):
+    """Stands for a cache of a teacher in which row 3 is missing."""
+
+    def check(self, row, view):
+        if row == 3:
+            raise BadSample("cache: no entry")
+
+    def __call__(self, rows, views):
+        return {"teacher": torch.stack([rows, views], dim=1)}
+
+
+def test_training_from_a_cache_reads_no_image(sources):
+    loader = Loader(
+        Order(sources, SEED), sources, [], [],
+        seed=SEED, global_batch=40, fetchers=[Stored()], caps=Caps(max_bytes=0, max_caption=0),
+    )  # fmt: skip
+    (batch,) = loader.batches(1, 2)
+    assert batch.images == batch.texts == []
+    assert torch.equal(batch.extras["teacher"][:, 0], batch.rows)
+    assert torch.equal(batch.extras["teacher"][:, 1], batch.views)
+    assert batch.skipped == {"cache: no entry": 1} and 3 not in batch.rows
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_sequential_reading_visits_each_sample_once_in_file_order(sources, ranks):
+    keys, sizes = [], []
+    for rank in range(ranks):
+        for batch in sequential(
+            sources, [eval_view(SPEC)], [], batch_size=6, rank=rank, world_size=ranks
+        ):
+            keys += batch.keys
+            sizes.append(len(batch))
+    assert keys == [f"{i:06d}" for i in range(40)]
+    assert sizes == {1: [6] * 6 + [4], 3: [6, 6, 1, 6, 6, 1, 6, 6, 2]}[ranks]
+
+
+def test_reading_leaves_the_callers_generators_alone(sources):
+    torch.manual_seed(1)
+    random.seed(1)
+    expected = torch.rand(1), random.random()
+    torch.manual_seed(1)
+    random.seed(1)
+    global_batches(sources, 0, 1)
+    assert (torch.rand(1), random.random()) == expected
+
+
+def test_many_shards_do_not_exhaust_open_files(tmp_path):
+    sources = index_shards(write_shards(tmp_path, [1] * 200))
+    list(sequential(sources, [], [Letters()], batch_size=50))
+    assert len(os.listdir("/proc/self/fd")) < 180
+
+
+def test_a_batch_moves_as_a_whole(sources):
+    (batch,) = Loader(
+        Order(sources, SEED), sources, [eval_view(SPEC)], [Letters()],
+        seed=SEED, global_batch=4, fetchers=[Stored()],
+    ).batches(0, 1)  # fmt: skip
+    moved = batch.to("meta")
+    tensors = [*moved.images, *moved.texts, moved.rows, moved.views, *moved.extras.values()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.keys == batch.keys
+
+
+DEEP = """
+import resource, sys
+import torch
+from training.data.index import index_shards
+from training.data.loader import Loader
+from training.data.order import Order
+
+sources = index_shards(sys.argv[1])
+tokenizer = lambda texts: torch.tensor([list(text.encode()) for text in texts])
+loader = Loader(Order(sources, 0), sources, [], [tokenizer], seed=0, global_batch=1000)
+(batch,) = loader.batches(9000, 9001)
+print(sources.num_samples, len(set(batch.rows.tolist())), batch.texts[0].shape[0])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_seeking_to_sample_nine_million_of_eleven_stays_small(tmp_path):
+    """1,100 shards of 10,000 samples: hard links to one tar and its index."""
+    jpeg = encode(picture(size=(2, 2)))
+    members = {}
+    for i in range(10_000):
+        members |= {f"{i:06d}.jpg": jpeg[:1], f"{i:06d}.txt": b"a"}
+    first = write_tar(tmp_path / "0000.tar", members)
+    index_shards(str(first))
+    for i in range(1, 1100):
+        os.link(first, tmp_path / f"{i:04d}.tar")
+        os.link(f"{first}.index.npz", tmp_path / f"{i:04d}.tar.index.npz")
+    command = [sys.executable, "-c", DEEP, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    samples, distinct, texts, peak = map(int, run.stdout.split())
+    assert (samples, distinct, texts) == (11_000_000, 1000, 1000)
+    assert peak < 1_000_000, f"peak memory {peak} KB"
