@@ -67,16 +67,19 @@ class RateDistortionModules(nn.Module):
             self.biases.append(torch.zeros(len(rates), 1, fan_out))
         self.density = FactorizedDensity(len(rates) * self.channels, generator=generator)
 
-    def forward(self, embeddings: Tensor, noise: Tensor) -> RDMOutput:
-        """One training pass, with uniform noise at the bottleneck.
+    def forward(self, embeddings: Tensor, noise: Tensor | None) -> RDMOutput:
+        """One pass, with uniform noise at the bottleneck, or with rounding in its place.
 
         Args:
             embeddings: (B, T) unit-norm teacher embeddings X.
-            noise: (B, K·C) draws from U[-½, ½].
+            noise: (B, K·C) draws from U[-½, ½]; None to round (evaluation).
         """
         latents = self.encode(embeddings).float()  # (K, B, C)
         modules, batch, channels = latents.shape
-        noisy = latents + noise.view(batch, modules, channels).transpose(0, 1)
+        if noise is None:
+            noisy = latents.round()
+        else:
+            noisy = latents + noise.view(batch, modules, channels).transpose(0, 1)
         values = noisy.transpose(0, 1).reshape(batch, modules * channels)
         nats = self.density(values).view(batch, modules, channels).sum(-1)
         return RDMOutput(self.decode(noisy), nats.t())
@@ -89,14 +92,6 @@ class RateDistortionModules(nn.Module):
         normalised because every teacher of the student lives on the unit sphere.
         """
         return F.normalize(self.decode(self.encode(embeddings).round()).float(), dim=-1)
-
-    @torch.no_grad()
-    def code_length(self, embeddings: Tensor) -> Tensor:
-        """(K, B): −log q of the rounded bottleneck, in nats."""
-        values = self.encode(embeddings).float().round()
-        modules, batch, channels = values.shape
-        values = values.transpose(0, 1).reshape(batch, modules * channels)
-        return self.density(values).view(batch, modules, channels).sum(-1).t()
 
     def encode(self, embeddings: Tensor) -> Tensor:
         """Y, (K, B, C), of embeddings (B, T)."""
@@ -159,13 +154,13 @@ class RDMBank(nn.Module):
         self.text = RateDistortionModules(rates, dim, hidden, channels, generator)
 
     def forward(
-        self, image_features: Tensor, text_features: Tensor, noise: Noise
+        self, image_features: Tensor, text_features: Tensor, noise: Noise | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One training pass over both modalities.
+        """One pass over both modalities.
 
         Args:
             image_features, text_features: (B, T) unit-norm teacher embeddings.
-            noise: of this step.
+            noise: of this step; None to round (evaluation).
 
         Returns:
             The losses, ``"{modality}_rd_loss"`` (the sum over rates of eq. (4), whose modules
@@ -176,7 +171,9 @@ class RDMBank(nn.Module):
         for modality, features in zip(MODALITIES, (image_features, text_features)):
             modules = getattr(self, modality)
             width = len(self.rates) * modules.channels
-            draws = noise.uniform(f"rdm/{modality}", len(features), width, features.device)
+            draws = None
+            if noise is not None:
+                draws = noise.uniform(f"rdm/{modality}", len(features), width, features.device)
             output = modules(features, draws)
             rates = torch.tensor(self.rates, device=features.device)
             per_rate, distortion = rate_distortion_loss(features, output, rates)

@@ -5,8 +5,6 @@ over micro-batches, calls its two halves: `encode` on each micro-batch and `loss
 whole batch. Losses are computed in float32, outside autocast.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -67,10 +65,6 @@ class DistillationTask(Task):
         report["logit_scale"] = self.student.model.logit_scale.detach().exp()
         return losses, report
 
-    def state(self) -> dict[str, Any]:
-        """Everything trainable besides the student."""
-        return self.method.state_dict()
-
 
 class RDMTask(Task):
     """Stage 1: the RDM bank on the first teacher's embeddings."""
@@ -82,7 +76,9 @@ class RDMTask(Task):
     def encode(self, images: None, texts: None) -> None:
         """Nothing: the bank reads embeddings only."""
 
-    def losses(self, pooled: None, teachers: list[Features], noise: Noise) -> tuple[Losses, Report]:
+    def losses(
+        self, pooled: None, teachers: list[Features], noise: Noise | None
+    ) -> tuple[Losses, Report]:
         teacher = teachers[0]
         with torch.autocast(teacher.image.device.type, enabled=False):
             return self.bank(teacher.image, teacher.text, noise)

@@ -1,0 +1,154 @@
+"""Checkpoints that a kill at any moment cannot spoil.
+
+A checkpoint is written to a temporary file, synced, renamed, then described by a manifest (size and
+SHA-256), then pointed at by ``latest.json``; only then are older ones pruned. Resuming takes the
+newest one whose manifest verifies. Writing happens in a thread: the training loop waits for the
+copy to host memory only.
+"""
+
+import json
+import logging
+import os
+import threading
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    Args:
+        directory: where they lie; created when the first one is written.
+        keep: how many of the newest stay; 0 keeps all.
+    """
+
+    def __init__(self, directory: Path, keep: int = 0):
+        self.directory, self.keep = directory, keep
+        self._thread: threading.Thread | None = None
+        self._failure: OSError | None = None
+
+    def save(self, step: int, payload: dict[str, Any]) -> None:
+        """Copy ``payload`` to host memory and write it in the background.
+
+        A write that fails (a full disk) is logged and leaves the older checkpoints as they are;
+        `wait` raises it.
+        """
+        self._join()
+        host = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), payload)
+        self._thread = threading.Thread(target=self._write, args=(step, host))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._join()
+        if self._failure is not None:
+            raise self._failure
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that verifies, loaded on the CPU; None when there is none."""
+        for manifest in sorted(self.directory.glob("step_*.json"), reverse=True):
+            path = manifest.with_suffix(".pt")
+            problem = _problem(path, manifest)
+            if problem is None:
+                return path, torch.load(path, map_location="cpu", weights_only=True)
+            log.warning("checkpoint %s is passed over: %s", path.name, problem)
+        return None
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, payload: dict[str, Any]) -> None:
+        path = self.directory / f"step_{step:08d}.pt"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for stale in self.directory.glob("*.tmp"):
+                stale.unlink()
+            size, digest = _write_hashed(path, payload)
+            manifest = {"file": path.name, "step": step, "size": size, "sha256": digest}
+            _write_json(path.with_suffix(".json"), manifest)
+            _write_json(self.directory / "latest.json", manifest)
+            self._prune()
+            self._failure = None
+        except OSError as error:
+            log.error("checkpoint of step %d was not written: %s", step, error)
+            self._failure = error
+            path.with_suffix(".pt.tmp").unlink(missing_ok=True)
+
+    def _prune(self) -> None:
+        if self.keep:
+            for manifest in sorted(self.directory.glob("step_*.json"))[: -self.keep]:
+                manifest.unlink()
+                manifest.with_suffix(".pt").unlink(missing_ok=True)
+
+
+class _Hashing:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file):
+        self.file, self.digest, self.size = file, sha256(), 0
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        self.size += memoryview(data).nbytes
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_hashed(path: Path, payload: dict[str, Any]) -> tuple[int, str]:
+    temporary = path.with_suffix(".pt.tmp")
+    with open(temporary, "wb") as file:
+        hashing = _Hashing(file)
+        torch.save(payload, hashing)
+        _sync(file)
+    temporary.rename(path)
+    _sync_directory(path.parent)
+    return hashing.size, hashing.digest.hexdigest()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".json.tmp")
+    with open(temporary, "w") as file:
+        json.dump(content, file, indent=2)
+        _sync(file)
+    temporary.rename(path)
+    _sync_directory(path.parent)
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _problem(path: Path, manifest: Path) -> str | None:
+    """Why a checkpoint can't be trusted, or None."""
+    try:
+        expected = json.loads(manifest.read_text())
+        digest = sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    except (OSError, ValueError) as error:
+        return str(error)
+    if digest.hexdigest() != expected["sha256"]:
+        return f"its {path.stat().st_size} bytes are not those its manifest describes"
+    return None

@@ -1,0 +1,79 @@
+"""Signals and processes: when to stop, agreed by all ranks."""
+
+import logging
+import os
+import signal
+from argparse import Namespace
+
+import torch
+import torch.distributed as dist
+from open_clip_train.distributed import init_distributed_device
+
+from cifd_clip.losses import World
+
+#: Exit code of a run that was asked to stop and saved itself: start it again with --resume latest.
+STOPPED_EXIT = 75  # EX_TEMPFAIL
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def start_processes(args: Namespace) -> tuple[World, torch.device]:
+    """Join the process group that torchrun or srun describes, if any."""
+    if dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size()), torch.device(args.device)
+    if not torch.cuda.is_available() and args.device.startswith("cuda"):
+        args.device = "cpu"
+    args.horovod = False
+    device = init_distributed_device(args)
+    return World(args.rank, args.world_size), device
+
+
+class StopFlag:
+    """Set by TERM, USR1 or USR2, agreed by all ranks at step boundaries.
+
+    The handler only sets a flag: saving inside a handler would interrupt whatever runs. Ranks
+    exchange their flags over a gloo group on the host, one step behind, so that no step waits for
+    the device or for the slowest rank's answer.
+    """
+
+    def __init__(self, world: World):
+        self._raised: int | None = None
+        self._world = world
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+        self._owner = os.getpid()
+        self._previous = {s: signal.signal(s, self._handle) for s in SIGNALS}
+
+    def _handle(self, number: int, frame) -> None:
+        if os.getpid() == self._owner:
+            self._raised = number
+
+    def agreed(self) -> bool:
+        """Whether to stop at this step boundary; every rank must ask, and all get one answer."""
+        if self._group is None:
+            return self._raised is not None
+        answer = False
+        if self._pending is not None:
+            flag, work = self._pending
+            work.wait()
+            answer = bool(flag.item())
+        flag = torch.tensor([self._raised is not None], dtype=torch.int32)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (flag, work)
+        return answer
+
+    def close(self) -> None:
+        """Give the signals back; wait for the exchange under way."""
+        if self._pending is not None:
+            self._pending[1].wait()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def name(self) -> str:
+        """The signal received here, for the log."""
+        return signal.Signals(self._raised).name if self._raised else "another rank's signal"
+
+
+def log_level(world: World) -> int:
+    """Rank 0 talks, the others only about trouble."""
+    return logging.INFO if world.rank == 0 else logging.WARNING

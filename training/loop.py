@@ -1,0 +1,528 @@
+"""The one training loop: stage 1, stage 2 and every method go through it."""
+
+import contextlib
+import logging
+import math
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from open_clip_train.precision import get_autocast
+from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from cifd_clip import FactorizedDensity, Features, Noise, Task, World
+from cifd_clip.noise import derive_seed
+from cifd_clip.student import Pooled
+from training.checkpoint import Checkpoints
+from training.control import StopFlag
+from training.data.loader import Batch, Loader
+from training.errors import UsageError
+from training.metrics import Meter, Sinks, flatten
+from training.stages import Stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run is: all the loop's state besides the tensors."""
+
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    skipped: Counter = field(default_factory=Counter)
+    nonfinite_steps: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**asdict(self), "skipped": dict(self.skipped)}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Progress":
+        """From `state`."""
+        return cls(**{**state, "skipped": Counter(state["skipped"])})
+
+
+class NonFinite(Exception):
+    """Training diverged; the message names the term."""
+
+
+class Trainer:
+    """A stage, its optimizer and its place in the data.
+
+    Args:
+        args: the command line.
+        stage: what trains.
+        world, device: of this process.
+        steps_per_epoch: optimizer steps in an epoch.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        stage: Stage,
+        world: World,
+        device: torch.device,
+        steps_per_epoch: int,
+    ):
+        self.args, self.stage, self.world, self.device = args, stage, world, device
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = steps_per_epoch * args.epochs
+        self.progress = Progress()
+        self.parameters = [p for p in stage.task.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(args, stage.task)
+        self.schedule = make_schedule(args, self.optimizer, steps_per_epoch)
+        self.autocast = get_autocast(args.precision, device.type)
+        scaled = args.precision == "amp"
+        self.scaler = torch.amp.GradScaler(device.type) if scaled else None
+        # With accumulation the gradient is complete only after the last micro-batch, and is
+        # averaged over ranks once, by `_average_gradients`.
+        self.overlap = world.size > 1 and args.accum_freq == 1
+        self.model: nn.Module = stage.task
+        if self.overlap:
+            ids = [device.index] if device.type == "cuda" else None
+            self.model = DistributedDataParallel(stage.task, device_ids=ids)
+        self.bad_streak = torch.zeros((), device=device)
+        self.bad_total = torch.zeros((), device=device)
+        self.bad_terms: Tensor | None = None
+        self.terms: list[str] = []
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def payload(self) -> dict[str, Any]:
+        """Everything a checkpoint holds."""
+        self.progress.nonfinite_steps = int(self.bad_total.item())
+        return {
+            "epoch": self.progress.step // self.steps_per_epoch,
+            "name": self.args.name,
+            **self.stage.payload(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else {},
+            "progress": self.progress.state(),
+        }
+
+    def load(self, payload: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.stage.load(payload)
+        self.optimizer.load_state_dict(payload["optimizer"])
+        if self.scaler:
+            self.scaler.load_state_dict(payload["scaler"])
+        self.progress = Progress.of(payload["progress"])
+        self.bad_total.fill_(self.progress.nonfinite_steps)
+
+    # -- one step ------------------------------------------------------------------------------
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One optimizer step on this rank's rows of a global batch; nothing waits for the device.
+
+        Returns:
+            Losses and report of the batch, on the device.
+        """
+        lr = self.schedule(self.progress.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        noise = Noise(self.args.seed, self.progress.step, self.world.rank * len(batch))
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.args.accum_freq == 1:
+            losses, report = self._forward_backward(batch, noise)
+        else:
+            losses, report = self._accumulate(batch, noise)
+        report["grad_norm"] = self._update(losses)
+        self.progress.step += 1
+        self.progress.samples += len(batch) * self.world.size
+        self.progress.skipped.update(batch.skipped)
+        return {**losses, **report, "loss": sum(losses.values()).detach()}
+
+    def _forward_backward(self, batch: Batch, noise: Noise):
+        self._seed_dropout(0)
+        with self.autocast():
+            teachers = self.stage.teachers(batch)
+            losses, report = self.model(*self.stage.student_inputs(batch), teachers, noise)
+        self._backward(sum(losses.values()))
+        return losses, report
+
+    def _accumulate(self, batch: Batch, noise: Noise):
+        """The whole batch's loss and gradient at a micro-batch's memory.
+
+        The rows of W are computed without a graph, the losses once on all of them; each
+        micro-batch is then run again and given its rows of the gradient (GradCache, Gao et al.
+        2021). Contrastive terms, IBM noise and rates are those of the whole batch.
+        """
+        task, micro = self.stage.task, list(split(batch, self.args.accum_freq))
+        with torch.no_grad(), self.autocast():
+            teachers = [concatenate(f) for f in zip(*(self.stage.teachers(m) for m in micro))]
+            parts = [self._encode(m, i) for i, m in enumerate(micro)]
+        if parts[0] is None:
+            losses, report = task.losses(None, teachers, noise)
+            self._backward(sum(losses.values()))
+        else:
+            leaves = Pooled(*(torch.cat(w).requires_grad_() for w in zip(*parts)))
+            losses, report = task.losses(leaves, teachers, noise)
+            self._backward(sum(losses.values()))
+            gradients = zip(*(w.grad.chunk(len(micro)) for w in leaves))
+            for i, (m, rows) in enumerate(zip(micro, gradients)):
+                with self.autocast():
+                    pooled = self._encode(m, i)
+                wanted = [(w, g) for w, g in zip(pooled, rows) if w.requires_grad]
+                torch.autograd.backward(*zip(*wanted))
+        if self.world.size > 1:
+            self._average_gradients()
+        return losses, report
+
+    def _encode(self, batch: Batch, micro: int) -> Pooled | None:
+        self._seed_dropout(micro)
+        return self.stage.task.encode(*self.stage.student_inputs(batch))
+
+    def _seed_dropout(self, micro: int) -> None:
+        """Dropout and patch dropout read torch's global generators: make them functions too."""
+        step, rank = self.progress.step, self.world.rank
+        seed = derive_seed(self.args.seed, step, "dropout", rank, micro)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _backward(self, loss: Tensor) -> None:
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def _average_gradients(self) -> None:
+        gradients = [p.grad for p in self.parameters]
+        for grad in gradients:
+            grad.div_(self.world.size)
+        flat = torch._utils._flatten_dense_tensors(gradients)
+        dist.all_reduce(flat)
+        whole = torch._utils._unflatten_dense_tensors(flat, gradients)
+        torch._foreach_copy_(gradients, list(whole))
+
+    def _update(self, losses: dict[str, Tensor]) -> Tensor:
+        """Clip and update, unless the gradient is not finite; nothing waits for the device.
+
+        The gradient's norm, unlike the loss, is the same on every rank, so all of them skip
+        together. AdamW's fused kernel does the skipping, as it does for a GradScaler.
+        """
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.args.grad_clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.args.grad_clip_norm, norm)
+        bad = (~torch.isfinite(norm)).float()
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.grad_scale = None
+            self.optimizer.found_inf = bad
+            self.optimizer.step()
+        self._clamp_logit_scale()
+        self._remember(bad, losses)
+        return norm.detach()
+
+    def _clamp_logit_scale(self) -> None:
+        student = getattr(self.stage.task, "student", None)
+        if student is not None and student.model.logit_scale.requires_grad:
+            with torch.no_grad():
+                student.model.logit_scale.clamp_(0, math.log(100))  # as OpenCLIP
+
+    def _remember(self, bad: Tensor, losses: dict[str, Tensor]) -> None:
+        self.terms = list(losses)
+        values = torch.stack([v.detach().float() for v in losses.values()])
+        last = values if self.bad_terms is None else self.bad_terms
+        self.bad_terms = torch.where(bad > 0, values, last)
+        self.bad_streak = (self.bad_streak + 1) * bad
+        self.bad_total = self.bad_total + bad
+
+    def check_finite(self) -> None:
+        """Raise `NonFinite` after too many bad steps in a row; reads the device."""
+        if self.bad_streak.item() < self.args.max_nonfinite_steps:
+            return
+        named = [
+            f"{term} = {value}"
+            for term, value in zip(self.terms, self.bad_terms.tolist())
+            if not math.isfinite(value)
+        ]
+        raise NonFinite(
+            f"{int(self.bad_streak.item())} steps in a row had a non-finite gradient "
+            f"({', '.join(named) or 'all losses are finite: the backward pass overflowed'}) at "
+            f"step {self.progress.step}; they were skipped and the weights are intact. Lower --lr "
+            "or set --grad-clip-norm"
+        )
+
+    # -- validation ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def validate(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """Mean losses of held-out data, without noise, on this rank's part, averaged over ranks."""
+        task = self.stage.task.eval()
+        world, task.world = getattr(task, "world", None), World()
+        sums: dict[str, Tensor] = {}
+        rows = torch.zeros((), device=self.device)
+        for batch in batches:
+            batch = batch.to(self.device)
+            with self.autocast():
+                teachers = self.stage.teachers(batch)
+                losses, report = task(*self.stage.student_inputs(batch), teachers, None)
+            for name, value in {**losses, **report}.items():
+                sums[name] = sums.get(name, 0) + value.float() * len(batch)
+            rows += len(batch)
+        task.world = world
+        task.train()
+        if self.world.size > 1:
+            for value in (*sums.values(), rows):
+                dist.all_reduce(value)
+        return flatten({k: (v / rows).tolist() for k, v in sums.items()}, self.stage.rates)
+
+
+def train(
+    trainer: Trainer,
+    loader: Loader,
+    checkpoints: Checkpoints | None,
+    sinks: Sinks | None,
+    stop: StopFlag,
+    validation=None,
+) -> bool:
+    """Run a trainer to its last step, or until it is told to stop.
+
+    Args:
+        trainer: what trains, at the step it starts from.
+        loader: gives this rank's part of each global batch.
+        checkpoints, sinks: where rank 0 writes; None on the others.
+        stop: asked at every step boundary.
+        validation: called without arguments, gives the held-out batches of an epoch's end.
+
+    Returns:
+        Whether all steps are done; False after a stop, whose checkpoint is on disk.
+
+    Raises:
+        NonFinite: training diverged; the last good weights are on disk.
+        UsageError: too many samples can't be used.
+    """
+    args, progress, meter = trainer.args, trainer.progress, Meter()
+    clock = _Clock(progress.seconds)
+    last_save = time.monotonic()
+    bar = tqdm(
+        total=trainer.total_steps,
+        initial=progress.step,
+        unit="step",
+        disable=None if sinks else True,
+        dynamic_ncols=True,
+    )
+
+    def save() -> None:
+        nonlocal last_save
+        progress.seconds = clock.total()
+        if checkpoints is not None:
+            checkpoints.save(progress.step, trainer.payload())
+        last_save = time.monotonic()
+
+    trainer.stage.task.train()
+    batches = loader.batches(progress.step, trainer.total_steps)
+    with contextlib.closing(bar):
+        for batch in clock.timed(batches):
+            values = trainer.step(batch.to(trainer.device))
+            meter.add(values)
+            bar.update()
+            step, epoch_end = progress.step, progress.step % trainer.steps_per_epoch == 0
+            if step % args.log_every_n_steps == 0 or epoch_end:
+                line = _line(trainer, meter, clock)
+                if sinks is not None:
+                    sinks.write("train", step, line)
+                    _say(bar, trainer, line)
+                _check_bad_fraction(args, progress)
+                try:
+                    trainer.check_finite()
+                except NonFinite:
+                    save()
+                    if checkpoints is not None:
+                        checkpoints.wait()
+                    raise
+            if epoch_end and validation and _due(args, trainer, args.val_frequency):
+                held_out = trainer.validate(validation())
+                clock.pause()
+                if sinks is not None:
+                    sinks.write("val", step, held_out)
+                    log.info("held out | %s", _format(held_out))
+            done = step == trainer.total_steps
+            stopping = not done and stop.agreed()
+            minutes = (time.monotonic() - last_save) / 60
+            if (
+                done
+                or stopping
+                or (epoch_end and _due(args, trainer, args.save_frequency))
+                or (args.save_every_n_steps and step % args.save_every_n_steps == 0)
+                or (args.save_every_n_minutes and minutes >= args.save_every_n_minutes)
+            ):
+                save()
+            if stopping:
+                log.warning("%s: saving step %d and stopping", stop.name, step)
+                break
+    if checkpoints is not None:
+        checkpoints.wait()
+    progress.seconds = clock.total()
+    return progress.step == trainer.total_steps
+
+
+def make_optimizer(args: Namespace, task: Task) -> torch.optim.Optimizer:
+    """AdamW over four kinds of parameters.
+
+    Matrices decay; gains, biases and temperatures don't (OpenCLIP's rule). A density's parameters
+    never decay, although they are matrices: decay would pull it to a fixed shape. They learn
+    faster, because a rate term can only shape the features once the density fits them.
+    """
+    density = {
+        id(p) for m in task.modules() if isinstance(m, FactorizedDensity) for p in m.parameters()
+    }
+    groups = {
+        "decay": {"params": [], "weight_decay": args.wd, "lr_scale": 1.0},
+        "plain": {"params": [], "weight_decay": 0.0, "lr_scale": 1.0},
+        "density": {"params": [], "weight_decay": 0.0, "lr_scale": args.density_lr},
+    }
+    for name, parameter in task.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = parameter.ndim < 2 or any(
+            word in name for word in ("bn", "ln", "bias", "logit_scale")
+        )
+        kind = "density" if id(parameter) in density else "plain" if plain else "decay"
+        groups[kind]["params"].append(parameter)
+    return torch.optim.AdamW(
+        [g for g in groups.values() if g["params"]],
+        lr=args.lr,
+        betas=(args.beta1, args.beta2),
+        eps=args.eps,
+        fused=True,
+    )
+
+
+def make_schedule(args: Namespace, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
+    """step → learning rate, by OpenCLIP's schedulers; warm-up is a sixth of training by default."""
+    total = args.epochs * steps_per_epoch
+    warmup = max(1, total // 6) if args.warmup is None else args.warmup
+    if warmup >= total:
+        raise UsageError(
+            f"--warmup {warmup} leaves nothing of the {total} steps; the paper warms up for 1/6"
+        )
+    if args.lr_scheduler == "cosine":
+        return cosine_lr(optimizer, args.lr, warmup, total)
+    if args.lr_scheduler == "const":
+        return const_lr(optimizer, args.lr, warmup, total)
+    return const_lr_cooldown(
+        optimizer,
+        args.lr,
+        warmup,
+        total,
+        args.epochs_cooldown * steps_per_epoch,
+        args.lr_cooldown_power,
+        args.lr_cooldown_end,
+    )
+
+
+def split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """A batch as ``parts`` micro-batches of consecutive rows."""
+    size = len(batch) // parts
+    for i in range(parts):
+        rows = slice(i * size, (i + 1) * size)
+        yield Batch(
+            images=[t[rows] for t in batch.images],
+            texts=[t[rows] for t in batch.texts],
+            rows=batch.rows[rows],
+            views=batch.views[rows],
+            keys=batch.keys[rows],
+            extras={k: t[rows] for k, t in batch.extras.items()},
+        )
+
+
+def concatenate(parts: tuple[Features, ...]) -> Features:
+    """One teacher's features of all micro-batches."""
+    return parts[0]._replace(
+        image=torch.cat([p.image for p in parts]), text=torch.cat([p.text for p in parts])
+    )
+
+
+class _Clock:
+    """Wall time of the run, of the interval, and of waiting for data."""
+
+    def __init__(self, before: float):
+        self._before, self._start = before, time.monotonic()
+        self._mark, self._waited, self._samples, self._paused = self._start, 0.0, 0, 0.0
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            start = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - start
+            if batch is None:
+                return
+            self._samples += len(batch)
+            yield batch
+
+    def pause(self) -> None:
+        """Leave what was done since the last line (a validation) out of the next one."""
+        self._mark, self._waited, self._samples = time.monotonic(), 0.0, 0
+
+    def read(self) -> tuple[float, float]:
+        """Samples per second and share of time spent waiting for data since the last reading."""
+        elapsed = max(time.monotonic() - self._mark, 1e-9)
+        result = self._samples / elapsed, self._waited / elapsed
+        self.pause()
+        return result
+
+    def total(self) -> float:
+        return self._before + time.monotonic() - self._start
+
+
+def _line(trainer: Trainer, meter: Meter, clock: _Clock) -> dict[str, Any]:
+    values = flatten(meter.read(), trainer.stage.rates)  # waits for the device
+    rate, wait = clock.read()
+    progress = trainer.progress
+    return {
+        "epoch": progress.step / trainer.steps_per_epoch,
+        "samples": progress.samples,
+        "lr": trainer.optimizer.param_groups[0]["lr"],
+        **values,
+        "samples_per_s": rate * trainer.world.size,
+        "data_wait": wait,
+        "skipped_samples": sum(progress.skipped.values()),
+        "skipped_steps": int(trainer.bad_total.item()),
+    }
+
+
+def _say(bar: tqdm, trainer: Trainer, line: dict[str, Any]) -> None:
+    if not bar.disable:
+        bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['samples_per_s']:.0f} samples/s")
+        return
+    terms = {k: v for k, v in line.items() if k.endswith("_loss") or k == "loss"}
+    log.info(
+        "step %d/%d | %s | lr %.3g | %.0f samples/s | data wait %.0f %%",
+        trainer.progress.step,
+        trainer.total_steps,
+        _format(terms),
+        line["lr"],
+        line["samples_per_s"],
+        100 * line["data_wait"],
+    )
+
+
+def _format(values: dict[str, float]) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+
+
+def _due(args: Namespace, trainer: Trainer, frequency: int) -> bool:
+    return frequency > 0 and trainer.progress.step // trainer.steps_per_epoch % frequency == 0
+
+
+def _check_bad_fraction(args: Namespace, progress: Progress) -> None:
+    bad = sum(progress.skipped.values())
+    # A handful proves nothing.
+    if bad > 10 and bad > args.max_bad_fraction * progress.samples:
+        raise UsageError(
+            f"{bad} of {progress.samples} samples could not be used "
+            f"({dict(progress.skipped)}), more than --max-bad-fraction {args.max_bad_fraction}; "
+            "run `python -m training.check_data --deep` on --train-data"
+        )

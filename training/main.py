@@ -1,0 +1,206 @@
+"""``python -m training.main``: train a CLIP model, an RDM bank, or a distilled student.
+
+``--distill cifd`` without ``--rdm-bank`` is two runs: the bank in ``RUN/rdm``, then the student.
+"""
+
+import copy
+import logging
+import time
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cifd_clip import World
+from training.checkpoint import Checkpoints
+from training.control import STOPPED_EXIT, StopFlag, log_level, start_processes
+from training.data.index import Sources, index_shards
+from training.data.loader import Loader, sequential
+from training.data.order import Order
+from training.errors import UsageError, cli
+from training.loop import NonFinite, Trainer, train
+from training.metrics import Sinks
+from training.models import add_model_configs
+from training.params import parse_args
+from training.rundir import RunDirectory, resolved_config
+from training.stages import RDMStage, Stage, StudentStage
+
+
+def main(argv: list[str]) -> int:
+    """Run what the command line says; the exit code is 0 only when all of it is finished."""
+    args = parse_args(argv)
+    world, device = start_processes(args)
+    logging.basicConfig(
+        level=log_level(world), format="%(asctime)s | %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    if args.precision is None:
+        args.precision = "amp_bf16" if device.type == "cuda" else "fp32"
+    if args.precision == "amp" and device.type != "cuda":
+        raise UsageError("--precision amp (float16) needs a GPU; use amp_bf16 or fp32")
+    add_model_configs(args.model_config)
+    path = Path(args.logs) / args.name
+    try:
+        if args.distill == "cifd" and not args.rdm_bank:
+            args = copy.copy(args)
+            if args.rates:
+                done = run(bank_args(args), path / "rdm", world, device)
+                if not done:
+                    return STOPPED_EXIT
+                args.rdm_bank = str(path / "rdm" / "bank")
+        return 0 if run(args, path, world, device) else STOPPED_EXIT
+    except NonFinite as error:
+        raise UsageError(str(error)) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def bank_args(args: Namespace) -> Namespace:
+    """Stage 1 with the settings of stage 2 (appendix A.3), for ``--rdm-epochs``."""
+    stage1 = copy.copy(args)
+    stage1.distill, stage1.epochs = "rdm", args.rdm_epochs
+    stage1.warmup = None if args.warmup is None else args.warmup * args.rdm_epochs // args.epochs
+    stage1.accum_freq, stage1.batch_size = 1, args.batch_size * args.accum_freq
+    stage1.pretrained, stage1.val_data = "", args.val_data
+    # The bank may be there already, complete, when the student's part is what was interrupted.
+    stage1.resume = "latest" if (Path(args.logs) / args.name / "rdm").exists() else args.resume
+    return stage1
+
+
+def run(args: Namespace, path: Path, world: World, device: torch.device) -> bool:
+    """One run directory from wherever it is to its end.
+
+    Returns:
+        Whether it is finished; False when a signal stopped it with a checkpoint on disk.
+    """
+    config = resolved_config(args, world.size)
+    directory = RunDirectory(path, config, args.resume == "latest")
+    if directory.finished:
+        logging.info("%s is finished already", path)
+        return True
+    sources = open_data(args, world)
+    order = Order(
+        sources, args.seed, window=args.shuffle_window, replacement=args.dataset_resampled
+    )
+    steps_per_epoch = epoch_steps(args, sources, config["global_batch"])
+    stage = RDMStage(args, device) if args.distill == "rdm" else StudentStage(args, device, world)
+    trainer = Trainer(args, stage, world, device, steps_per_epoch)
+
+    checkpoints = Checkpoints(directory.checkpoints, args.keep)
+    found = checkpoints.newest() if args.resume else None
+    if found is not None:
+        trainer.load(found[1])
+    sinks = None
+    if world.rank == 0:
+        directory.open()
+        describe(directory, trainer, sources, found[0] if found else None)
+        step = trainer.progress.step
+        sinks = Sinks(path, args.report_to, config, args.wandb_project_name, args.wandb_notes, step)
+    loader = Loader(
+        order,
+        sources,
+        stage.inputs.train_views(args.aug_cfg),
+        stage.inputs.tokenizers,
+        seed=args.seed,
+        global_batch=config["global_batch"],
+        views=args.views,
+        captions=args.captions,
+        rank=world.rank,
+        world_size=world.size,
+        workers=args.workers,
+        start_method=args.worker_start,
+        pin_memory=device.type == "cuda",
+    )
+    stop = StopFlag(world)
+    try:
+        rank0 = checkpoints if world.rank == 0 else None
+        done = train(trainer, loader, rank0, sinks, stop, held_out(args, stage, world))
+        if done and world.rank == 0:
+            stage.finish(path)
+            directory.write_json("finished.json", trainer.progress.state())
+            logging.info("finished %s in %.0f s", path, trainer.progress.seconds)
+    finally:
+        stop.close()
+        loader.close()
+        if sinks is not None:
+            sinks.close()
+            directory.close()
+    if world.size > 1:
+        dist.barrier()
+    return done
+
+
+def open_data(args: Namespace, world: World) -> Sources:
+    """Index the training shards; rank 0 first, so that the others find the indexes made."""
+    factors = args.train_data_upsampling_factors
+    opening = partial(index_shards, args.train_data, weights=factors, cache_dir=args.index_dir)
+    sources = opening() if world.rank == 0 else None
+    if world.size > 1:
+        dist.barrier()
+        sources = sources or opening()
+    return sources
+
+
+def epoch_steps(args: Namespace, sources: Sources, global_batch: int) -> int:
+    """Optimizer steps of an epoch: its samples, in whole global batches."""
+    samples = args.train_num_samples or sources.num_samples
+    if samples < global_batch:
+        raise UsageError(
+            f"an epoch has {samples} samples, less than one global batch of {global_batch}: lower "
+            "--batch-size or raise --train-num-samples"
+        )
+    return samples // global_batch
+
+
+def held_out(args: Namespace, stage: Stage, world: World):
+    """Batches of ``--val-data``, or None."""
+    if not args.val_data:
+        return None
+    return partial(
+        sequential,
+        index_shards(args.val_data, cache_dir=args.index_dir),
+        stage.inputs.eval_views(),
+        stage.inputs.tokenizers,
+        batch_size=args.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        workers=args.workers,
+        start_method=args.worker_start,
+    )
+
+
+def describe(
+    directory: RunDirectory, trainer: Trainer, sources: Sources, found: Path | None
+) -> None:
+    """Record the data's fingerprint and say what is about to happen."""
+    fingerprint = sources.fingerprint()
+    before = directory.read_json("data.json", fingerprint)
+    if before["hash"] != fingerprint["hash"]:
+        raise UsageError(
+            f"{directory.path} was trained on other data: {before['samples']} samples with hash "
+            f"{before['hash'][:12]}, --train-data has {fingerprint['samples']} with "
+            f"{fingerprint['hash'][:12]}"
+        )
+    directory.write_json("data.json", fingerprint)
+    parameters = sum(p.numel() for p in trainer.parameters)
+    logging.info(
+        "%s | %s | %d samples in %d shards | %d steps of %d | %.1f M parameters train | %s",
+        directory.path,
+        trainer.args.distill,
+        fingerprint["usable"],
+        fingerprint["shards"],
+        trainer.total_steps,
+        directory.config["global_batch"],
+        parameters / 1e6,
+        time.strftime("%Y-%m-%d %H:%M"),
+    )
+    if fingerprint["skipped"]:
+        logging.warning("samples that can't be used: %s", fingerprint["skipped"])
+    if found:
+        logging.info("resumed from %s at step %d", found.name, trainer.progress.step)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,130 @@
+"""Metrics: averaged on the device, read when a line is due, written to every sink."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+class Meter:
+    """Running means of named tensors that stay on the device until they are read."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add one step's values; nothing waits for the device."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+
+    def read(self) -> dict[str, float | list[float]]:
+        """The means since the last reading."""
+        means = {name: (total / self._count).tolist() for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+
+def flatten(values: Mapping[str, float | list[float]], rates: list[float]) -> dict[str, float]:
+    """Spread per-rate lists: ``image/bits`` → ``image/R=1000/bits``; adds the bank's SNR.
+
+    The SNR of a reconstruction is E‖X‖² / E‖X − X̂‖² in dB, with ‖X‖ = 1.
+    """
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if not isinstance(value, list):
+            flat[name] = value
+            continue
+        modality, quantity = name.split("/")
+        for rate, entry in zip(rates, value):
+            flat[f"{modality}/R={rate:g}/{quantity}"] = entry
+            if quantity == "distortion":
+                snr = -10 * math.log10(entry) if entry > 0 else math.inf
+                flat[f"{modality}/R={rate:g}/snr_db"] = snr
+    return flat
+
+
+class Sinks:
+    """``metrics.jsonl``, and TensorBoard and Weights & Biases where asked for.
+
+    Args:
+        directory: the run directory.
+        report_to: ``tensorboard`` and/or ``wandb``, comma-separated.
+        config: what W&B shows as the run's configuration.
+        wandb_project, wandb_notes: as OpenCLIP's flags.
+        step: where the run starts or resumes; lines of later steps, which will be made again, go.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        report_to: str = "",
+        config: dict[str, Any] | None = None,
+        wandb_project: str = "open-clip",
+        wandb_notes: str = "",
+        step: int = 0,
+    ):
+        path = directory / "metrics.jsonl"
+        _forget_after(path, step)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115
+        self._tensorboard = self._wandb = None
+        if "tensorboard" in report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        if "wandb" in report_to:
+            import wandb
+
+            # The same id after a restart: one curve, whatever the number of jobs.
+            self._wandb = wandb.init(
+                project=wandb_project,
+                name=directory.name,
+                id=directory.name,
+                notes=wandb_notes,
+                config=config,
+                resume="allow",
+                dir=str(directory),
+            )
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """One line: ``{"kind": kind, "step": step, **values}``; not a number becomes null."""
+        line = {"kind": kind, "step": step, **{k: _finite(v) for k, v in values.items()}}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        scalars = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{k}": v for k, v in scalars.items()}, step=step)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _forget_after(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # the line a kill cut short
+            continue
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.write_text("".join(kept))
+    temporary.rename(path)

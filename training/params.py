@@ -1,0 +1,325 @@
+"""The command line of `training.main`: OpenCLIP's flags where it has them, and ours.
+
+Every rule that can be checked without touching data or models is checked here, so that a wrong
+command ends within a second.
+"""
+
+import argparse
+import ast
+import shlex
+from pathlib import Path
+
+from training.errors import UsageError
+
+DISTILL = ("none", "kd", "fd", "clipkd", "tinyclip", "mobileclip", "rdm", "cifd")
+
+#: OpenCLIP flags that are not taken, and why.
+REFUSED = {
+    "--csv-separator": "data are WebDataset tars; img2dataset converts a csv list",
+    "--csv-img-key": "data are WebDataset tars; img2dataset converts a csv list",
+    "--csv-caption-key": "data are WebDataset tars; img2dataset converts a csv list",
+    "--imagenet-val": "zero-shot evaluation is `python -m eval.benchmark`",
+    "--imagenet-v2": "zero-shot evaluation is `python -m eval.benchmark`",
+    "--zeroshot-frequency": "zero-shot evaluation is `python -m eval.benchmark`",
+    "--val-num-samples": "every sample of --val-data is used once",
+    "--horovod": "processes are launched with torchrun or srun",
+    "--torchscript": "a scripted model can't be cut at the bottleneck",
+    "--trace": "tracing is for inference",
+    "--copy-codebase": "environment.json records the commit",
+    "--remote-sync": "sync the run directory with a tool of your cluster",
+    "--remote-sync-frequency": "sync the run directory with a tool of your cluster",
+    "--remote-sync-protocol": "sync the run directory with a tool of your cluster",
+    "--coca-caption-loss-weight": "CoCa students are not supported",
+    "--coca-contrastive-loss-weight": "CoCa students are not supported",
+    "--use-bnb-linear": "int8 layers change the student's state_dict",
+    "--siglip": "the student trains with the softmax losses of the paper's methods",
+    "--loss-dist-impl": "it belongs to SigLIP's loss",
+    "--save-most-recent": "the newest checkpoint is always kept (see --keep)",
+    "--delete-previous-checkpoint": "use --keep 1",
+    "--skip-scheduler": "use --lr-scheduler const --warmup 0",
+    "--log-local": "rank 0 logs",
+    "--debug": "use the Python debugger or logging's own settings",
+    "--ddp-static-graph": "the graph is static already",
+    "--momentum": "it belongs to timm optimizers; AdamW is supported",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see --help)")
+
+
+class _KeyValues(argparse.Action):
+    """``key=value ...`` with Python literals as values, as OpenCLIP's ``--aug-cfg``."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = {}
+        for item in values:
+            key, sign, value = item.partition("=")
+            if not sign:
+                raise UsageError(f"{option_string} '{item}': expected key=value")
+            try:
+                pairs[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                pairs[key] = value
+        setattr(namespace, self.dest, pairs)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The grouped command line."""
+    p = _Parser(
+        prog="python -m training.main",
+        description="Train or distil a CLIP model. Flags can come from files: @recipe.args; "
+        "later flags win.",
+        fromfile_prefix_chars="@",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    _method_flags(p.add_argument_group("method"))
+    _data_flags(p.add_argument_group("data"))
+    _model_flags(p.add_argument_group("student"))
+    _optimisation_flags(p.add_argument_group("optimisation"))
+    _run_flags(p.add_argument_group("run directory, checkpoints, logs"))
+    _process_flags(p.add_argument_group("processes and precision"))
+    return p
+
+
+def _method_flags(g) -> None:
+    g.add_argument("--distill", choices=DISTILL, default="none",
+                   help="none: plain CLIP; rdm: stage 1 of CIFD (the bank); cifd: stage 2")
+    g.add_argument("--distill-model", metavar="NAME[,NAME]", help="teacher architecture(s)")
+    g.add_argument("--distill-pretrained", metavar="TAG|PATH[,...]",
+                   help="teacher weights, one per --distill-model; none for local-dir: models")
+    g.add_argument("--rates", type=float, nargs="*", default=[1000.0, 100.0, 30.0], metavar="R",
+                   help="stage 1: one RDM per modality and rate (eq. 4); none: no RDM")
+    g.add_argument("--rdm-bank", metavar="DIR", help="stage 2: a trained bank; without it cifd "
+                   "trains one first, in RUN/rdm")
+    g.add_argument("--rdm-epochs", type=int, default=7,
+                   help="epochs of stage 1 when cifd trains its own bank")
+    g.add_argument("--rdm-hidden", type=int, help="their hidden width [teacher's dim]")
+    g.add_argument("--rdm-channels", type=int, help="their bottleneck's width [teacher's dim]")
+    g.add_argument("--lambda-cl", type=float, default=0.005, help="cifd: λ_CL of eq. 13")
+    g.add_argument("--lambda-i", type=float, default=1e-4, help="cifd: λ_I of eq. 12")
+    g.add_argument("--lambda-n", type=float, default=1.0, help="cifd: λ_n of eq. 12")
+    g.add_argument("--no-ibm", action="store_true", help="cifd: no Information Bottleneck Module")
+    g.add_argument("--ibm-site", choices=("projection", "embedding"), default="projection",
+                   help="cifd: noise before the towers' final projection, or on the embedding")
+    g.add_argument("--ibm-branch", choices=("all", "distill"), default="all",
+                   help="cifd: whether the contrastive term sees the noise too")
+    g.add_argument("--lambda-kd", type=float, default=1.0, help="mobileclip: share of distillation")
+    g.add_argument("--lambda-fd", type=float, default=2000.0, help="clipkd: feature term")
+    g.add_argument("--lambda-crd", type=float, default=1.0, help="clipkd: relational term")
+    g.add_argument("--lambda-icl", type=float, default=1.0, help="clipkd: interactive term")
+    g.add_argument("--teacher-cache", metavar="DIR[,DIR]",
+                   help="teacher embeddings written by training.cache_teacher")
+
+
+def _data_flags(g) -> None:
+    g.add_argument("--train-data", metavar="SHARDS",
+                   help="WebDataset tars: a directory, a brace or glob pattern; '::' joins sources")
+    g.add_argument("--train-data-upsampling-factors", metavar="W::W", help="one weight per source")
+    g.add_argument("--train-num-samples", type=int, help="samples per epoch [all]")
+    g.add_argument("--dataset-resampled", action="store_true", help="sample with replacement")
+    g.add_argument("--dataset-type", choices=("webdataset", "auto"), default="auto",
+                   help="webdataset is the only type")
+    g.add_argument("--captions", choices=("first", "all"), default="first",
+                   help="key.txt, or one of key.json's 'captions' at random")
+    g.add_argument("--views", type=int, default=0,
+                   help="number of distinct augmentations of an image; 0: a new one each pass")
+    g.add_argument("--shuffle-window", type=int, default=20000,
+                   help="samples shuffled together (whole shards)")
+    g.add_argument("--max-bad-fraction", type=float, default=0.01,
+                   help="stop when more than this share of samples can't be used")
+    g.add_argument("--index-dir", metavar="DIR", help="where shard indexes go [beside the shards]")
+    g.add_argument("--val-data", metavar="SHARDS", help="held-out shards: losses every epoch")
+    g.add_argument("--val-frequency", type=int, default=1, help="epochs between validations")
+    g.add_argument("--workers", type=int, default=4, help="loader workers per process")
+    g.add_argument("--worker-start", choices=("fork", "spawn", "forkserver"), default=None,
+                   help="start method of the workers [the platform's]")
+    g.add_argument("--image-mean", type=float, nargs=3, metavar="MEAN")
+    g.add_argument("--image-std", type=float, nargs=3, metavar="STD")
+    g.add_argument("--image-interpolation", choices=("bicubic", "bilinear", "random"))
+    g.add_argument("--image-resize-mode", choices=("shortest", "longest", "squash"))
+    g.add_argument("--aug-cfg", nargs="*", default={}, action=_KeyValues, metavar="KEY=VALUE",
+                   help="OpenCLIP's AugmentationCfg")
+
+
+def _model_flags(g) -> None:
+    g.add_argument("--model", default="RN50", help="any OpenCLIP architecture, or one of "
+                   "--model-config by its file's stem")
+    g.add_argument("--model-config", nargs="+", default=[], metavar="FILE.json",
+                   help="OpenCLIP model configs to add")
+    g.add_argument("--pretrained", default="", help="tag or file of initial weights")
+    g.add_argument("--pretrained-image", action="store_true",
+                   help="ImageNet weights for a timm image tower")
+    g.add_argument("--force-quick-gelu", action="store_true")
+    g.add_argument("--force-custom-text", action="store_true")
+    g.add_argument("--force-image-size", type=int, nargs="+")
+    g.add_argument("--force-context-length", type=int)
+    g.add_argument("--force-patch-dropout", type=float)
+    g.add_argument("--lock-image", action="store_true", help="freeze the image tower")
+    g.add_argument("--lock-image-unlocked-groups", type=int, default=0)
+    g.add_argument("--lock-image-freeze-bn-stats", action="store_true")
+    g.add_argument("--lock-text", action="store_true", help="freeze the text tower")
+    g.add_argument("--lock-text-unlocked-layers", type=int, default=0)
+    g.add_argument("--lock-text-freeze-layer-norm", action="store_true")
+    g.add_argument("--cache-dir", help="where OpenCLIP keeps downloaded weights")
+
+
+def _optimisation_flags(g) -> None:
+    g.add_argument("--batch-size", type=int, default=64, help="per process and micro-batch")
+    g.add_argument("--accum-freq", type=int, default=1,
+                   help="micro-batches per step; the loss is that of the whole batch")
+    g.add_argument("--epochs", type=int, default=32)
+    g.add_argument("--opt", choices=("adamw",), default="adamw")
+    g.add_argument("--lr", type=float, default=1e-3)
+    g.add_argument("--beta1", type=float, help="[0.9]")
+    g.add_argument("--beta2", type=float, help="[0.98 for ViT, else 0.999]")
+    g.add_argument("--eps", type=float, help="[1e-6 for ViT, else 1e-8]")
+    g.add_argument("--wd", type=float, default=0.2, help="weight decay of matrices")
+    g.add_argument("--density-lr", type=float, default=10.0,
+                   help="learning rate of the densities, in multiples of --lr")
+    g.add_argument("--warmup", type=int, help="warm-up steps [1/6 of all]")
+    g.add_argument("--lr-scheduler", choices=("cosine", "const", "const-cooldown"),
+                   default="cosine")
+    g.add_argument("--epochs-cooldown", type=int)
+    g.add_argument("--lr-cooldown-end", type=float, default=0.0)
+    g.add_argument("--lr-cooldown-power", type=float, default=1.0)
+    g.add_argument("--grad-clip-norm", type=float)
+    g.add_argument("--max-nonfinite-steps", type=int, default=5,
+                   help="stop after this many steps in a row with a non-finite gradient")
+    g.add_argument("--seed", type=int, default=0)
+
+
+def _run_flags(g) -> None:
+    g.add_argument("--logs", default="./logs", help="parent of the run directory")
+    g.add_argument("--name", help="the run directory's name [method-student-seed]")
+    g.add_argument("--resume", choices=("latest",),
+                   help="go on from the newest intact checkpoint of this run, if there is one")
+    g.add_argument("--save-frequency", type=int, default=1, help="epochs between checkpoints")
+    g.add_argument("--save-every-n-steps", type=int, default=0, metavar="N")
+    g.add_argument("--save-every-n-minutes", type=float, default=30.0, metavar="N")
+    g.add_argument("--keep", type=int, default=3, help="newest checkpoints kept; 0: all")
+    g.add_argument("--log-every-n-steps", type=int, default=50)
+    g.add_argument("--report-to", default="", metavar="tensorboard,wandb")
+    g.add_argument("--wandb-project-name", default="open-clip")
+    g.add_argument("--wandb-notes", default="")
+
+
+def _process_flags(g) -> None:
+    g.add_argument("--device", default="cuda", help="falls back to the CPU")
+    g.add_argument("--precision", choices=("fp32", "amp", "amp_bf16", "amp_bfloat16"),
+                   help="[amp_bf16 on a GPU, fp32 on a CPU]")
+    g.add_argument("--grad-checkpointing", action="store_true")
+    g.add_argument("--torchcompile", action="store_true", help="compile the student's towers")
+    g.add_argument("--use-bn-sync", action="store_true")
+    g.add_argument("--local-loss", action="store_true", help="always on")
+    g.add_argument("--gather-with-grad", action="store_true", help="always on")
+    g.add_argument("--dist-url")
+    g.add_argument("--dist-backend", help="[nccl on GPUs, gloo on CPUs]")
+    g.add_argument("--no-set-device-rank", action="store_true")
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Parse and check a command line.
+
+    Raises:
+        UsageError: a flag is unknown, refused, or contradicts another.
+    """
+    for word in argv:
+        flag = word.partition("=")[0]
+        if flag in REFUSED:
+            raise UsageError(f"{flag} is not supported: {REFUSED[flag]}")
+    for word in argv:
+        if word.startswith("@") and not Path(word[1:]).is_file():
+            raise UsageError(f"{word}: no such flag file")
+    args = parser().parse_args(argv)
+    _check(args)
+    _defaults(args)
+    return args
+
+
+def teacher_names(args: argparse.Namespace) -> list[tuple[str, str | None]]:
+    """(architecture, weights) of each teacher; the weights are None for ``local-dir:`` models."""
+    if not args.distill_model:
+        return []
+    names = args.distill_model.split(",")
+    weights = args.distill_pretrained.split(",") if args.distill_pretrained else []
+    rest = iter(weights)
+    return [(n, None if _own_weights(n) else next(rest, None)) for n in names]
+
+
+def _own_weights(name: str) -> bool:
+    return name.startswith(("local-dir:", "hf-hub:"))
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not args.train_data:
+        raise UsageError("--train-data is missing: name a directory or pattern of WebDataset tars")
+    _check_teachers(args)
+    for flag in ("batch_size", "accum_freq", "epochs", "log_every_n_steps", "rdm_epochs"):
+        if getattr(args, flag) < 1:
+            raise UsageError(f"--{flag.replace('_', '-')} must be at least 1")
+    if args.grad_clip_norm is not None and args.grad_clip_norm <= 0:
+        raise UsageError("--grad-clip-norm must be positive; leave it out for no clipping")
+    if args.distill == "rdm" and not args.rates:
+        raise UsageError("--distill rdm needs at least one rate: --rates 1000 100 30")
+    if any(rate <= 0 for rate in args.rates):
+        raise UsageError(f"--rates must be positive, got {args.rates}")
+    if args.rdm_bank and args.distill != "cifd":
+        raise UsageError(f"--rdm-bank belongs to --distill cifd, not to --distill {args.distill}")
+    if args.use_bn_sync and args.accum_freq > 1:
+        raise UsageError(
+            "--use-bn-sync with --accum-freq > 1 is not supported: batch statistics of a "
+            "micro-batch are not those of the whole batch; use more processes instead"
+        )
+    if args.torchcompile and args.grad_checkpointing and args.distill == "rdm":
+        raise UsageError("--torchcompile and --grad-checkpointing have no meaning in stage 1")
+    if args.lr_scheduler == "const-cooldown" and args.epochs_cooldown is None:
+        raise UsageError("--lr-scheduler const-cooldown needs --epochs-cooldown")
+    for sink in filter(None, args.report_to.split(",")):
+        if sink not in ("tensorboard", "wandb"):
+            raise UsageError(f"--report-to '{sink}': expected tensorboard, wandb or both")
+    for path in args.model_config:
+        if not Path(path).is_file():
+            raise UsageError(f"--model-config '{path}': no such file; expected an OpenCLIP JSON")
+
+
+def _check_teachers(args: argparse.Namespace) -> None:
+    names = args.distill_model.split(",") if args.distill_model else []
+    weights = args.distill_pretrained.split(",") if args.distill_pretrained else []
+    if args.distill == "none":
+        if names or weights:
+            raise UsageError(
+                "--distill-model and --distill-pretrained name a teacher, but --distill is none; "
+                "choose a method, such as --distill cifd"
+            )
+        return
+    if not names:
+        raise UsageError(
+            f"--distill {args.distill} needs a teacher: --distill-model NAME and "
+            "--distill-pretrained TAG_OR_PATH"
+        )
+    needed = sum(not _own_weights(name) for name in names)
+    if len(weights) != needed:
+        raise UsageError(
+            f"--distill-pretrained names {len(weights)} weights, but --distill-model "
+            f"'{args.distill_model}' needs {needed} (none for local-dir: models)"
+        )
+    if args.distill in ("rdm", "cifd") and len(names) > 1:
+        raise UsageError(f"--distill {args.distill} takes one teacher, got {len(names)}")
+
+
+def _defaults(args: argparse.Namespace) -> None:
+    vit = "vit" in args.model.lower()
+    args.beta1 = 0.9 if args.beta1 is None else args.beta1
+    args.beta2 = (0.98 if vit else 0.999) if args.beta2 is None else args.beta2
+    args.eps = (1e-6 if vit else 1e-8) if args.eps is None else args.eps
+    if args.precision == "amp_bfloat16":
+        args.precision = "amp_bf16"
+    if args.name is None:
+        student = "bank" if args.distill == "rdm" else args.model.replace("/", "-")
+        args.name = f"{args.distill}-{student}-seed{args.seed}"

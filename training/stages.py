@@ -1,0 +1,258 @@
+"""The two stages as the loop sees them: what trains, what it reads, what it leaves behind."""
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from cifd_clip import METHODS, DistillationTask, RDMBank, RDMTask, Student, Task, Teacher, World
+from cifd_clip.losses import Features
+from cifd_clip.noise import derive_seed
+from cifd_clip.teacher import assistants
+from training.data.loader import Batch
+from training.data.views import ImageSpec, View, eval_view, normalise, train_view
+from training.errors import UsageError
+from training.models import (
+    build_student,
+    build_teachers,
+    model_config,
+    save_student,
+    student_config,
+)
+from training.params import teacher_names
+
+
+class Inputs:
+    """The distinct image transforms and tokenizers that a run's models need.
+
+    Models whose images differ only in mean and std share one uint8 image.
+    """
+
+    def __init__(self):
+        self.specs: list[ImageSpec] = []
+        self.tokenizers: list[Callable[[list[str]], Tensor]] = []
+        self._tokenizer_keys: list[tuple] = []
+
+    def add_images(self, spec: ImageSpec) -> int:
+        """The place in ``Batch.images`` of a model's images."""
+        geometry = [(s.size, s.interpolation, s.resize_mode, s.fill_color) for s in self.specs]
+        wanted = (spec.size, spec.interpolation, spec.resize_mode, spec.fill_color)
+        if wanted not in geometry:
+            self.specs.append(spec)
+            return len(geometry)
+        return geometry.index(wanted)
+
+    def add_texts(self, name: str, config: dict) -> int:
+        """The place in ``Batch.texts`` of a model's tokens."""
+        text = config.get("text_cfg", {})
+        tokenizer = open_clip.get_tokenizer(name, context_length=text.get("context_length"))
+        source = text.get("hf_tokenizer_name", "")
+        options = repr(sorted(text.get("tokenizer_kwargs", {}).items()))
+        key = (type(tokenizer).__name__, tokenizer.context_length, source, options)
+        if key not in self._tokenizer_keys:
+            self._tokenizer_keys.append(key)
+            self.tokenizers.append(tokenizer)
+        return self._tokenizer_keys.index(key)
+
+    def train_views(self, aug_cfg: dict) -> list[View]:
+        """The augmenting transforms."""
+        return [train_view(spec, aug_cfg) for spec in self.specs]
+
+    def eval_views(self) -> list[View]:
+        """The transforms without augmentation."""
+        return [eval_view(spec) for spec in self.specs]
+
+
+class LiveTeachers:
+    """Teachers that run on the batch's own images and texts."""
+
+    def __init__(self, teachers: list[Teacher], configs: list[dict], inputs: Inputs):
+        self.teachers = teachers
+        self.specs = [ImageSpec.of(t.model.visual.preprocess_cfg) for t in teachers]
+        self.images = [inputs.add_images(spec) for spec in self.specs]
+        self.texts = [inputs.add_texts(t.name, c) for t, c in zip(teachers, configs)]
+
+    @property
+    def dims(self) -> list[int]:
+        """T of each teacher."""
+        return [t.dim for t in self.teachers]
+
+    @property
+    def identities(self) -> list[dict]:
+        """Who they are."""
+        return [t.identity for t in self.teachers]
+
+    def __call__(self, batch: Batch) -> list[Features]:
+        """Every teacher's features of a batch."""
+        return [
+            teacher(normalise(batch.images[image], spec), batch.texts[text])
+            for teacher, spec, image, text in zip(
+                self.teachers, self.specs, self.images, self.texts
+            )
+        ]
+
+
+class Stage:
+    """What the loop needs of a stage.
+
+    Attributes:
+        task: the one trainable module.
+        inputs: what the loader must deliver.
+    """
+
+    task: Task
+    inputs: Inputs
+    rates: list[float]
+
+    def student_inputs(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Normalised images and tokens for ``task.encode``."""
+        return None, None
+
+    def teachers(self, batch: Batch) -> list[Features]:
+        """Features of every teacher and assistant."""
+        raise NotImplementedError
+
+    def payload(self) -> dict[str, Any]:
+        """The stage's part of a checkpoint."""
+        raise NotImplementedError
+
+    def load(self, payload: dict[str, Any]) -> None:
+        """Take `payload` back."""
+        raise NotImplementedError
+
+    def finish(self, directory: Path) -> None:
+        """Write what the stage is for into the run directory."""
+        raise NotImplementedError
+
+
+class RDMStage(Stage):
+    """Stage 1: train the bank of the (only) teacher."""
+
+    def __init__(self, args: Namespace, device: torch.device):
+        self.inputs = Inputs()
+        self.source = live_teachers(args, device, self.inputs)
+        self.bank = RDMBank(
+            self.source.identities[0],
+            args.rates,
+            self.source.dims[0],
+            args.rdm_hidden,
+            args.rdm_channels,
+            torch.Generator().manual_seed(derive_seed(args.seed, "bank")),
+        )
+        self.rates = self.bank.rates
+        self.task = RDMTask(self.bank).to(device)
+
+    def teachers(self, batch: Batch) -> list[Features]:
+        return self.source(batch)
+
+    def payload(self) -> dict[str, Any]:
+        return {"bank": self.bank.state_dict(), "bank_config": self.bank.config()}
+
+    def load(self, payload: dict[str, Any]) -> None:
+        self.bank.load_state_dict(payload["bank"])
+
+    def finish(self, directory: Path) -> None:
+        self.bank.save(directory / "bank")
+        logging.info("wrote the bank %s", directory / "bank")
+
+
+class StudentStage(Stage):
+    """Stage 2 of CIFD, every other method, and training without a teacher."""
+
+    def __init__(self, args: Namespace, device: torch.device, world: World):
+        self.inputs = Inputs()
+        self.config = student_config(args)
+        model = build_student(args)
+        self.spec = ImageSpec.of(model.visual.preprocess_cfg)
+        self.images = self.inputs.add_images(self.spec)
+        self.texts = self.inputs.add_texts(args.model, self.config)
+        self.source = live_teachers(args, device, self.inputs)
+        self.bank = load_bank(args, self.source).to(device) if args.rdm_bank else None
+        self.lambda_n = args.lambda_n
+        self.rates = []
+        if args.use_bn_sync and world.size > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.task = make_task(args, model, self.source.dims, world).to(device)
+        if not self.task.method.uses_logit_scale:
+            self._fix_temperature(model)
+        if args.torchcompile:
+            self.task.student.compile()
+
+    def _fix_temperature(self, model: nn.Module) -> None:
+        """No term trains the temperature: ship the teacher's, and give it no gradient."""
+        model.logit_scale.requires_grad_(False)
+        with torch.no_grad():
+            model.logit_scale.fill_(self.source.identities[0]["logit_scale"]).log_()
+        if model.logit_bias is not None:
+            model.logit_bias.requires_grad_(False)
+
+    def student_inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return normalise(batch.images[self.images], self.spec), batch.texts[self.texts]
+
+    def teachers(self, batch: Batch) -> list[Features]:
+        features = self.source(batch)
+        if self.bank is not None:
+            features += assistants(self.bank, features[0], self.lambda_n)
+        return features
+
+    def payload(self) -> dict[str, Any]:
+        return {
+            "state_dict": self.task.student.model.state_dict(),
+            "method": self.task.method.state_dict(),
+        }
+
+    def load(self, payload: dict[str, Any]) -> None:
+        self.task.student.model.load_state_dict(payload["state_dict"])
+        self.task.method.load_state_dict(payload["method"])
+
+    def finish(self, directory: Path) -> None:
+        save_student(self.task.student.model, self.config, directory / "student")
+        logging.info("wrote the student %s", directory / "student")
+
+
+def make_task(
+    args: Namespace, model: nn.Module, teacher_dims: list[int], world: World
+) -> DistillationTask:
+    """A student under the method that the flags describe."""
+    student = Student(model, args.ibm_site)
+    method = METHODS[args.distill]
+    chosen = {
+        "lambda_cl": args.lambda_cl,
+        "lambda_i": args.lambda_i,
+        "ibm": not args.no_ibm,
+        "ibm_contrastive": args.ibm_branch == "all",
+        "lambda_kd": args.lambda_kd,
+        "lambda_fd": args.lambda_fd,
+        "lambda_crd": args.lambda_crd,
+        "lambda_icl": args.lambda_icl,
+    }
+    weights = {name: float(chosen[name]) for name in method.defaults}
+    generator = torch.Generator().manual_seed(derive_seed(args.seed, "method"))
+    return DistillationTask(student, method(student, teacher_dims, weights, generator), world)
+
+
+def live_teachers(args: Namespace, device: torch.device, inputs: Inputs) -> LiveTeachers:
+    """The teachers of the command line, run on every batch."""
+    configs = [model_config(name, "--distill-model") for name, _ in teacher_names(args)]
+    return LiveTeachers(build_teachers(args, device), configs, inputs)
+
+
+def load_bank(args: Namespace, source: LiveTeachers) -> RDMBank:
+    """The frozen bank of ``--rdm-bank``.
+
+    Raises:
+        UsageError: it is missing, or another teacher's.
+    """
+    try:
+        return RDMBank.load(Path(args.rdm_bank), source.identities[0])
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"--rdm-bank: {error}; train one with --distill rdm, or leave --rdm-bank out"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"--rdm-bank: {error}; train a bank for this teacher") from error
