@@ -1,0 +1,104 @@
+"""Plots as SVG text that depends on nothing but the numbers."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+#: colours that stay apart for colour-blind readers (Okabe and Ito, 2008), and a grey
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+NEUTRAL = "#7a828c"
+STYLE = {
+    "svg.hashsalt": "cifd_clip",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#b6bdc6",
+    "axes.labelcolor": "#4a525c",
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlecolor": "#1f2630",
+    "axes.grid": True,
+    "grid.color": "#eceff3",
+    "xtick.color": "#6b7480",
+    "ytick.color": "#6b7480",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+Curve = tuple[str, str, Sequence[float], Sequence[float]]  # label, colour, x, y
+
+
+def _svg(figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # the page's own font, and a width that follows the page
+    svg = re.sub(r"font-family: [^;\"']+(?:'[^']*'[^;\"]*)*", "font-family: inherit", svg)
+    svg = re.sub(r"(font: [\d. a-z]*\d+px )[^;\"]+", r"\1sans-serif", svg)
+    return re.sub(r'<svg ([^>]*?)width="[^"]+" height="[^"]+"|<svg ', r"<svg \1", svg, count=1)
+
+
+def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], xlabel: str, log: bool) -> str:
+    """Panels side by side: (title, y label, curves)."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(4.6 * len(panels), 3.1), layout="constrained", squeeze=False
+        )
+        for axis, (title, ylabel, lines) in zip(axes[0], panels):
+            for label, colour, x, y in lines:
+                axis.plot(x, y, color=colour, label=label)
+            axis.set(title=title, ylabel=ylabel, xlabel=xlabel)
+            if log and all(v > 0 for *_, y in lines for v in y):
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+                axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+            axis.legend(fontsize=9)
+        return _svg(figure)
+
+
+def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]]) -> str:
+    """Rate-distortion curves: modality -> (R, bits, distortion), each point labelled with its R."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+        for (modality, points), colour, marker in zip(modalities.items(), PALETTE, "os^D"):
+            points = sorted(points)
+            bits, distortion = [p[1] for p in points], [p[2] for p in points]
+            axis.plot(bits, distortion, color=colour, marker=marker, label=f"{modality} RDMs")
+            for rate, x, y in points:
+                axis.annotate(
+                    f"R = {rate:g}",
+                    (x, y),
+                    (7, 5),
+                    textcoords="offset points",
+                    color=colour,
+                    size=9,
+                )
+        axis.set(
+            title="What the assistants keep",
+            xlabel="rate (bits per embedding)",
+            ylabel="distortion  E‖X − X̂‖²",
+        )
+        if all(p[2] > 0 for points in modalities.values() for p in points):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+            axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axis.margins(x=0.14, y=0.12)
+        axis.legend()
+        return _svg(figure)
+
+
+def finite(x: Sequence[float], y: Sequence[float | None]) -> tuple[list[float], list[float]]:
+    """The points whose y is a finite number."""
+    kept = [(a, b) for a, b in zip(x, y) if b is not None and math.isfinite(b)]
+    return [a for a, _ in kept], [b for _, b in kept]
