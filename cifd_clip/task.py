@@ -16,7 +16,15 @@ from cifd_clip.student import Pooled, Student
 
 
 class Task(nn.Module):
-    """What trains, and its losses."""
+    """What trains, and its losses.
+
+    Attributes:
+        world: this process's place in the global batch.
+    """
+
+    def __init__(self, world: World | None = None):
+        super().__init__()
+        self.world = world or World()
 
     def encode(self, images: Tensor | None, texts: Tensor | None) -> Pooled | None:
         """The per-row half of the forward pass, free of any interaction between rows."""
@@ -49,8 +57,8 @@ class DistillationTask(Task):
     """
 
     def __init__(self, student: Student, method: Method, world: World):
-        super().__init__()
-        self.student, self.method, self.world = student, method, world
+        super().__init__(world)
+        self.student, self.method = student, method
 
     def encode(self, images: Tensor, texts: Tensor) -> Pooled:
         """W of the student's towers."""

@@ -11,7 +11,7 @@ class UsageError(Exception):
 
 
 def cli(main: Callable[[list[str]], int | None]) -> None:
-    """Run an entry point on ``sys.argv`` and exit; a `UsageError` becomes one line and exit code 2."""
+    """Run an entry point on ``sys.argv`` and exit; a `UsageError` becomes one line and code 2."""
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UsageError as error:

@@ -260,7 +260,7 @@ class Trainer:
     def validate(self, batches: Iterator[Batch]) -> dict[str, float]:
         """Mean losses of held-out data, without noise, on this rank's part, averaged over ranks."""
         task = self.stage.task.eval()
-        world, task.world = getattr(task, "world", None), World()
+        world, task.world = task.world, World()
         sums: dict[str, Tensor] = {}
         rows = torch.zeros((), device=self.device)
         for batch in batches:

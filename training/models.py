@@ -1,6 +1,8 @@
 """Students and teachers from command-line names, and the stock folder a student ships in."""
 
+import contextlib
 import copy
+import difflib
 import json
 import logging
 from argparse import Namespace
@@ -46,8 +48,6 @@ def model_config(name: str, flag: str) -> dict:
         return open_clip.get_model_config(name) or {}
     config = open_clip.get_model_config(name)
     if config is None:
-        import difflib
-
         close = difflib.get_close_matches(name, open_clip.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise UsageError(
@@ -170,16 +170,24 @@ def save_student(model: nn.Module, config: dict, directory: Path) -> None:
 
 def _create(name: str, pretrained: str | None, flag: str, **options) -> nn.Module:
     model_config(name, flag)
-    # OpenCLIP's own lines about where it looks for files would bury ours.
-    level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)
     try:
-        return open_clip.create_model(name, pretrained, device="cpu", **options)
+        with quiet():
+            return open_clip.create_model(name, pretrained, device="cpu", **options)
     except (RuntimeError, OSError, ValueError) as error:
         what = f"{flag} '{name}'" + (f" with weights '{pretrained}'" if pretrained else "")
         raise UsageError(f"{what} could not be made: {error}") from error
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keep OpenCLIP's lines about where it looks for files out of the run's log."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
-        logging.getLogger().setLevel(level)
+        root.setLevel(level)
 
 
 def _has_batch_norm(model: nn.Module) -> bool:

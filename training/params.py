@@ -88,73 +88,140 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _method_flags(g) -> None:
-    g.add_argument("--distill", choices=DISTILL, default="none",
-                   help="none: plain CLIP; rdm: stage 1 of CIFD (the bank); cifd: stage 2")
+    g.add_argument(
+        "--distill",
+        choices=DISTILL,
+        default="none",
+        help="none: plain CLIP; rdm: stage 1 of CIFD (the bank); cifd: stage 2",
+    )
     g.add_argument("--distill-model", metavar="NAME[,NAME]", help="teacher architecture(s)")
-    g.add_argument("--distill-pretrained", metavar="TAG|PATH[,...]",
-                   help="teacher weights, one per --distill-model; none for local-dir: models")
-    g.add_argument("--rates", type=float, nargs="*", default=[1000.0, 100.0, 30.0], metavar="R",
-                   help="stage 1: one RDM per modality and rate (eq. 4); none: no RDM")
-    g.add_argument("--rdm-bank", metavar="DIR", help="stage 2: a trained bank; without it cifd "
-                   "trains one first, in RUN/rdm")
-    g.add_argument("--rdm-epochs", type=int, default=7,
-                   help="epochs of stage 1 when cifd trains its own bank")
+    g.add_argument(
+        "--distill-pretrained",
+        metavar="TAG|PATH[,...]",
+        help="teacher weights, one per --distill-model; none for local-dir: models",
+    )
+    g.add_argument(
+        "--rates",
+        type=float,
+        nargs="*",
+        default=[1000.0, 100.0, 30.0],
+        metavar="R",
+        help="stage 1: one RDM per modality and rate (eq. 4); none: no RDM",
+    )
+    g.add_argument(
+        "--rdm-bank",
+        metavar="DIR",
+        help="stage 2: a trained bank; without it cifd trains one first, in RUN/rdm",
+    )
+    g.add_argument(
+        "--rdm-epochs", type=int, default=7, help="epochs of stage 1 when cifd trains its own bank"
+    )
     g.add_argument("--rdm-hidden", type=int, help="their hidden width [teacher's dim]")
     g.add_argument("--rdm-channels", type=int, help="their bottleneck's width [teacher's dim]")
     g.add_argument("--lambda-cl", type=float, default=0.005, help="cifd: λ_CL of eq. 13")
     g.add_argument("--lambda-i", type=float, default=1e-4, help="cifd: λ_I of eq. 12")
     g.add_argument("--lambda-n", type=float, default=1.0, help="cifd: λ_n of eq. 12")
     g.add_argument("--no-ibm", action="store_true", help="cifd: no Information Bottleneck Module")
-    g.add_argument("--ibm-site", choices=("projection", "embedding"), default="projection",
-                   help="cifd: noise before the towers' final projection, or on the embedding")
-    g.add_argument("--ibm-branch", choices=("all", "distill"), default="all",
-                   help="cifd: whether the contrastive term sees the noise too")
+    g.add_argument(
+        "--ibm-site",
+        choices=("projection", "embedding"),
+        default="projection",
+        help="cifd: noise before the towers' final projection, or on the embedding",
+    )
+    g.add_argument(
+        "--ibm-branch",
+        choices=("all", "distill"),
+        default="all",
+        help="cifd: whether the contrastive term sees the noise too",
+    )
     g.add_argument("--lambda-kd", type=float, default=1.0, help="mobileclip: share of distillation")
     g.add_argument("--lambda-fd", type=float, default=2000.0, help="clipkd: feature term")
     g.add_argument("--lambda-crd", type=float, default=1.0, help="clipkd: relational term")
     g.add_argument("--lambda-icl", type=float, default=1.0, help="clipkd: interactive term")
-    g.add_argument("--teacher-cache", metavar="DIR[,DIR]",
-                   help="teacher embeddings written by training.cache_teacher")
+    g.add_argument(
+        "--teacher-cache",
+        metavar="DIR[,DIR]",
+        help="teacher embeddings written by training.cache_teacher",
+    )
 
 
 def _data_flags(g) -> None:
-    g.add_argument("--train-data", metavar="SHARDS",
-                   help="WebDataset tars: a directory, a brace or glob pattern; '::' joins sources")
+    g.add_argument(
+        "--train-data",
+        metavar="SHARDS",
+        help="WebDataset tars: a directory, a brace or glob pattern; '::' joins sources",
+    )
     g.add_argument("--train-data-upsampling-factors", metavar="W::W", help="one weight per source")
     g.add_argument("--train-num-samples", type=int, help="samples per epoch [all]")
     g.add_argument("--dataset-resampled", action="store_true", help="sample with replacement")
-    g.add_argument("--dataset-type", choices=("webdataset", "auto"), default="auto",
-                   help="webdataset is the only type")
-    g.add_argument("--captions", choices=("first", "all"), default="first",
-                   help="key.txt, or one of key.json's 'captions' at random")
-    g.add_argument("--views", type=int, default=0,
-                   help="number of distinct augmentations of an image; 0: a new one each pass")
-    g.add_argument("--shuffle-window", type=int, default=20000,
-                   help="samples shuffled together (whole shards)")
-    g.add_argument("--max-bad-fraction", type=float, default=0.01,
-                   help="stop when more than this share of samples can't be used")
+    g.add_argument(
+        "--dataset-type",
+        choices=("webdataset", "auto"),
+        default="auto",
+        help="webdataset is the only type",
+    )
+    g.add_argument(
+        "--captions",
+        choices=("first", "all"),
+        default="first",
+        help="key.txt, or one of key.json's 'captions' at random",
+    )
+    g.add_argument(
+        "--views",
+        type=int,
+        default=0,
+        help="number of distinct augmentations of an image; 0: a new one each pass",
+    )
+    g.add_argument(
+        "--shuffle-window", type=int, default=20000, help="samples shuffled together (whole shards)"
+    )
+    g.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.01,
+        help="stop when more than this share of samples can't be used",
+    )
     g.add_argument("--index-dir", metavar="DIR", help="where shard indexes go [beside the shards]")
     g.add_argument("--val-data", metavar="SHARDS", help="held-out shards: losses every epoch")
     g.add_argument("--val-frequency", type=int, default=1, help="epochs between validations")
     g.add_argument("--workers", type=int, default=4, help="loader workers per process")
-    g.add_argument("--worker-start", choices=("fork", "spawn", "forkserver"), default=None,
-                   help="start method of the workers [the platform's]")
+    g.add_argument(
+        "--worker-start",
+        choices=("fork", "spawn", "forkserver"),
+        default=None,
+        help="start method of the workers [the platform's]",
+    )
     g.add_argument("--image-mean", type=float, nargs=3, metavar="MEAN")
     g.add_argument("--image-std", type=float, nargs=3, metavar="STD")
     g.add_argument("--image-interpolation", choices=("bicubic", "bilinear", "random"))
     g.add_argument("--image-resize-mode", choices=("shortest", "longest", "squash"))
-    g.add_argument("--aug-cfg", nargs="*", default={}, action=_KeyValues, metavar="KEY=VALUE",
-                   help="OpenCLIP's AugmentationCfg")
+    g.add_argument(
+        "--aug-cfg",
+        nargs="*",
+        default={},
+        action=_KeyValues,
+        metavar="KEY=VALUE",
+        help="OpenCLIP's AugmentationCfg",
+    )
 
 
 def _model_flags(g) -> None:
-    g.add_argument("--model", default="RN50", help="any OpenCLIP architecture, or one of "
-                   "--model-config by its file's stem")
-    g.add_argument("--model-config", nargs="+", default=[], metavar="FILE.json",
-                   help="OpenCLIP model configs to add")
+    g.add_argument(
+        "--model",
+        default="RN50",
+        help="any OpenCLIP architecture, or one of --model-config by its file's stem",
+    )
+    g.add_argument(
+        "--model-config",
+        nargs="+",
+        default=[],
+        metavar="FILE.json",
+        help="OpenCLIP model configs to add",
+    )
     g.add_argument("--pretrained", default="", help="tag or file of initial weights")
-    g.add_argument("--pretrained-image", action="store_true",
-                   help="ImageNet weights for a timm image tower")
+    g.add_argument(
+        "--pretrained-image", action="store_true", help="ImageNet weights for a timm image tower"
+    )
     g.add_argument("--force-quick-gelu", action="store_true")
     g.add_argument("--force-custom-text", action="store_true")
     g.add_argument("--force-image-size", type=int, nargs="+")
@@ -171,8 +238,12 @@ def _model_flags(g) -> None:
 
 def _optimisation_flags(g) -> None:
     g.add_argument("--batch-size", type=int, default=64, help="per process and micro-batch")
-    g.add_argument("--accum-freq", type=int, default=1,
-                   help="micro-batches per step; the loss is that of the whole batch")
+    g.add_argument(
+        "--accum-freq",
+        type=int,
+        default=1,
+        help="micro-batches per step; the loss is that of the whole batch",
+    )
     g.add_argument("--epochs", type=int, default=32)
     g.add_argument("--opt", choices=("adamw",), default="adamw")
     g.add_argument("--lr", type=float, default=1e-3)
@@ -180,25 +251,37 @@ def _optimisation_flags(g) -> None:
     g.add_argument("--beta2", type=float, help="[0.98 for ViT, else 0.999]")
     g.add_argument("--eps", type=float, help="[1e-6 for ViT, else 1e-8]")
     g.add_argument("--wd", type=float, default=0.2, help="weight decay of matrices")
-    g.add_argument("--density-lr", type=float, default=10.0,
-                   help="learning rate of the densities, in multiples of --lr")
+    g.add_argument(
+        "--density-lr",
+        type=float,
+        default=10.0,
+        help="learning rate of the densities, in multiples of --lr",
+    )
     g.add_argument("--warmup", type=int, help="warm-up steps [1/6 of all]")
-    g.add_argument("--lr-scheduler", choices=("cosine", "const", "const-cooldown"),
-                   default="cosine")
+    g.add_argument(
+        "--lr-scheduler", choices=("cosine", "const", "const-cooldown"), default="cosine"
+    )
     g.add_argument("--epochs-cooldown", type=int)
     g.add_argument("--lr-cooldown-end", type=float, default=0.0)
     g.add_argument("--lr-cooldown-power", type=float, default=1.0)
     g.add_argument("--grad-clip-norm", type=float)
-    g.add_argument("--max-nonfinite-steps", type=int, default=5,
-                   help="stop after this many steps in a row with a non-finite gradient")
+    g.add_argument(
+        "--max-nonfinite-steps",
+        type=int,
+        default=5,
+        help="stop after this many steps in a row with a non-finite gradient",
+    )
     g.add_argument("--seed", type=int, default=0)
 
 
 def _run_flags(g) -> None:
     g.add_argument("--logs", default="./logs", help="parent of the run directory")
     g.add_argument("--name", help="the run directory's name [method-student-seed]")
-    g.add_argument("--resume", choices=("latest",),
-                   help="go on from the newest intact checkpoint of this run, if there is one")
+    g.add_argument(
+        "--resume",
+        choices=("latest",),
+        help="go on from the newest intact checkpoint of this run, if there is one",
+    )
     g.add_argument("--save-frequency", type=int, default=1, help="epochs between checkpoints")
     g.add_argument("--save-every-n-steps", type=int, default=0, metavar="N")
     g.add_argument("--save-every-n-minutes", type=float, default=30.0, metavar="N")
@@ -211,8 +294,11 @@ def _run_flags(g) -> None:
 
 def _process_flags(g) -> None:
     g.add_argument("--device", default="cuda", help="falls back to the CPU")
-    g.add_argument("--precision", choices=("fp32", "amp", "amp_bf16", "amp_bfloat16"),
-                   help="[amp_bf16 on a GPU, fp32 on a CPU]")
+    g.add_argument(
+        "--precision",
+        choices=("fp32", "amp", "amp_bf16", "amp_bfloat16"),
+        help="[amp_bf16 on a GPU, fp32 on a CPU]",
+    )
     g.add_argument("--grad-checkpointing", action="store_true")
     g.add_argument("--torchcompile", action="store_true", help="compile the student's towers")
     g.add_argument("--use-bn-sync", action="store_true")

@@ -21,6 +21,7 @@ from training.models import (
     build_student,
     build_teachers,
     model_config,
+    quiet,
     save_student,
     student_config,
 )
@@ -50,7 +51,8 @@ class Inputs:
     def add_texts(self, name: str, config: dict) -> int:
         """The place in ``Batch.texts`` of a model's tokens."""
         text = config.get("text_cfg", {})
-        tokenizer = open_clip.get_tokenizer(name, context_length=text.get("context_length"))
+        with quiet():
+            tokenizer = open_clip.get_tokenizer(name, context_length=text.get("context_length"))
         source = text.get("hf_tokenizer_name", "")
         options = repr(sorted(text.get("tokenizer_kwargs", {}).items()))
         key = (type(tokenizer).__name__, tokenizer.context_length, source, options)

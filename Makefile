@@ -1,0 +1,31 @@
+# Every target does its own set-up: a virtual environment in .venv, made anew only when the
+# requirements (setup.cfg) have changed. Needed on the machine: Python 3.10+, make, git.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/requirements-$(shell cksum setup.cfg | cut -d' ' -f1)
+
+.PHONY: demo test lint env clean
+
+env: $(STAMP)
+
+$(STAMP): setup.cfg
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=python3.x")'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "installing the requirements of setup.cfg into $(VENV)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@rm -f $(VENV)/requirements-*
+	@touch $@
+
+demo: env
+	$(RUN) -m demo
+
+test: env lint
+	$(RUN) -m pytest
+
+lint: env
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) demo/out build *.egg-info
