@@ -161,7 +161,7 @@ def result_name(model: Evaluated, folder: Folder, precision: str) -> str:
 
 def slug(text: str) -> str:
     """Text as part of a file name, not longer than a file system takes."""
-    return re.sub(r"[^A-Za-z0-9.@+-]+", "-", text).strip("-")[-80:]
+    return re.sub(r"[^A-Za-z0-9._@+-]+", "-", text).strip("-")[-80:]
 
 
 def write_once(path: Path, content: dict) -> None:

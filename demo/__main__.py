@@ -1,0 +1,105 @@
+"""The whole method on real handwriting in ten minutes, without a download: ``python -m demo``.
+
+It reads from top to bottom and runs the commands a user runs. Each step leaves its own mark in
+``OUT`` (a run's ``finished.json``), so the demo goes on where it was stopped; delete ``OUT`` to
+begin again.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from demo import scenes
+from training.errors import UsageError, cli
+
+MODELS = Path(__file__).parent / "models"
+EPOCHS = {"teacher": 10, "bank": 3, "student": 10}
+RATES = ["1000", "100", "30"]
+
+
+def demo(out: Path, quick: bool) -> None:
+    """Data, teacher, bank, three students, evaluation, report."""
+    start = time.monotonic()
+    data, logs = out / "data", out / "logs"
+    epochs = {name: 1 if quick else count for name, count in EPOCHS.items()}
+
+    # 1. Scenes of coloured handwritten digits with captions, as WebDataset tars.
+    if not (data / "benchmark").exists():
+        say("scenes of handwritten digits")
+        sizes = {"train": 1_000, "val": 256, "scenes": 100} if quick else {}
+        scenes.write(data, **sizes)
+
+    def train(name: str, *flags: str) -> Path:
+        """``training.main`` on the scenes, unless this run is finished."""
+        run = logs / name
+        common = [
+            f"--name={name}", f"--logs={logs}", "--resume=latest",
+            f"--train-data={data}/train", f"--val-data={data}/val",
+            "--batch-size=128", "--lr=2e-3", "--wd=0.1", "--workers=1",
+            "--image-mean", ".5", ".5", ".5", "--image-std", ".25", ".25", ".25",
+        ]  # fmt: skip
+        if not (run / "finished.json").exists():
+            call("training.main", *common, *flags)
+        return run
+
+    # 2. A teacher: plain CLIP.
+    teacher = train(
+        "teacher", "--distill=none", f"--model-config={MODELS}/teacher.json", "--model=teacher",
+        f"--epochs={epochs['teacher']}",
+    )  # fmt: skip
+    distill = [f"--distill-model=local-dir:{teacher}/student"]
+
+    # 3. Stage 1: assistants of three rates for both modalities, in one pass.
+    bank = train(
+        "bank", "--distill=rdm", *distill, "--rates", *RATES, f"--epochs={epochs['bank']}",
+    )  # fmt: skip
+
+    # 4. Students: no distillation, CLIP-KD, and stage 2 of CIFD.
+    student = [
+        f"--model-config={MODELS}/student.json", "--model=student",
+        f"--epochs={epochs['student']}",
+    ]  # fmt: skip
+    none = train("none", "--distill=none", *student)
+    clipkd = train("clipkd", "--distill=clipkd", *distill, *student)
+    cifd = train("cifd", "--distill=cifd", *distill, f"--rdm-bank={bank}/bank", *student)
+
+    # 5. Zero-shot classification and retrieval on handwriting that no model has seen.
+    models = [teacher, none, clipkd, cifd]
+    call(
+        "eval.benchmark", *map(str, models), f"--data-root={data}/benchmark",
+        "--datasets", "digits", "digit_scenes", "--workers=0",
+    )  # fmt: skip
+
+    # 6. The report.
+    report = out / "report.html"
+    call("eval.report", *map(str, [teacher, bank, none, clipkd, cifd]), f"--out={report}")
+    print((out / "report.md").read_text())
+    say(f"{report} after {time.monotonic() - start:.0f} s")
+
+
+def call(module: str, *arguments: str) -> None:
+    """Print and run ``python -m MODULE ...``; its failure is the demo's."""
+    say(shlex.join(["python", "-m", module, *arguments]))
+    if subprocess.run([sys.executable, "-m", module, *arguments]).returncode:
+        raise UsageError(f"python -m {module} failed; its message is above")
+
+
+def say(text: str) -> None:
+    """A line of the demo's own."""
+    print(f"\n\033[1m▸ {text}\033[0m" if sys.stdout.isatty() else f"\n> {text}", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    """Entry point of ``python -m demo``."""
+    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo/out"), help="folder of everything")
+    parser.add_argument("--quick", action="store_true", help="a minute: all steps, nothing learnt")
+    args = parser.parse_args(argv)
+    demo(args.out, args.quick)
+
+
+if __name__ == "__main__":
+    cli(main)
