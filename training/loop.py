@@ -24,7 +24,7 @@ from cifd_clip.student import Pooled
 from training.checkpoint import Checkpoints
 from training.control import StopFlag
 from training.data.loader import Batch, Loader
-from training.errors import UsageError
+from training.errors import NonFinite, UsageError
 from training.metrics import Meter, Sinks, flatten
 from training.stages import Stage
 
@@ -49,10 +49,6 @@ class Progress:
     def of(cls, state: dict[str, Any]) -> "Progress":
         """From `state`."""
         return cls(**{**state, "skipped": Counter(state["skipped"])})
-
-
-class NonFinite(Exception):
-    """Training diverged; the message names the term."""
 
 
 class Trainer:

@@ -20,7 +20,7 @@ from training.data.index import Sources, index_shards
 from training.data.loader import Loader, sequential
 from training.data.order import Order
 from training.errors import UsageError, cli
-from training.loop import NonFinite, Trainer, train
+from training.loop import Trainer, train
 from training.metrics import Sinks
 from training.models import add_model_configs
 from training.params import parse_args
@@ -50,8 +50,6 @@ def main(argv: list[str]) -> int:
                     return STOPPED_EXIT
                 args.rdm_bank = str(path / "rdm" / "bank")
         return 0 if run(args, path, world, device) else STOPPED_EXIT
-    except NonFinite as error:
-        raise UsageError(str(error)) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -63,9 +61,7 @@ def bank_args(args: Namespace) -> Namespace:
     stage1.distill, stage1.epochs = "rdm", args.rdm_epochs
     stage1.warmup = None if args.warmup is None else args.warmup * args.rdm_epochs // args.epochs
     stage1.accum_freq, stage1.batch_size = 1, args.batch_size * args.accum_freq
-    stage1.pretrained, stage1.val_data = "", args.val_data
-    # The bank may be there already, complete, when the student's part is what was interrupted.
-    stage1.resume = "latest" if (Path(args.logs) / args.name / "rdm").exists() else args.resume
+    stage1.pretrained = ""
     return stage1
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from training.data.tar import BadTar, members
+from training.data.tar import BadTar, Member, members
 from training.errors import UsageError
 
 VERSION = 1
@@ -231,7 +231,7 @@ def build_index(path: str) -> tuple[np.ndarray, dict]:
     with open(path, "rb", buffering=0) as file:
         end = os.fstat(file.fileno()).st_size
         try:
-            for member in members(file.fileno()):
+            for member in members(partial(os.pread, file.fileno()), end):
                 part = split_name(member.name)
                 if part is None or (member.kind == "other"):
                     continue
@@ -241,7 +241,7 @@ def build_index(path: str) -> tuple[np.ndarray, dict]:
                     sample = {"key": key, "fault": "duplicate key" if sample else None}
                     samples.append(sample)
                     latest[key] = sample
-                fault = _fault(member, kind, end)
+                fault = fault_of(member, kind, end)
                 if fault:
                     sample["fault"] = sample["fault"] or fault
                 elif kind not in sample or rank < sample[kind][2]:
@@ -253,7 +253,7 @@ def build_index(path: str) -> tuple[np.ndarray, dict]:
     skipped, usable = Counter(), []
     for sample in samples:
         fault = sample["fault"] or next(
-            (name for kind, name in _REQUIRED.items() if kind not in sample), None
+            (name for kind, name in REQUIRED.items() if kind not in sample), None
         )
         if fault:
             skipped[fault] += 1
@@ -273,7 +273,7 @@ def build_index(path: str) -> tuple[np.ndarray, dict]:
     }
 
 
-_REQUIRED = {"image": "no image", "text": "no caption"}
+REQUIRED = {"image": "no image", "text": "no caption"}
 
 
 def split_name(name: bytes) -> tuple[bytes, str, int] | None:
@@ -290,14 +290,14 @@ def split_name(name: bytes) -> tuple[bytes, str, int] | None:
     return name[:slash] + stem, kind, rank
 
 
-def _fault(member, kind: str, end: int) -> str | None:
+def fault_of(member: Member, kind: str, end: int | None = None) -> str | None:
     """Why a member cannot be used."""
     if member.kind == "link":
         return "link member"
     parts = member.name.split(b"/")
     if len(member.name) > MAX_NAME or b".." in parts or not parts[0] or b"\0" in member.name:
         return "unsafe name"
-    if member.offset + member.size > end:
+    if end is not None and member.offset + member.size > end:
         return "truncated"
     if not member.size and kind != "json":
         return f"empty {'image' if kind == 'image' else 'caption'}"

@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from training.data.decode import (
     BadSample,
@@ -94,44 +94,82 @@ class Fetcher:
 
 
 @dataclass
-class Reader:
-    """Reads samples by row: bytes, caption, images, tokens."""
+class Recipe:
+    """How a sample's members become tensors; arguments as of `Loader`."""
 
-    sources: Sources
     image_transforms: Sequence[View]
     tokenizers: Sequence[Callable[[list[str]], Tensor]]
     seed: int = 0
     captions: str = "first"
     caps: Caps = field(default_factory=Caps)
-    fetchers: Sequence[Fetcher] = ()
 
-    def sample(self, row: int, view: int) -> tuple[bytes, str, list[Tensor]]:
-        """(key, caption, one image per transform).
+    def sample(
+        self, key: bytes, view: int, read: Callable[[str, int, str], bytes | None]
+    ) -> tuple[str, list[Tensor]]:
+        """(caption, one image per transform) of the sample ``key``.
+
+        ``read(kind, limit, reason)`` returns the member ``image``, ``text`` or ``json`` (None: has
+        none), or raises `BadSample` (reason) when it is over the limit.
 
         Raises:
             BadSample: the sample cannot be used.
         """
-        shard, place = self.sources.locate(row)
-        record = shard.records[place]
-        key = record["key"]
-        for fetcher in self.fetchers:
-            fetcher.check(row, view)
-        caption = self._caption(shard.path, record, view) if self.tokenizers else ""
+        caption = self._caption(key, view, read) if self.tokenizers else ""
         images = []
         if self.image_transforms:
-            data = _read(shard.path, *record["image"], self.caps.max_bytes, "image: too many bytes")
+            data = read("image", self.caps.max_bytes, "image: too many bytes")
             image = decode_image(data, self.caps)
             images = [draw(t, image, self.seed, view, key) for t in self.image_transforms]
-        return key, caption, images
+        return caption, images
 
-    def _caption(self, path: str, record, view: int) -> str:
-        limit = self.caps.max_caption
-        if self.captions == "all" and record["json"][0] >= 0:
-            data = _read(path, *record["json"], self.caps.max_json, "json: too many bytes")
-            captions = decode_captions(data, self.caps)
+    def _caption(self, key: bytes, view: int, read) -> str:
+        if self.captions == "all":
+            data = read("json", self.caps.max_json, "json: too many bytes")
+            captions = [] if data is None else decode_captions(data, self.caps)
             if captions:
-                return choose_caption(captions, self.seed, view, record["key"])
-        return decode_caption(_read(path, *record["text"], limit, "caption: too long"), self.caps)
+                return choose_caption(captions, self.seed, view, key)
+        return decode_caption(read("text", self.caps.max_caption, "caption: too long"), self.caps)
+
+
+class Assembly:
+    """A batch of at most ``size`` samples in the making."""
+
+    def __init__(self, recipe: Recipe, size: int):
+        self.recipe, self.size = recipe, size
+        self.images: list[Tensor] = []
+        self.keys, self.captions, self.index = [], [], []
+        self.skipped = Counter()
+
+    def add(self, key: bytes, row: int, view: int, caption: str, images: list[Tensor]) -> None:
+        """Append one sample."""
+        self.images = self.images or [_empty(self.size, image) for image in images]
+        for batch, image in zip(self.images, images):
+            batch[len(self.keys)] = image
+        self.keys.append(key.decode("utf-8", "replace"))
+        self.captions.append(caption)
+        self.index.append((row, view))
+
+    def finish(self) -> Batch:
+        """The batch of what was added."""
+        n = len(self.keys)
+        rows, views = torch.tensor(self.index, dtype=torch.int64).reshape(n, 2).T.contiguous()
+        return Batch(
+            images=[batch[:n] for batch in self.images],
+            texts=[tokenizer(self.captions) for tokenizer in self.recipe.tokenizers] if n else [],
+            rows=rows,
+            views=views,
+            keys=self.keys,
+            skipped=dict(self.skipped),
+        )
+
+
+@dataclass
+class Reader:
+    """Reads samples by row."""
+
+    sources: Sources
+    recipe: Recipe
+    fetchers: Sequence[Fetcher] = ()
 
     def batch(
         self,
@@ -144,46 +182,42 @@ class Reader:
         A bad sample i is replaced by row ``substitute(i, attempt)``, attempt = 1, 2, ...; without
         a substitute it is left out.
         """
-        kept, keys, captions, skipped = [], [], [], Counter()
-        images: list[Tensor] = []
+        assembly = Assembly(self.recipe, len(rows))
         with private_randomness():
             for i, view in enumerate(map(int, views)):
-                row, attempt = int(rows[i]), 0
-                while row >= 0:
+                row = int(rows[i])
+                for attempt in range(1, MAX_ATTEMPTS + 1):
                     try:
-                        key, caption, pixels = self.sample(row, view)
+                        assembly.add(*self._sample(row, view))
                         break
                     except BadSample as reason:
-                        skipped[str(reason)] += 1
-                        attempt += 1
-                        if attempt == MAX_ATTEMPTS:
-                            raise RuntimeError(
-                                f"{attempt} samples in a row cannot be used ({dict(skipped)}); "
-                                "run `python -m training.check_data --deep` on the data"
-                            ) from reason
-                        row = substitute(i, attempt) if substitute else -1
-                if row < 0:
-                    continue
-                images = images or [_empty(len(rows), image) for image in pixels]
-                for batch, image in zip(images, pixels):
-                    batch[len(kept)] = image
-                kept.append((row, view))
-                keys.append(key.decode("utf-8", "replace"))
-                captions.append(caption)
-        n = len(kept)
-        index = torch.tensor(kept, dtype=torch.int64).reshape(n, 2)
-        extras = {}
+                        assembly.skipped[str(reason)] += 1
+                        if substitute is None:
+                            break
+                        row = substitute(i, attempt)
+                else:
+                    raise RuntimeError(
+                        f"{MAX_ATTEMPTS} samples in a row cannot be used "
+                        f"({dict(assembly.skipped)}); "
+                        "run `python -m training.check_data --deep` on the data"
+                    )
+        batch = assembly.finish()
         for fetcher in self.fetchers:
-            extras |= fetcher(index[:, 0], index[:, 1])
-        return Batch(
-            images=[batch[:n] for batch in images],
-            texts=[tokenizer(captions) for tokenizer in self.tokenizers] if n else [],
-            rows=index[:, 0].contiguous(),
-            views=index[:, 1].contiguous(),
-            keys=keys,
-            extras=extras,
-            skipped=dict(skipped),
-        )
+            batch.extras |= fetcher(batch.rows, batch.views)
+        return batch
+
+    def _sample(self, row: int, view: int) -> tuple:
+        shard, place = self.sources.locate(row)
+        record = shard.records[place]
+        for fetcher in self.fetchers:
+            fetcher.check(row, view)
+
+        def read(kind: str, limit: int, reason: str) -> bytes | None:
+            offset, size = record[kind].tolist()
+            return None if offset < 0 else _read(shard.path, offset, size, limit, reason)
+
+        key = record["key"]
+        return key, row, view, *self.recipe.sample(key, view, read)
 
 
 class Loader:
@@ -233,12 +267,11 @@ class Loader:
     ):
         if global_batch % world_size:
             raise ValueError(f"global batch {global_batch} is no multiple of {world_size} ranks")
-        reader = Reader(
-            sources, image_transforms, tokenizers, seed, captions, caps or Caps(), fetchers
-        )
+        recipe = Recipe(image_transforms, tokenizers, seed, captions, caps or Caps())
+        reader = Reader(sources, recipe, fetchers)
         self._steps = _Steps()
         batches = _StepBatches(reader, order, seed, views or 0, global_batch, rank, world_size)
-        self._loader = _data_loader(
+        self._loader = data_loader(
             batches, self._steps, workers, start_method, pin_memory, prefetch, True
         )
 
@@ -249,7 +282,7 @@ class Loader:
 
     def close(self) -> None:
         """End the workers."""
-        _close(self._loader)
+        close_loader(self._loader)
 
 
 def sequential(
@@ -277,13 +310,15 @@ def sequential(
     """
     rows = range(sources.num_samples) if rows is None else rows
     rows = rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
-    reader = Reader(sources, image_transforms, tokenizers, seed, captions, caps or Caps(), fetchers)
+    reader = Reader(
+        sources, Recipe(image_transforms, tokenizers, seed, captions, caps or Caps()), fetchers
+    )
     batches = _RowBatches(reader, rows, batch_size, view)
-    loader = _data_loader(batches, range(len(batches)), workers, start_method, pin_memory, 2, False)
+    loader = data_loader(batches, range(len(batches)), workers, start_method, pin_memory, 2, False)
     try:
         yield from loader
     finally:
-        _close(loader)
+        close_loader(loader)
 
 
 @dataclass
@@ -340,10 +375,11 @@ class _Steps(Sampler):
         return len(self.range)
 
 
-def _data_loader(dataset, sampler, workers, start_method, pin_memory, prefetch, persistent):
+def data_loader(dataset, sampler, workers, start_method, pin_memory, prefetch, persistent):
+    """torch's loader over a data set whose items are whole batches."""
     return DataLoader(
         dataset,
-        batch_size=None,  # the dataset's items are batches
+        batch_size=None,
         sampler=sampler,
         collate_fn=_same,
         num_workers=workers,
@@ -371,16 +407,12 @@ def start_worker(_: int) -> None:
     warnings.filterwarnings("ignore", module="PIL")  # broken EXIF and the like: not worth a line
 
 
-def in_worker() -> bool:
-    """Whether this process is a loader's worker."""
-    return get_worker_info() is not None
-
-
 def _same(batch: Batch) -> Batch:
     return batch
 
 
-def _close(loader: DataLoader) -> None:
+def close_loader(loader: DataLoader) -> None:
+    """End a loader's workers."""
     iterator, loader._iterator = loader._iterator, None
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
@@ -402,7 +434,7 @@ def _read(path: str, offset: int, size: int, limit: int, reason: str) -> bytes:
     """Bytes of one member, not read at all when over the limit."""
     if size > limit:
         raise BadSample(reason)
-    data = os.pread(_open(path).fileno(), int(size), int(offset))
+    data = os.pread(_open(path).fileno(), size, offset)
     if len(data) < size:
         raise BadSample("truncated")
     return data

@@ -4,8 +4,7 @@ Own code and not `tarfile`, because an index visits millions of headers (this is
 faster), must not follow sparse or chained headers, and must say where a damaged file ends.
 """
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 BLOCK = 512
@@ -34,18 +33,21 @@ class BadTar(Exception):
     """The file is no plain tar from here on; ``str()`` says why."""
 
 
-def members(fd: int) -> Iterator[Member]:
-    """Members of the tar open at ``fd``, in file order.
+def members(read: Callable[[int, int], bytes], end: int | None = None) -> Iterator[Member]:
+    """Members of a tar, in file order.
+
+    Args:
+        read: ``(size, position) -> bytes``, fewer at the end; positions only grow.
+        end: the file's size, if known.
 
     Raises:
         BadTar: at a damaged place; what came before is good. A last member whose data are cut
             short is yielded first.
     """
-    end = os.fstat(fd).st_size
     position = 0
     name = size = None  # from an extension header, for the member after it
     while True:
-        header = os.pread(fd, BLOCK, position)
+        header = read(BLOCK, position)
         if len(header) < BLOCK:
             raise BadTar(
                 f"truncated in a header at byte {position}"
@@ -62,7 +64,7 @@ def members(fd: int) -> Iterator[Member]:
         if kind in (b"L", b"K", b"x", b"g", b"X"):
             if stated > MAX_EXTENSION_HEADER:
                 raise BadTar(f"extension header of {stated} bytes at byte {position}")
-            extension = os.pread(fd, stated, data)
+            extension = read(stated, data)
             if kind == b"L":
                 name = extension.rstrip(b"\0")
             elif kind in (b"x", b"X"):
@@ -80,7 +82,7 @@ def members(fd: int) -> Iterator[Member]:
         yield Member(_name(header) if name is None else name, _KINDS.get(kind, "other"), data, held)
         position = data + -(-held // BLOCK) * BLOCK
         name = size = None
-        if data + held > end:
+        if end is not None and data + held > end:
             raise BadTar(f"truncated in the data of a member, at byte {end} of {data + held}")
 
 

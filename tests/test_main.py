@@ -1,0 +1,317 @@
+"""``training.main``, as a user runs it, on real scenes of handwritten digits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip_train.params import parse_args as open_clip_parse_args
+
+from cifd_clip.rdm import RDMBank
+from demo.scenes import write
+from training.errors import Failure, NonFinite, UsageError
+from training.main import main
+from training.params import DISTILL, REFUSED, parse_args, parser
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = [str(p) for p in sorted((ROOT / "tests" / "models").glob("tiny-*.json"))]
+STEPS = 4  # of an epoch: 96 scenes in batches of 24
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """96 training scenes in one shard, 30 held out."""
+    out = tmp_path_factory.mktemp("scenes")
+    write(out, train=96, val=30, scenes=12)
+    return out
+
+
+@pytest.fixture(scope="session")
+def flags(scenes) -> list[str]:
+    return [
+        *("--train-data", str(scenes / "train"), "--model-config", *CONFIGS),
+        *("--batch-size", "24", "--epochs", "1", "--workers", "0", "--precision", "fp32"),
+        *("--log-every-n-steps", "1", "--model", "tiny-student", "--device", "cpu"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def teacher(flags, tmp_path_factory) -> str:
+    """A teacher trained for one short epoch, as a ``local-dir:`` name."""
+    logs = tmp_path_factory.mktemp("teacher")
+    assert main([*flags, "--model", "tiny-teacher", "--logs", str(logs), "--name", "teacher"]) == 0
+    return f"local-dir:{logs / 'teacher' / 'student'}"
+
+
+@pytest.fixture(scope="session")
+def bank(flags, teacher, tmp_path_factory) -> Path:
+    logs = tmp_path_factory.mktemp("bank")
+    command = [*flags, "--distill", "rdm", "--distill-model", teacher, "--rates", "300", "30"]
+    assert main([*command, "--logs", str(logs), "--name", "bank"]) == 0
+    return logs / "bank" / "bank"
+
+
+def lines(run: Path, kind: str = "train") -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def final(run: Path) -> dict:
+    """The content of a run's newest checkpoint."""
+    pointer = json.loads((run / "checkpoints" / "latest.json").read_text())
+    return torch.load(run / "checkpoints" / pointer["file"], weights_only=True)
+
+
+def assert_bit_equal(a, b, where: str = "checkpoint") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), f"{where} differs by {(a - b).abs().max()}"
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key not in ("seconds", "name"):
+                assert_bit_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_bit_equal(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def method_flags(method: str, teacher: str, bank: Path) -> list[str]:
+    given = ["--distill", method]
+    if method != "none":
+        given += ["--distill-model", teacher]
+    if method == "mobileclip":
+        given[-1] = f"{teacher},{teacher}"
+    if method == "cifd":
+        given += ["--rdm-bank", str(bank)]
+    if method == "rdm":
+        given += ["--rates", "300", "30"]
+    return given
+
+
+@pytest.mark.parametrize("method", [m for m in DISTILL if m != "rdm"])
+def test_every_method_leaves_a_checkpoint_that_stock_open_clip_loads_strictly(
+    method, flags, teacher, bank, tmp_path
+):
+    command = [*flags, *method_flags(method, teacher, bank), "--logs", str(tmp_path)]
+    assert main([*command, "--name", method]) == 0
+    run = tmp_path / method
+    content = final(run)
+    stock = open_clip.create_model("tiny-student")
+    stock.load_state_dict(content["state_dict"], strict=True)
+    shipped, *_ = open_clip.create_model_and_transforms(f"local-dir:{run / 'student'}")
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(tensor, shipped.state_dict()[name]), f"{name} differs in student/"
+    steps = lines(run)
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    terms = [k for k in steps[-1] if k.endswith("_loss")]
+    total = sum(steps[-1][k] for k in terms)
+    assert steps[-1]["loss"] == pytest.approx(total, rel=1e-5), "the total is the terms' sum"
+
+
+def test_a_run_directory_explains_itself(flags, teacher, bank, tmp_path, scenes):
+    command = [*flags, *method_flags("cifd", teacher, bank), "--logs", str(tmp_path)]
+    command += ["--val-data", str(scenes / "val"), "--report-to", "tensorboard"]
+    assert main([*command, "--name", "run"]) == 0
+    run = tmp_path / "run"
+    config = json.loads((run / "config.json").read_text())
+    assert config["distill"] == "cifd" and config["global_batch"] == 24
+    data = json.loads((run / "data.json").read_text())
+    assert data["usable"] == 96 and len(data["hash"]) == 64
+    environment = json.loads((run / "environment.json").read_text())[-1]
+    assert environment["packages"]["open_clip_torch"].startswith("3.")
+    row = lines(run)[-1]
+    for name in ("logit_scale", "samples_per_s", "data_wait", "image_bits", "text_bits", "lr"):
+        assert np.isfinite(row[name]), name
+    held_out = lines(run, "val")[-1]
+    assert held_out["image_embedding_loss"] > 0 and "image_rate_loss" not in held_out
+    assert list((run / "tensorboard").glob("events*"))
+    assert "step 4/4" in (run / "out.log").read_text()
+
+
+def test_stage_one_reports_bits_distortion_and_snr_of_every_rate(bank):
+    row = lines(bank.parent)[-1]
+    for modality in ("image", "text"):
+        for rate in ("300", "30"):
+            for quantity in ("bits", "distortion", "snr_db"):
+                assert np.isfinite(row[f"{modality}/R={rate}/{quantity}"])
+
+
+def test_cifd_without_a_bank_trains_one_first_in_the_same_run(flags, teacher, tmp_path):
+    command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--rdm-epochs", "1"]
+    command += ["--rates", "100", "--logs", str(tmp_path), "--name", "run"]
+    assert main(command) == 0
+    run = tmp_path / "run"
+    assert (run / "rdm" / "finished.json").is_file() and (run / "finished.json").is_file()
+    identity = json.loads((run / "rdm" / "bank" / "config.json").read_text())["teacher"]
+    assert RDMBank.load(run / "rdm" / "bank", identity).rates == [100.0]
+    assert main([*command, "--resume", "latest"]) == 0, "a finished run ends well at once"
+
+
+@pytest.mark.parametrize("method", ["rdm", "clipkd", "cifd"])
+def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(
+    method, flags, teacher, bank, tmp_path, monkeypatch
+):
+    command = [*flags, *method_flags(method, teacher, bank), "--logs", str(tmp_path)]
+    assert main([*command, "--name", "whole"]) == 0
+
+    from training.loop import Trainer
+
+    step = Trainer.step
+
+    def interrupted(self, batch):
+        values = step(self, batch)
+        if self.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return values
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    assert main([*command, "--name", "parts"]) == 75
+    monkeypatch.undo()
+    assert final(tmp_path / "parts")["progress"]["step"] == 2
+    assert main([*command, "--name", "parts", "--resume", "latest"]) == 0
+    assert_bit_equal(final(tmp_path / "parts"), final(tmp_path / "whole"))
+    whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
+    assert [r["loss"] for r in parts] == [r["loss"] for r in whole], "one curve, no gap"
+
+
+def test_resuming_passes_over_a_truncated_checkpoint(flags, tmp_path):
+    command = [*flags, "--logs", str(tmp_path), "--save-every-n-steps", "1", "--keep", "0"]
+    assert main([*command, "--name", "run"]) == 0
+    run = tmp_path / "run"
+    whole = final(run)
+    newest = run / "checkpoints" / f"step_{STEPS:08d}.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (run / "finished.json").unlink()
+    assert main([*command, "--name", "run", "--resume", "latest"]) == 0
+    assert_bit_equal(final(run), whole)
+
+
+def test_accumulation_trains_as_the_large_batch_does(flags, teacher, bank, tmp_path):
+    command = [*flags, *method_flags("cifd", teacher, bank), "--logs", str(tmp_path)]
+    assert main([*command, "--name", "whole"]) == 0
+    micro = [*command, "--batch-size", "8", "--accum-freq", "3", "--name", "micro"]
+    assert main(micro) == 0
+    for whole, parts in zip(lines(tmp_path / "whole"), lines(tmp_path / "micro")):
+        assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+        assert parts["image_bits"] == pytest.approx(whole["image_bits"], rel=1e-4)
+
+
+@pytest.mark.parametrize("extra", [["--precision", "amp_bf16"], ["--grad-checkpointing"]])
+@pytest.mark.parametrize("method", ["clipkd", "cifd"])
+def test_bf16_and_gradient_checkpointing_follow_the_plain_run(
+    method, extra, flags, teacher, bank, tmp_path
+):
+    command = [*flags, *method_flags(method, teacher, bank), "--logs", str(tmp_path)]
+    assert main([*command, "--name", "plain"]) == 0
+    assert main([*command, *extra, "--accum-freq", "3", "--batch-size", "8", "--name", "it"]) == 0
+    plain, it = lines(tmp_path / "plain")[-1], lines(tmp_path / "it")[-1]
+    tolerance = 0.05 if "amp_bf16" in extra else 1e-4
+    assert it["loss"] == pytest.approx(plain["loss"], rel=tolerance)
+
+
+def test_divergence_is_skipped_counted_and_named_and_the_weights_stay_good(flags, tmp_path):
+    command = [*flags, "--lr", "1e30", "--warmup", "1", "--epochs", "4", "--logs", str(tmp_path)]
+    with pytest.raises(NonFinite, match=r"contrastive_loss = (nan|inf)"):
+        main([*command, "--max-nonfinite-steps", "3", "--name", "run"])
+    content = final(tmp_path / "run")
+    assert content["progress"]["nonfinite_steps"] == 3
+    for name, tensor in content["state_dict"].items():
+        assert torch.isfinite(tensor).all(), f"{name} was spoilt"
+
+
+WRONG = {
+    "no data": ([], ["--train-data"], "--train-data is missing"),
+    "no shards": (["--train-data", "/nowhere/{0..3}.tar"], [], "/nowhere/0.tar"),
+    "unknown model": (["--model", "ViT-B-17"], [], "did you mean ViT-B-16"),
+    "teacher half given": (
+        ["--distill", "fd", "--distill-model", "ViT-B-16"], [], "--distill-pretrained"),
+    "teacher without method": (["--distill-model", "ViT-B-16"], [], "choose a method"),
+    "method without teacher": (["--distill", "cifd"], [], "needs a teacher"),
+    "unknown weights": (
+        ["--distill", "fd", "--distill-model", "ViT-B-16", "--distill-pretrained", "nothing"],
+        [], "neither a file nor a tag"),
+    "QuickGELU mismatch": (
+        ["--distill", "fd", "--distill-model", "ViT-B-16", "--distill-pretrained", "openai"],
+        [], "ViT-B-16-quickgelu"),
+    "bank of a method that has none": (
+        ["--distill", "fd", "--distill-model", "local-dir:x", "--rdm-bank", "y"],
+        [], "belongs to --distill cifd"),
+    "refused flag": (["--horovod"], [], "torchrun or srun"),
+    "unknown flag": (["--distil", "cifd"], [], "unrecognized"),
+    "batch larger than the data": (["--batch-size", "1000"], [], "one global batch"),
+    "float16 without a GPU": (["--precision", "amp"], [], "needs a GPU"),
+    "negative rate": (["--rates", "-1"], [], "positive"),
+    "missing flag file": (["@nowhere.args"], [], "no such flag file"),
+    "CoCa student": (["--model", "coca_ViT-B-32"], [], "CoCa"),
+    "batch norm and accumulation": (["--model", "RN50", "--accum-freq", "2"], [], "normalisation"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_ends_in_one_sentence(case, flags, tmp_path):
+    extra, dropped, expected = WRONG[case]
+    given = [*flags, *extra, "--logs", str(tmp_path)]
+    for flag in dropped:
+        place = given.index(flag)
+        del given[place : place + 2]
+    with pytest.raises(UsageError, match=expected) as raised:
+        main(given)
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.rglob("*.pt")), "nothing was trained"
+
+
+def test_an_existing_run_and_a_changed_configuration_are_refused(flags, tmp_path):
+    command = [*flags, "--logs", str(tmp_path), "--name", "run"]
+    assert main(command) == 0
+    with pytest.raises(UsageError, match="holds a run already"):
+        main(command)
+    with pytest.raises(UsageError, match=r"--lr was 0\.001, now 0\.1"):
+        main([*command, "--lr", "0.1", "--resume", "latest"])
+
+
+def test_a_missing_bank_and_a_foreign_bank_are_refused(flags, bank, teacher, tmp_path):
+    command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--logs", str(tmp_path)]
+    with pytest.raises(UsageError, match="holds no RDM bank"):
+        main([*command, "--rdm-bank", str(tmp_path)])
+    assert main([*flags, "--logs", str(tmp_path), "--name", "other", "--seed", "1"]) == 0
+    other = [*command, "--distill-model", f"local-dir:{tmp_path / 'other' / 'student'}"]
+    with pytest.raises(UsageError, match="was trained on"):
+        main([*other, "--rdm-bank", str(bank)])
+
+
+def test_the_command_itself_ends_with_one_line_and_a_code(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "training.main", "--distill", "cifd", "--train-data", "x.tar"],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --distill cifd needs a teacher")
+
+
+def test_every_flag_of_open_clip_is_taken_or_refused_with_a_reason():
+    theirs = {f"--{name.replace('_', '-')}" for name in vars(open_clip_parse_args([]))}
+    ours = {option for action in parser()._actions for option in action.option_strings}
+    missing = theirs - ours - REFUSED.keys()
+    assert not missing, f"neither taken nor refused: {sorted(missing)}"
+    assert not ours & REFUSED.keys()
+
+
+def test_flag_files_may_be_followed_by_flags_that_win(tmp_path):
+    recipe = tmp_path / "recipe.args"
+    recipe.write_text("# a comment\n--train-data 'some shards'\n--lr 0.5 --epochs 3\n")
+    args = parse_args([f"@{recipe}", "--lr", "0.25"])
+    assert (args.train_data, args.lr, args.epochs) == ("some shards", 0.25, 3)
+
+
+def test_failures_carry_documented_exit_codes():
+    assert (Failure.exit_code, UsageError.exit_code, NonFinite.exit_code) == (1, 2, 3)
