@@ -89,9 +89,11 @@ class RateDistortionModules(nn.Module):
         """The assistants' unit-norm embeddings, (K, B, T), with rounding in place of noise.
 
         Rounding is what appendix A.1.1 uses outside RDM training; the reconstruction is
-        normalised because every teacher of the student lives on the unit sphere.
+        normalised because every teacher of the student lives on the unit sphere. It is float32
+        under autocast too: the error of a bfloat16 product moves values into other bins.
         """
-        return F.normalize(self.decode(self.encode(embeddings).round()).float(), dim=-1)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return F.normalize(self.decode(self.encode(embeddings).round()), dim=-1)
 
     def encode(self, embeddings: Tensor) -> Tensor:
         """Y, (K, B, C), of embeddings (B, T)."""
@@ -110,21 +112,23 @@ class RateDistortionModules(nn.Module):
 
 
 def rate_distortion_loss(
-    embeddings: Tensor, output: RDMOutput, rates: Tensor
+    embeddings: Tensor, output: RDMOutput, rates: list[float]
 ) -> tuple[Tensor, Tensor]:
     """Eq. (4): R·‖X − X̂‖² − log q(Ŷ), averaged over the batch, per module.
 
     Args:
         embeddings: (B, T) X.
         output: what the modules made of it.
-        rates: (K,) R.
+        rates: R of each module.
 
     Returns:
         (K,) losses in nats and (K,) distortions E‖X − X̂‖².
     """
     difference = embeddings.float() - output.reconstruction.float()
     distortion = difference.square().sum(-1).mean(-1)
-    return rates * distortion + output.nats.mean(-1), distortion
+    # Plain numbers: a tensor made of them would have to cross to the device in every step.
+    weighted = torch.stack([rate * d for rate, d in zip(rates, distortion)])
+    return weighted + output.nats.mean(-1), distortion
 
 
 class RDMBank(nn.Module):
@@ -175,8 +179,7 @@ class RDMBank(nn.Module):
             if noise is not None:
                 draws = noise.uniform(f"rdm/{modality}", len(features), width, features.device)
             output = modules(features, draws)
-            rates = torch.tensor(self.rates, device=features.device)
-            per_rate, distortion = rate_distortion_loss(features, output, rates)
+            per_rate, distortion = rate_distortion_loss(features, output, self.rates)
             losses[f"{modality}_rd_loss"] = per_rate.sum()
             report[f"{modality}/bits"] = output.nats.detach().mean(-1) / math.log(2)
             report[f"{modality}/distortion"] = distortion.detach()
