@@ -1,0 +1,399 @@
+"""Each method equals the formula of its paper, written out here in float64, one pair at a time."""
+
+import math
+
+import open_clip
+import pytest
+import torch
+from tiny import SIGLIP, bank, clip, config, lessons, pairs, task, teacher, total
+
+from cifd_clip import METHODS, Features, Noise, World, assistants
+from cifd_clip.losses import Logits, embedding_loss, relational_kl
+
+ROWS = 6
+DISTILLING = [name for name in METHODS if name != "none"]
+#: The same width as tiny-student's embedding, so that no projector is needed.
+SAME = {**config("tiny-teacher"), "embed_dim": 32}
+
+
+def unit(rows):
+    return torch.stack([row / row.square().sum().sqrt() for row in rows])
+
+
+def student_features(model, batch):
+    """Û of stock OpenCLIP in float64, and 1/τ."""
+    with torch.no_grad():
+        image, text = model.encode_image(batch[0]), model.encode_text(batch[1])
+        return unit(image.double()), unit(text.double()), model.logit_scale.exp().double()
+
+
+def lesson(features: Features):
+    return features.image.double(), features.text.double(), features.logit_scale.double()
+
+
+def cosines(rows, columns, scale):
+    """Scaled inner products as a list of lists."""
+    return [[scale * (r * c).sum() for c in columns] for r in rows]
+
+
+def log_softmax(row):
+    top = max(row)
+    norm = top + sum((x - top).exp() for x in row).log()
+    return [x - norm for x in row]
+
+
+def cross_entropy_to_pairs(logits):
+    """−1/B Σ_b log softmax(logits_b)_b: one direction of eq. (10)."""
+    return -sum(log_softmax(row)[b] for b, row in enumerate(logits)) / len(logits)
+
+
+def contrastive(image, text, scale):
+    """(L_{I→L}, L_{L→I}) of eq. (10)."""
+    return (
+        cross_entropy_to_pairs(cosines(image, text, scale)),
+        cross_entropy_to_pairs(cosines(text, image, scale)),
+    )
+
+
+def over_rows(student, teacher, term):
+    """1/B Σ_b Σ_k p_t·term(log p_t, log p_s) for each direction: (I→L, L→I)."""
+    (s_image, s_text, s_scale), (t_image, t_text, t_scale) = student, teacher
+    directions = []
+    for s, t in (
+        (cosines(s_image, s_text, s_scale), cosines(t_image, t_text, t_scale)),
+        (cosines(s_text, s_image, s_scale), cosines(t_text, t_image, t_scale)),
+    ):
+        log_rows = [(log_softmax(a), log_softmax(b)) for a, b in zip(s, t)]
+        directions.append(
+            sum(b.exp() * term(b, a) for ls, lt in log_rows for a, b in zip(ls, lt)) / len(s)
+        )
+    return directions
+
+
+def soft_cross_entropy(student, teacher):
+    return over_rows(student, teacher, lambda log_t, log_s: -log_s)
+
+
+def kl(student, teacher):
+    return over_rows(student, teacher, lambda log_t, log_s: log_t - log_s)
+
+
+def mean_square(a, b):
+    """Mean over batch and elements (docs/paper.md, "Reductions")."""
+    return sum((x - y).square().sum() for x, y in zip(a, b)) / a.numel()
+
+
+def run(made, batch, teachers, noise=None):
+    losses, report = made(*batch, teachers, noise)
+    return losses, report
+
+
+def close(found, expected, rtol=1e-5):
+    torch.testing.assert_close(
+        found.double(), torch.as_tensor(expected).double(), rtol=rtol, atol=0
+    )
+
+
+# -- OpenCLIP's own losses ---------------------------------------------------------------------
+
+
+def stock(model, batch):
+    return (
+        model.encode_image(batch[0], normalize=True),
+        model.encode_text(batch[1], normalize=True),
+        model.logit_scale.exp(),
+    )
+
+
+def test_none_is_openclips_loss_and_gradient():
+    batch, model = pairs(ROWS), clip("tiny-student")
+    losses, _ = run(task("none", model, []), batch, [])
+    expected = open_clip.ClipLoss()(*stock(model, batch))
+    assert set(losses) == {"contrastive_loss"}
+    close(total(losses), expected)
+    same_gradient(total(losses), expected, model)
+
+
+def test_kd_is_openclips_distill_loss_and_gradient():
+    batch, model, other = pairs(ROWS), clip("tiny-student"), teacher()
+    losses, _ = run(task("kd", model, [48]), batch, [other(*batch)])
+    expected = open_clip.DistillClipLoss()(
+        *stock(model, batch), *stock(other.model, batch), output_dict=True
+    )
+    assert set(losses) == set(expected)
+    for name, value in expected.items():
+        close(losses[name], value)
+    same_gradient(total(losses), sum(expected.values()), model)
+
+
+def same_gradient(found, expected, model):
+    parameters = dict(model.named_parameters())
+    a = torch.autograd.grad(found, parameters.values())
+    b = torch.autograd.grad(expected, parameters.values())
+    for name, mine, theirs in zip(parameters, a, b):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7, msg=f"gradient of {name}")
+
+
+# -- the peers, by their papers' equations -----------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_tinyclip_is_the_contrastive_sum_and_affinity_mimicking(count):
+    batch, model = pairs(ROWS), clip("tiny-student")
+    teachers = [teacher(seed=s, space=s)(*batch) for s in range(count)]
+    losses, _ = run(task("tinyclip", model, [48] * count), batch, teachers)
+    student = student_features(model, batch)
+    close(losses["contrastive_loss"], sum(contrastive(*student)))
+    mimicking = [sum(soft_cross_entropy(student, lesson(t))) for t in teachers]
+    close(losses["affinity_loss"], sum(mimicking) / count)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.7])
+@pytest.mark.parametrize("count", [1, 2])
+def test_mobileclip_is_a_mix_of_task_and_mean_kl_over_its_ensemble(count, share):
+    batch, model = pairs(ROWS), clip("tiny-student")
+    teachers = [
+        teacher(("tiny-teacher", "tiny-student")[s], seed=s, space=s)(*batch) for s in range(count)
+    ]
+    made = task("mobileclip", model, [48, 32][:count], lambda_kd=share)
+    losses, _ = run(made, batch, teachers)
+    student = student_features(model, batch)
+    distill = sum(sum(kl(student, lesson(t))) / 2 for t in teachers) / count
+    expected = (1 - share) * sum(contrastive(*student)) / 2 + share * distill
+    close(total(losses), expected)
+
+
+@pytest.mark.parametrize("cfg", [SAME, "tiny-teacher"], ids=["same dims", "projected"])
+def test_clipkd_is_task_crd_icl_and_fd(cfg):
+    batch, model = pairs(ROWS), clip("tiny-student")
+    other = teacher(cfg)
+    made = task("clipkd", model, [other.dim], lambda_crd=1.5, lambda_icl=0.5)
+    losses, _ = run(made, batch, [other(*batch)])
+    student, taught = student_features(model, batch), lesson(other(*batch))
+    t_image, t_text, _ = taught
+    with torch.no_grad():
+        heads = made.method.projectors
+        image = unit(heads.image[0](model.encode_image(batch[0])).double())
+        text = unit(heads.text[0](model.encode_text(batch[1])).double())
+    scale = math.exp(math.log(1 / 0.07))
+    icl = [
+        cross_entropy_to_pairs(cosines(image, t_text, scale)),
+        cross_entropy_to_pairs(cosines(text, t_image, scale)),
+    ]
+    close(losses["contrastive_loss"], sum(contrastive(*student)) / 2)
+    close(losses["relational_loss"], 1.5 * sum(kl(student, taught)) / 2, rtol=1e-4)
+    close(losses["interactive_loss"], 0.5 * sum(icl) / 2)
+    feature = mean_square(image, t_image) + mean_square(text, t_text)
+    close(losses["embedding_loss"], 2000 * feature)
+    assert len(losses) == 4
+
+
+def test_clipkd_trains_its_interactive_temperature():
+    batch, other = pairs(ROWS), teacher()
+    made = task("clipkd", clip("tiny-student"), [48])
+    total(run(made, batch, [other(*batch)])[0]).backward()
+    assert made.method.cross_logit_scale.grad.abs() > 0
+
+
+# -- CIFD --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cfg", [SAME, "tiny-teacher"], ids=["same dims", "projected"])
+def test_cifd_without_rdm_ibm_and_contrastive_term_is_fd(cfg):
+    batch, other = pairs(ROWS), teacher(cfg)
+    gradients, values = [], []
+    for method, weights in (("fd", {}), ("cifd", {"lambda_cl": 0.0, "ibm": 0.0})):
+        made = task(method, clip("tiny-student"), [other.dim], **weights)
+        losses, _ = run(made, batch, [other(*batch)], Noise(0, 0))
+        total(losses).backward()
+        values.append(losses)
+        gradients.append({n: p.grad for n, p in made.named_parameters()})
+    assert values[0].keys() == values[1].keys()
+    assert all(torch.equal(values[0][k], values[1][k]) for k in values[0])
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, grad in gradients[0].items():
+        assert (grad is None) == (gradients[1][name] is None), name
+        assert grad is None or torch.equal(grad, gradients[1][name]), name
+
+
+def through_bottleneck(made, batch, seed, step):
+    """Ŵ = W + Z, its mean nats, and Û of both modalities, by hand."""
+    noise = Noise(seed, step)
+    with torch.no_grad():
+        pooled = made.student(*batch)
+        noisy, nats = [], []
+        for modality, w in zip(("image", "text"), pooled):
+            z = noise.uniform(f"ibm/{modality}", *w.shape, w.device)
+            noisy.append(w + z)
+            nats.append(made.method.bottlenecks[modality].density(w + z).double().mean())
+        embeddings = made.student.embed(type(pooled)(*noisy))
+    return noisy, nats, embeddings
+
+
+@pytest.mark.parametrize("site", ["projection", "embedding"])
+@pytest.mark.parametrize("cfg", [SAME, "tiny-teacher"], ids=["same dims", "projected"])
+def test_cifd_is_equations_12_and_13(cfg, site):
+    batch, other, model = pairs(ROWS), teacher(cfg), clip("tiny-student")
+    weights = {"lambda_cl": 0.3, "lambda_i": 0.2}
+    made = task("cifd", model, [other.dim], site, **weights)
+    taught = other(*batch)
+    helpers = assistants(bank(other), taught, weight=0.5)
+    losses, report = run(made, batch, [taught, *helpers], Noise(4, 9))
+
+    _, nats, noisy = through_bottleneck(made, batch, 4, 9)
+    with torch.no_grad():
+        heads = made.method.projectors
+        image = unit(heads.image[0](noisy.image).double())
+        text = unit(heads.text[0](noisy.text).double())
+    expected = {"image": 0.0, "text": 0.0}
+    for x, lambda_n in ((taught, 1.0), (helpers[0], 0.5), (helpers[1], 0.5)):
+        expected["image"] += lambda_n * mean_square(image, x.image.double())
+        expected["text"] += lambda_n * mean_square(text, x.text.double())
+    cl = contrastive(unit(noisy.image.double()), unit(noisy.text.double()), made_scale(model))
+
+    for modality, rate in zip(("image", "text"), nats):
+        close(losses[f"{modality}_embedding_loss"], expected[modality])
+        close(losses[f"{modality}_rate_loss"], 0.2 * rate)
+        width = made.student.widths[modality]
+        close(report[f"{modality}_bits"], width * rate / math.log(2))
+    close(losses["contrastive_loss"], 0.3 * sum(cl))
+    # L″ = λ_CL·L_CL + L_CIFD,I + L_CIFD,L
+    close(total(losses), 0.3 * sum(cl) + sum(expected.values()) + 0.2 * sum(nats))
+
+
+def made_scale(model):
+    return model.logit_scale.detach().exp().double()
+
+
+def test_assistants_teach_something_else_than_their_teacher():
+    batch, other = pairs(ROWS), teacher()
+    taught, *helpers = lessons([other], batch, bank(other))
+    for helper in helpers:
+        assert embedding_loss(helper.image, taught.image) > 1e-4
+        assert helper.image.shape == taught.image.shape
+        assert torch.equal(helper.logit_scale, taught.logit_scale)
+
+
+def test_the_noise_reaches_the_student_only_through_its_site():
+    """A bottleneck that never forgets its noise: the step's draws, no others, no scale."""
+    batch, other = pairs(ROWS), teacher()
+    made = task("cifd", clip("tiny-student"), [48])
+    features = [other(*batch)]
+    seen = []
+    hooks = [
+        b.register_forward_hook(lambda _, args, out: seen.append((args[0], out[0])))
+        for b in made.method.bottlenecks.values()
+    ]
+    run(made, batch, features, Noise(1, 2))
+    for hook in hooks:
+        hook.remove()
+    noise = Noise(1, 2)
+    for modality, (clean, noisy) in zip(("image", "text"), seen):
+        z = noise.uniform(f"ibm/{modality}", *clean.shape, clean.device)
+        assert torch.equal(noisy, clean + z)
+    assert len(seen) == 2
+
+
+def test_the_contrastive_term_can_stay_clean_of_noise():
+    batch, other, model = pairs(ROWS), teacher(), clip("tiny-student")
+    features = [other(*batch)]
+    made = task("cifd", model, [48], lambda_cl=0.3, ibm_contrastive=0.0)
+    losses, _ = run(made, batch, features, Noise(4, 9))
+    close(losses["contrastive_loss"], 0.3 * sum(contrastive(*student_features(model, batch))))
+
+    noisy, _ = run(task("cifd", model, [48], lambda_cl=0.3), batch, features, Noise(4, 9))
+    assert torch.equal(losses["image_embedding_loss"], noisy["image_embedding_loss"]), (
+        "the teacher's feedback passes through the noise either way"
+    )
+    assert abs(losses["contrastive_loss"] - noisy["contrastive_loss"]) > 1e-4
+
+
+def test_evaluation_adds_no_noise_and_pays_no_rate():
+    batch, other, model = pairs(ROWS), teacher(), clip("tiny-student")
+    features = [other(*batch)]
+    with_ibm, _ = run(task("cifd", model, [48]), batch, features, None)
+    without, _ = run(task("cifd", model, [48], ibm=0.0), batch, features, None)
+    assert with_ibm.keys() == without.keys()
+    assert all(torch.equal(with_ibm[k], without[k]) for k in without)
+
+
+def test_the_rate_is_what_lambda_i_says():
+    """λ_I moves its own term and no other, in value and in the density's gradient."""
+    batch, other = pairs(ROWS), teacher()
+    features, outcomes = [other(*batch)], []
+    for lambda_i in (1e-4, 1e-2):
+        made = task("cifd", clip("tiny-student"), [48], lambda_i=lambda_i)
+        losses, _ = run(made, batch, features, Noise(0, 0))
+        total(losses).backward()
+        density = made.method.bottlenecks["image"].density.matrices[0].grad
+        outcomes.append((losses, density))
+    (low, low_grad), (high, high_grad) = outcomes
+    close(high["image_rate_loss"], 100 * low["image_rate_loss"])
+    torch.testing.assert_close(high_grad, 100 * low_grad)
+    assert torch.equal(low["image_embedding_loss"], high["image_embedding_loss"])
+
+
+# -- any teacher, any student ------------------------------------------------------------------
+
+ENSEMBLES = {
+    "smaller teacher": [{**config("tiny-teacher"), "embed_dim": 20}],
+    "SigLIP-type teacher": [SIGLIP],
+    "two teachers of other dims": ["tiny-teacher", SIGLIP],
+}
+STUDENTS = {"CLIP": "tiny-student", "SigLIP type": SIGLIP}
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+@pytest.mark.parametrize("method", DISTILLING)
+def test_every_trainable_parameter_has_a_gradient(method, ensemble, student):
+    batch = pairs(ROWS)
+    teachers = [teacher(c, seed=i, space=i) for i, c in enumerate(ENSEMBLES[ensemble])]
+    made = task(method, clip(STUDENTS[student]), [t.dim for t in teachers])
+    model = made.student.model
+    if not made.method.uses_logit_scale:
+        unused = [model.logit_scale, model.logit_bias]
+        for parameter in filter(lambda p: p is not None, unused):
+            parameter.requires_grad_(False)
+    extra = bank(teachers[0]) if method == "cifd" else None
+    losses, _ = run(made, batch, lessons(teachers, batch, extra), Noise(0, 0))
+    total(losses).backward()
+    for name, parameter in made.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        assert parameter.grad is not None, f"{name} trains, but no loss reaches it"
+        assert torch.isfinite(parameter.grad).all(), name
+        # in a softmax over a row, a bias common to the row cancels
+        if not name.endswith("logit_bias"):
+            assert parameter.grad.abs().max() > 0, f"{name} has a gradient of zero"
+
+
+@pytest.mark.parametrize("method", DISTILLING)
+def test_teachers_get_no_gradient(method):
+    batch, other = pairs(ROWS), teacher()
+    made = task(method, clip("tiny-student"), [48])
+    frozen = bank(other)
+    total(run(made, batch, lessons([other], batch, frozen), Noise(0, 0))[0]).backward()
+    assert all(p.grad is None for p in (*other.model.parameters(), *frozen.parameters()))
+    assert not other.model.training
+    registered = {id(p) for p in made.parameters()}
+    assert not registered & {id(p) for p in other.model.parameters()}
+
+
+@pytest.mark.parametrize("method", ["kd", "tinyclip", "mobileclip", "clipkd"])
+def test_a_teachers_bias_does_not_change_what_it_teaches(method):
+    batch, other = pairs(ROWS), teacher(SIGLIP)
+    made = task(method, clip("tiny-student"), [other.dim])
+    features = other(*batch)
+    assert features.logit_bias is not None
+    biased, _ = run(made, batch, [features])
+    plain, _ = run(made, batch, [features._replace(logit_bias=None)])
+    for name, value in plain.items():
+        torch.testing.assert_close(biased[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_relational_kl_of_a_perfect_student_is_zero():
+    logits = World().logits(teacher()(*pairs(ROWS)))
+    assert relational_kl(logits, logits).abs() < 1e-6
+    shifted = Logits(logits.image_to_text + 3.0, logits.text_to_image - 2.0)
+    assert relational_kl(shifted, logits).abs() < 1e-6
