@@ -49,18 +49,18 @@ COLOURS = {
 # share of the handwriting, in file order
 BLOCKS = {"train": (0.0, 0.7), "val": (0.7, 0.8), "test": (0.8, 1.0)}
 
-TEMPLATES = ("a {c}", "a handwritten {c}", "the digit {c}", "a picture of a {c}")
+TEMPLATES = ("the digit {c}", "a handwritten {c}", "a picture of the number {c}", "{c}")
 ONE = (
-    "a {colour} {word}",
+    "{a}",
     "the digit {word} in {colour}",
-    "a {word} written in {colour}",
+    "the number {word}, written in {colour}",
     "a handwritten {word}, coloured {colour}",
 )
 # first, relation, second; the same scene can be told from either side
 TWO = (
-    "a {a} {relation} a {b}",
-    "there is a {a} {relation} a {b}",
-    "a handwritten {a} {relation} a handwritten {b}",
+    "{a} {relation} {b}",
+    "there is {a} {relation} {b}",
+    "{a} with {b} {mirror} it",
 )
 RELATIONS = {"row": ("to the left of", "to the right of"), "column": ("above", "below")}
 
@@ -76,6 +76,11 @@ class Digit(NamedTuple):
     def name(self) -> str:
         """``red three``."""
         return f"{self.colour} {WORDS[self.value]}"
+
+    @property
+    def a_name(self) -> str:
+        """``a red three``, ``an orange three``."""
+        return f"{'an' if self.colour[0] in 'aeiou' else 'a'} {self.name}"
 
 
 @dataclass(frozen=True)
@@ -102,11 +107,12 @@ def captions(scene: Scene) -> list[str]:
     """Every caption of a scene; two scenes of different meaning share none."""
     if scene.arrangement == "alone":
         (digit,) = scene.digits
-        return [t.format(colour=digit.colour, word=WORDS[digit.value]) for t in ONE]
-    first, second = scene.digits
+        word = WORDS[digit.value]
+        return [t.format(a=digit.a_name, colour=digit.colour, word=word) for t in ONE]
+    first, second = (digit.a_name for digit in scene.digits)
     there, back = RELATIONS[scene.arrangement]
-    told = [(first.name, there, second.name), (second.name, back, first.name)]
-    return [t.format(a=a, relation=r, b=b) for t in TWO for a, r, b in told]
+    told = [(first, there, back, second), (second, back, there, first)]
+    return [t.format(a=a, relation=r, mirror=m, b=b) for t in TWO for a, r, m, b in told]
 
 
 def plain_captions(scene: Scene) -> list[str]:

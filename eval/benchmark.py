@@ -33,7 +33,7 @@ from training.errors import UsageError, cli
 
 PRECISIONS = {"fp32": None, "amp_bf16": torch.bfloat16, "amp": torch.float16}
 PACKAGES = ("torch", "open_clip_torch", "clip-benchmark", "timm", "transformers", "numpy", "Pillow")
-EXAMPLES = 8
+EXAMPLES = 9
 
 
 class Classifiers:

@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 #: colours that stay apart for colour-blind readers (Okabe and Ito, 2008), and a grey
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -60,9 +61,7 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], xlabel: str, log:
                 axis.plot(x, y, color=colour, label=label)
             axis.set(title=title, ylabel=ylabel, xlabel=xlabel)
             if log and all(v > 0 for *_, y in lines for v in y):
-                axis.set_yscale("log")
-                axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-                axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+                _log_axis(axis)
             axis.legend(fontsize=9)
         return _svg(figure)
 
@@ -90,12 +89,18 @@ def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]]) -> 
             ylabel="distortion  E‖X − X̂‖²",
         )
         if all(p[2] > 0 for points in modalities.values() for p in points):
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-            axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+            _log_axis(axis)
         axis.margins(x=0.14, y=0.12)
         axis.legend()
         return _svg(figure)
+
+
+def _log_axis(axis) -> None:
+    """A logarithmic y axis with plain numbers."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def finite(x: Sequence[float], y: Sequence[float | None]) -> tuple[list[float], list[float]]:

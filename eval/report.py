@@ -64,7 +64,7 @@ def read_source(path: Path) -> Source:
     source.results = _read_all(results)
     source.gaps = _read_all(results / "gaps")
     source.examples = _read_all(results / "examples")
-    if not source.metrics and not source.results:
+    if not (source.metrics or source.results or source.gaps):
         raise UsageError(
             f"'{path}': holds neither metrics.jsonl nor results; evaluate the run first"
         )
@@ -86,10 +86,10 @@ def rows(sources: list[Source]) -> list[Row]:
             if source.config:
                 row.method = source.method
             tables.add_result(row, result)
-        for gap in source.gaps:
-            for row in found.values():
-                if row.name == gap["model"]:
-                    row.gaps[gap["dataset"]] = gap["gap"]
+    for gap in (gap for source in sources for gap in source.gaps):
+        of_model = [row for row in found.values() if row.name == gap["model"]]
+        for row in of_model or [found.setdefault((gap["model"],), Row(gap["model"]))]:
+            row.gaps[gap["dataset"]] = gap["gap"]
     return list(found.values())
 
 
@@ -123,20 +123,29 @@ def curve(source: Source, kind: str, key: str) -> tuple[list[float], list[float]
     return plots.finite(x, [line[key] for line in lines])
 
 
+def contrastive_weight(config: dict) -> float:
+    """What multiplies the mean of both directions' cross-entropy in a run's contrastive_loss."""
+    method = config.get("distill")
+    if method == "cifd":
+        return 2 * config.get("lambda_cl", 0)
+    return {"tinyclip": 2, "mobileclip": 2 * (1 - config.get("lambda_kd", 0))}.get(method, 1)
+
+
 def training_section(sources: list[Source], colour: dict[str, str]) -> str:
-    """Loss curves of training and validation."""
+    """Loss curves: what each method minimises, and what all of them can be compared by."""
     drawn = [s for s in sources if s.name in colour]
-    panels = []
-    wanted = (
-        ("train", "loss", "Training objective", "total loss (each method's own)"),
-        ("val", "contrastive_loss", "Held-out contrastive loss", "contrastive loss"),
-        ("val", "loss", "Held-out objective", "total loss (each method's own)"),
-    )
-    for kind, key, title, ylabel in wanted:
-        lines = [(s.name, colour[s.name], *curve(s, kind, key)) for s in drawn]
-        lines = [line for line in lines if len(line[2]) > 1]
-        if lines and len(panels) < 2:
-            panels.append((title, ylabel, lines))
+    objective = [(s.name, colour[s.name], *curve(s, "train", "loss")) for s in drawn]
+    held_out = []
+    for source in drawn:
+        x, y = curve(source, "val", "contrastive_loss")
+        weight = contrastive_weight(source.config or {})
+        if x and weight:
+            held_out.append((source.name, colour[source.name], x, [v / weight for v in y]))
+    panels = [
+        ("Training: each method's own objective", "total loss", objective),
+        ("Held out: contrastive loss, unweighted", "cross-entropy (nats)", held_out),
+    ]
+    panels = [panel for panel in panels if any(line[2] for line in panel[2])]
     if not panels:
         return ""
     plot = plots.curves(panels, "thousand samples seen", log=True)
@@ -289,7 +298,7 @@ def _cost(sources: list[Source], colour: dict[str, str]) -> str:
     """One line: how long each run took."""
     told = []
     for source in sources:
-        seconds = source.finished.get("wall_time_s") or source.finished.get("wall_time")
+        seconds = source.finished.get("seconds")
         if seconds:
             told.append(
                 f"{_swatch(colour.get(source.name))}{html.escape(source.name)} "

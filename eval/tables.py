@@ -40,17 +40,13 @@ def add_result(row: Row, result: dict) -> None:
 
 
 def columns(rows: list[Row]) -> list[Column]:
-    """Every column that some row has, data set by data set; a gap has a column of its own."""
+    """Every column that some row has, data set by data set; a gap alone has a column of its own."""
     labels = [label for task in TASKS.values() for label in task.values()]
     found = {column for row in rows for column in row.values}
-    only_gaps = {d for row in rows for d in row.gaps} - {dataset for dataset, _ in found}
-    order = sorted(found, key=lambda c: (min(labels.index(m) for d, m in found if d == c[0]), c[0]))
-    return sorted(order, key=lambda c: _place(c, order, labels)) + [(d, "") for d in only_gaps]
-
-
-def _place(column: Column, order: list[Column], labels: list[str]) -> tuple[int, int]:
-    first = next(i for i, other in enumerate(order) if other[0] == column[0])
-    return first, labels.index(column[1])
+    # classification before retrieval, then by name
+    first = {d: min(labels.index(m) for e, m in found if e == d) for d, _ in found}
+    ordered = sorted(found, key=lambda c: (first[c[0]], c[0], labels.index(c[1])))
+    return ordered + [(d, "") for d in sorted({d for r in rows for d in r.gaps} - first.keys())]
 
 
 def cell(row: Row, column: Column) -> str:
@@ -127,9 +123,15 @@ def _html_row(row: Row, cols: list[Column], baseline: Row | None, swatch) -> str
     cells.append(f"<td>{escape(row.method)}</td>")
     for size in ("image", "text"):
         cells.append(f"<td>{millions(sizes[size]) if size in sizes else ''}</td>")
+    told = set()
     for column in cols:
         if column not in row.values:
-            cells.append(f'<td class="gap">{escape(cell(row, column))}</td>')
+            dataset = column[0]
+            if dataset not in told:
+                width = sum(d == dataset and (d, m) not in row.values for d, m in cols)
+                text = escape(cell(row, column))
+                cells.append(f'<td class="gap" colspan="{width}">{text}</td>')
+            told.add(dataset)
             continue
         extra = ""
         comparable = baseline and row is not baseline and row.parameters == baseline.parameters

@@ -1,0 +1,301 @@
+"""``python -m eval.benchmark``: stock figures, nothing lost or overwritten, nothing unpickled."""
+
+import io
+import json
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from safetensors.torch import save_file
+
+from demo import scenes
+from eval import benchmark, datasets, models
+from eval.metrics import RECALL_AT
+from training.errors import UsageError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+CPU = torch.device("cpu")
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def model_folder(folder, seed=0):
+    """A stock OpenCLIP folder with random weights."""
+    folder.mkdir(parents=True)
+    config = folder / "open_clip_config.json"
+    preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    config.write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": preprocess}))
+    torch.manual_seed(seed)
+    state = open_clip.create_model(f"local-dir:{folder}", load_weights=False).state_dict()
+    save_file(state, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def tar_of(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def classification_set(folder, classnames, images, labels, extra=None):
+    """A WebDataset folder with these encoded images."""
+    files = dict(extra or {})
+    for number, (image, label) in enumerate(zip(images, labels)):
+        files[f"{number:05}.webp"] = image
+        files[f"{number:05}.cls"] = str(label).encode()
+    tar_of(folder / "test" / "0.tar", files)
+    (folder / "test" / "nshards.txt").write_text("1")
+    (folder / "classnames.txt").write_text("\n".join(classnames))
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n{c}\n")
+
+
+def tiny_images(count):
+    buffer = io.BytesIO()
+    artist = scenes.Artist("test", np.random.default_rng(0))
+    artist.draw(artist.pair()).save(buffer, "WEBP", lossless=True)
+    return [buffer.getvalue()] * count
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data")
+    scenes.write(out, train=1, val=1, scenes=40)
+    return out / "benchmark"
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("run") / "student")
+
+
+def evaluate(*arguments):
+    return benchmark.main([*map(str, arguments), "--workers=0", "--device=cpu"])
+
+
+def results(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def stock_metrics(model_dir, folder):
+    """clip_benchmark's own evaluation of the same weights on the same images, in float32."""
+    name = f"local-dir:{model_dir}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    tokenizer = open_clip.get_tokenizer(name)
+    images = folder.images(transform)
+    retrieval = folder.task == "zeroshot_retrieval"
+    labels = folder.captions() if retrieval else folder.labels().tolist()
+
+    class Pairs(torch.utils.data.Dataset):
+        classes = None if retrieval else folder.classnames
+
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, index):
+            return images[index], labels[index]
+
+    def collate(pairs):
+        images, labels = zip(*pairs)
+        return torch.stack(images), list(labels) if retrieval else torch.tensor(labels)
+
+    loader = torch.utils.data.DataLoader(Pairs(), batch_size=100, collate_fn=collate)
+    common = {"device": "cpu", "amp": False}
+    if retrieval:
+        recall = list(RECALL_AT)
+        return zeroshot_retrieval.evaluate(
+            model.eval(), loader, tokenizer, recall_k_list=recall, **common
+        )
+    return zeroshot_classification.evaluate(
+        model.eval(), loader, tokenizer, folder.classnames, folder.templates, **common
+    )
+
+
+def assert_stock(student, root, name, out):
+    assert evaluate(student, "--data-root", root, "--datasets", name, "--out", out) == 0
+    (ours,) = results(out)
+    stock = stock_metrics(student, datasets.open_folder(root, name, "test"))
+    assert ours["metrics"] == pytest.approx(stock, abs=1e-4)
+    return ours
+
+
+@pytest.mark.parametrize("name", ["digits", "digit_scenes"])
+def test_figures_are_stock_clip_benchmarks(student, root, name, tmp_path):
+    ours = assert_stock(student, root, name, tmp_path)
+    assert {"dataset", "model", "pretrained", "task", "metrics", "language"} <= set(ours)
+
+
+def test_figures_on_flickr8k_are_stock_clip_benchmarks(student, tmp_path):
+    if not (SHARED / "flickr8k").is_dir():
+        pytest.skip("../shared/data/flickr8k is not there")
+    ours = assert_stock(student, SHARED, "flickr8k", tmp_path)
+    assert ours["provenance"]["held"] == {"images": 1000, "captions": 5000}
+
+
+def test_figures_on_cifar100_are_stock_clip_benchmarks(student, tmp_path):
+    if not (SHARED / "cifar100_test.npz").is_file():
+        pytest.skip("../shared/data/cifar100_test.npz is not there")
+    cifar = np.load(SHARED / "cifar100_test.npz")
+    chosen = range(0, 10_000, 10)
+    blob, offsets = cifar["webp"].tobytes(), cifar["offsets"]
+    images = [blob[offsets[i] : offsets[i + 1]] for i in chosen]
+    labels = [int(cifar["labels"][i]) for i in chosen]
+    names = [str(name) for name in cifar["classnames"]]
+    classification_set(tmp_path / "data" / "cifar100", names, images, labels)
+    assert_stock(student, tmp_path / "data", "cifar100", tmp_path / "out")
+
+
+def test_the_towers_precision_is_recorded_and_makes_another_result(student, root, tmp_path):
+    for precision in ("fp32", "amp_bf16"):
+        evaluate(
+            student, "--data-root", root, "--datasets", "digits", "--out", tmp_path,
+            "--precision", precision,
+        )  # fmt: skip
+    assert {r["provenance"]["precision"] for r in results(tmp_path)} == {"fp32", "amp_bf16"}
+
+
+def test_a_repeated_evaluation_is_skipped_and_says_so(student, root, tmp_path, capsys):
+    wanted = (student, "--data-root", root, "--datasets", "digits", "--out", tmp_path)
+    evaluate(*wanted)
+    (path,) = tmp_path.glob("*.json")
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    capsys.readouterr()
+    assert evaluate(*wanted) == 0
+    assert "evaluated already, skipped" in capsys.readouterr().out
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+
+
+def test_two_runs_of_one_name_and_new_weights_of_a_run_lose_no_result(root, tmp_path):
+    a = model_folder(tmp_path / "a" / "run" / "student", seed=1)
+    model_folder(tmp_path / "b" / "run" / "student", seed=2)
+    out = tmp_path / "out"
+    runs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    evaluate(*runs, "--data-root", root, "--datasets", "digits", "--out", out)
+    shutil.rmtree(a)
+    model_folder(a, seed=3)
+    evaluate(runs[0], "--data-root", root, "--datasets", "digits", "--out", out)
+    found = results(out)
+    assert [r["model"] for r in found] == ["run"] * 3
+    assert len({r["provenance"]["weights"] for r in found}) == 3
+
+
+def test_a_model_name_with_slashes_gets_its_result_written(student, root, tmp_path):
+    spec = f"local-dir:{student}"
+    assert evaluate(spec, "--data-root", root, "--datasets", "digits", "--out", tmp_path) == 0
+    assert len(results(tmp_path)) == 1
+
+
+def test_a_runs_results_lie_in_the_run_and_a_checkpoints_beside_them(root, tmp_path):
+    run = tmp_path / "run"
+    folder = model_folder(run / "student")
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(CONFIG))
+    settings = {"model": "tiny", "model_config": [str(config)], "image_mean": [0.5] * 3}
+    (run / "config.json").write_text(json.dumps({**settings, "image_std": [0.25] * 3}))
+    state = open_clip.create_model(f"local-dir:{folder}").state_dict()
+    (run / "checkpoints").mkdir()
+    checkpoint = run / "checkpoints" / "step_00000010.pt"
+    torch.save({"state_dict": state, "step": 10}, checkpoint)
+    evaluate(run, checkpoint, "--data-root", root, "--datasets", "digits")
+    of_student, of_checkpoint = sorted(results(run / "results"), key=lambda r: r["model"])
+    assert (of_student["model"], of_checkpoint["model"]) == ("run", "run@step_00000010")
+    assert of_student["metrics"] == of_checkpoint["metrics"]
+    assert of_student["pretrained"] == of_checkpoint["pretrained"]
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_members_outside_the_allow_list_are_never_decoded(student, tmp_path):
+    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+    extra = {f"00000.{ending}": bomb for ending in ("pyd", "pickle", "pth", "pt", "npy")}
+    classification_set(tmp_path / "data" / "x", ["one", "two"], tiny_images(2), [0, 1], extra)
+    out = tmp_path / "out"
+    assert evaluate(student, "--data-root", tmp_path / "data", "--datasets", "x", "--out", out) == 0
+    assert not (tmp_path / "exploded").exists()
+    assert results(out)[0]["metrics"]["acc5"] is None
+
+
+def test_a_missing_set_is_a_named_gap_until_it_is_there(student, root, tmp_path, capsys):
+    out, data = tmp_path / "out", tmp_path / "data"
+    shutil.copytree(root / "digits", data / "digits")
+    wanted = (student, "--data-root", data, "--out", out, "--datasets", "digits", "flickr30k")
+    assert evaluate(*wanted) == 1
+    assert "flickr30k" in capsys.readouterr().err
+    (gap,) = results(out / "gaps")
+    assert gap["dataset"] == "flickr30k" and "no folder" in gap["gap"]
+    shutil.copytree(root / "digit_scenes", data / "flickr30k")
+    assert evaluate(*wanted) == 0
+    assert not results(out / "gaps") and len(results(out)) == 2
+    wrong = next(r for r in results(out) if r["dataset"] == "flickr30k")["provenance"]["protocol"]
+    assert "40 images of 1000" in wrong and "160 captions of 5000" in wrong
+
+
+def test_a_known_set_with_a_wrong_class_count_is_refused(student, tmp_path):
+    names = [f"class {i}" for i in range(199)]
+    classification_set(tmp_path / "imagenet-a", names, tiny_images(2), [0, 1])
+    with pytest.raises(datasets.Gap, match="199 class names where the protocol has 200"):
+        datasets.open_folder(tmp_path, "imagenet-a", "test")
+
+
+def test_a_known_set_without_class_names_takes_clip_benchmarks(tmp_path):
+    classification_set(tmp_path / "wds_imagenetv2", [], tiny_images(1), [0])
+    (tmp_path / "wds_imagenetv2" / "zeroshot_classification_templates.txt").unlink()
+    folder = datasets.open_folder(tmp_path, "imagenetv2", "test")
+    assert len(folder.classnames) == 1000 and len(folder.templates) == 80
+    assert folder.classnames[0] == "tench"
+
+
+def test_a_truncated_set_is_a_gap(tmp_path):
+    classification_set(tmp_path / "x", ["a", "b"], tiny_images(2), [0, 1])
+    (tmp_path / "x" / "test" / "nshards.txt").write_text("2")
+    with pytest.raises(datasets.Gap, match=r"1\.tar' of 2 is missing"):
+        datasets.open_folder(tmp_path, "x", "test")
+
+
+def test_a_class_shared_by_two_sets_is_embedded_once(student):
+    model = models.load(str(student), CPU)
+    read, tokenizer = [], model.tokenizer
+    model.tokenizer = lambda texts: read.extend(texts) or tokenizer(texts)
+    classifiers = benchmark.Classifiers(model, CPU, "fp32")
+    all_three = classifiers(["cat", "dog", "owl"], ["a {c}", "the {c}"])
+    two = classifiers(["owl", "cat"], ["a {c}", "the {c}"])
+    assert sorted(read) == sorted(f"{a} {c}" for c in ("cat", "dog", "owl") for a in ("a", "the"))
+    assert torch.equal(two, all_three[:, [2, 0]])
+
+
+def test_every_nth_part_of_an_array_evaluates_its_own_models(root, tmp_path):
+    folders = [model_folder(tmp_path / f"m{i}", seed=i) for i in range(3)]
+    common = ("--data-root", root, "--datasets", "digits", "--out", tmp_path / "out")
+    evaluate(*folders, *common, "--part", "2/2")
+    assert [r["model"] for r in results(tmp_path / "out")] == ["m1"]
+    evaluate(*folders, *common, "--part", "1/2")
+    assert sorted(r["model"] for r in results(tmp_path / "out")) == ["m0", "m1", "m2"]
+
+
+@pytest.mark.parametrize("spec", ["no-such-model", "."])
+def test_what_is_no_model_is_one_clear_sentence(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"'{spec}'"):
+        models.load(spec, CPU)
+
+
+def test_a_wrong_data_root_is_one_clear_sentence(student, tmp_path):
+    with pytest.raises(UsageError, match=r"--data-root .*nowhere.*: no such folder"):
+        evaluate(student, "--data-root", tmp_path / "nowhere", "--datasets", "x")

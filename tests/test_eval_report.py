@@ -1,0 +1,168 @@
+"""The report: every figure from a file, the same bytes twice, one self-contained page."""
+
+import csv
+import json
+import re
+
+import pytest
+
+from eval import report, tables
+from training.errors import UsageError
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+M8AAQUBAScY42YAAAAASUVORK5CYII="
+SIZES = {"image": 34_304, "text": 15_329, "token_table": 1_581_056}
+
+
+def result(model, dataset, task, metrics, parameters=SIZES):
+    provenance = {
+        "weights": f"{model}-weights", "data": "d" * 64, "split": "test", "precision": "fp32",
+        "parameters": parameters, "held": {"images": 3}, "protocol": "whole",
+        "versions": {"torch": "2.9"},
+    }  # fmt: skip
+    return {
+        "dataset": dataset, "model": model, "pretrained": "w", "task": task, "metrics": metrics,
+        "language": "en", "provenance": provenance,
+    }  # fmt: skip
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def student(logs, name, method, acc1, recall, parameters=SIZES):
+    """A finished run with results, as the entry points leave it."""
+    run = logs / name
+    teacher = None if method == "none" else f"local-dir:{logs}/teacher/student"
+    config = {"distill": method, "distill_model": teacher, "batch_size": 10, "lambda_cl": 0.005}
+    write(run / "config.json", config)
+    write(run / "finished.json", {"seconds": 12.3})
+    weight = 0.01 if method == "cifd" else 1
+    lines = []
+    for step in (1, 2, 3):
+        line = {"step": step, "samples": 10 * step, "contrastive_loss": weight / step}
+        lines += [{"kind": "train", **line, "loss": 2 / step}, {"kind": "val", **line}]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    acc = {"acc1": acc1, "acc5": None, "mean_per_class_recall": acc1}
+    recalls = {f"{w}_retrieval_recall@{k}": recall for w in ("image", "text") for k in (1, 5, 10)}
+    for dataset, task, metrics in (
+        ("digits", "zeroshot_classification", acc),
+        ("scenes", "zeroshot_retrieval", recalls),
+    ):
+        found = result(name, dataset, task, metrics, parameters)
+        write(run / "results" / f"{dataset}.json", found)
+    query = {"caption": "a <red> three", "image": PNG, "retrieved": [{"image": PNG, "hit": True}]}
+    write(run / "results" / "examples" / "scenes.json", {"model": name, "queries": [query]})
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    logs = tmp_path / "logs"
+    bank = logs / "bank"
+    write(bank / "config.json", {"distill": "rdm", "batch_size": 10})
+    points = {"1000": (200.0, 0.05, 13.0), "100": (150.0, 0.2, 7.0)}
+    line = {"kind": "val", "step": 3}
+    for modality in ("image", "text"):
+        for rate, values in points.items():
+            names = ("bits", "distortion", "snr_db")
+            line |= {f"{modality}/R={rate}/{n}": v for n, v in zip(names, values)}
+    write(bank / "metrics.jsonl", line)
+    larger = {**SIZES, "image": 1_360_664}
+    return [
+        student(logs, "teacher", "none", 0.95, 0.7, larger),
+        bank,
+        student(logs, "none", "none", 0.5, 0.2),
+        student(logs, "cifd", "cifd", 0.625, 0.1),
+    ]
+
+
+def make(runs, out):
+    report.main([*map(str, runs), "--out", str(out)])
+    return out.read_text()
+
+
+def test_the_same_files_give_the_same_bytes(runs, tmp_path):
+    make(runs, tmp_path / "a" / "r.html")
+    make(runs, tmp_path / "b" / "r.html")
+    for name in ("r.html", "r.md", "r.csv"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_page_needs_no_other_file_and_runs_no_script(runs, tmp_path):
+    page = make(runs, tmp_path / "r.html")
+    loads = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
+    assert all(target.startswith(("data:image/png;base64,", "#")) for target in loads)
+    assert "<script" not in page and "@import" not in page
+    assert page.count("<svg") == 2
+
+
+def test_every_figure_of_the_tables_is_a_result_files(runs, tmp_path):
+    make(runs, tmp_path / "r.html")
+    with open(tmp_path / "r.csv") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert {name: float(row["digits top-1"]) for name, row in rows.items()} == {
+        "teacher": 95.0,
+        "none": 50.0,
+        "cifd": 62.5,
+    }
+    assert float(rows["cifd"]["scenes I→T R@10"]) == 10.0
+    assert int(rows["teacher"]["image_parameters"]) == 1_360_664
+    assert "| cifd | cifd | 0.0343 M | 0.0153 M | 62.5 | 10.0 |" in (tmp_path / "r.md").read_text()
+
+
+def test_students_are_compared_with_the_one_without_distillation_and_the_teacher_is_not(runs):
+    sources = [report.read_source(path) for path in runs]
+    rows = report.rows(sources)
+    assert report.baseline(sources, rows).name == "none"
+    page = report.page(sources, "x")
+    table = page[page.index("<tbody>") : page.index("</tbody>")]
+    spans = re.findall(r'<span class="(\w+)">([^<]+)', table)
+    assert spans[0] == ("up", "+12.5") and set(spans[1:]) == {("down", "-10.0")}
+    assert report.colours(sources)["teacher"] == report.plots.NEUTRAL
+
+
+def test_a_missing_set_is_named_in_every_table(runs, tmp_path):
+    gap = {"dataset": "objectnet", "model": "cifd", "gap": "no folder"}
+    write(runs[-1] / "results" / "gaps" / "g.json", gap)
+    write(runs[-1] / "results" / "gaps" / "h.json", {**gap, "model": "other", "gap": "no tar"})
+    page = make(runs, tmp_path / "r.html")
+    for text in (page, (tmp_path / "r.md").read_text(), (tmp_path / "r.csv").read_text()):
+        assert "objectnet" in text and "gap: no folder" in text
+        assert "other" in text and "gap: no tar" in text
+
+
+def test_weighted_contrastive_losses_are_drawn_unweighted(runs):
+    of = {path.name: report.read_source(path) for path in runs}
+    drawn = {
+        name: [v / report.contrastive_weight(of[name].config) for v in y]
+        for name in ("none", "cifd")
+        for _, y in [report.curve(of[name], "val", "contrastive_loss")]
+    }
+    assert drawn["cifd"] == pytest.approx(drawn["none"]) == [1, 1 / 2, 1 / 3]
+
+
+def test_the_bank_is_shown_by_its_held_out_rates_where_there_are_any(runs):
+    bank = report.read_source(runs[1])
+    bank.metrics.append({"kind": "train", "step": 9, "image/R=1000/bits": 1.0})
+    assert report._last_rates(bank)["image"][1000.0]["bits"] == 200.0
+
+
+def test_captions_and_names_are_escaped(runs, tmp_path):
+    assert "a &lt;red&gt; three" in make(runs, tmp_path / "r.html")
+
+
+def test_the_order_of_columns_does_not_depend_on_the_order_of_results():
+    task, metrics = "zeroshot_classification", {"acc1": 0.1, "acc5": 0.2}
+    rows = []
+    for order in (("b", "a"), ("a", "b")):
+        row = tables.Row("m")
+        for dataset in order:
+            tables.add_result(row, result("m", dataset, task, metrics))
+        rows.append(row)
+    assert tables.columns(rows[:1]) == tables.columns(rows[1:])
+
+
+def test_an_empty_folder_is_one_clear_sentence(tmp_path):
+    with pytest.raises(UsageError, match=re.escape(f"'{tmp_path}'")):
+        report.main([str(tmp_path), "--out", str(tmp_path / "r.html")])
