@@ -2,4 +2,6 @@
 
 import torch
 
+from runs import bank, flags, scenes, teacher  # noqa: F401  (fixtures of several files)
+
 torch.set_num_threads(1)
