@@ -1,0 +1,179 @@
+"""One step of each task: accumulation, checkpointing, autocast, evaluation, saving."""
+
+import io
+import random
+
+import pytest
+import torch
+from trainers import CASES, batch, gradients, prepare, trainer, worst
+
+from cifd_clip import Noise
+from cifd_clip.student import Pooled
+from training.loop import split
+
+ROWS = 8
+STUDENTS = [case for case in CASES if case != "rdm"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="module")
+def large_batch(home):
+    """(values, gradients) of one step on the whole batch, by case and flags."""
+    done = {}
+
+    def step(case, *flags):
+        if (case, flags) not in done:
+            made = trainer(case, home, "--batch-size", str(ROWS), *flags)
+            done[case, flags] = made.step(batch(ROWS)), gradients(made)
+        return done[case, flags]
+
+    return step
+
+
+def same_losses(found, expected, tolerance, story):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if name.endswith("loss"):
+            off = abs(found[name] - value) / abs(value)
+            assert off < tolerance, f"{story}: {name} is {found[name]}, not {value}"
+
+
+def same_step(made, expected, story):
+    values, wanted = expected
+    same_losses(made.step(batch(ROWS)), values, 1e-5, story)
+    off, where = worst(gradients(made), wanted)
+    assert off < 1e-5, f"{story}: the gradient of {where} is off by {off:.1e}"
+
+
+def distance(found, expected):
+    """Of two gradients as vectors, relative."""
+    square = sum((found[k] - v).square().sum() for k, v in expected.items())
+    return (square / sum(v.square().sum() for v in expected.values())).sqrt().item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_accumulation_is_the_large_batch(case, home, large_batch):
+    made = trainer(case, home, "--batch-size", "2", "--accum-freq", str(ROWS // 2))
+    same_step(made, large_batch(case), "four micro-batches of two against one batch of eight")
+
+
+@pytest.mark.parametrize("case", STUDENTS)
+def test_gradient_checkpointing_changes_nothing_with_or_without_accumulation(
+    case, home, large_batch
+):
+    whole = trainer(case, home, "--batch-size", str(ROWS), "--grad-checkpointing")
+    same_step(whole, large_batch(case), "checkpointing")
+    flags = ["--batch-size", "4", "--accum-freq", "2", "--grad-checkpointing"]
+    same_step(trainer(case, home, *flags), large_batch(case), "checkpointing, accumulating")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_under_bfloat16_accumulation_is_still_the_large_batch(case, home, large_batch):
+    bf16 = ("--precision", "amp_bf16")
+    values, wanted = large_batch(case, *bf16)
+    made = trainer(case, home, "--batch-size", "4", "--accum-freq", "2", *bf16)
+    same_losses(made.step(batch(ROWS)), values, 1e-4, "two micro-batches under autocast")
+    off = distance(gradients(made), wanted)
+    assert off < 2e-3, f"gradients differ by {off:.1e}: more than the order of bfloat16 sums"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_stays_near_float32_and_losses_are_float32(case, home, large_batch):
+    values, wanted = large_batch(case)
+    found, gradient = large_batch(case, "--precision", "amp_bf16")
+    assert {v.dtype for v in found.values()} == {torch.float32}
+    assert {g.dtype for g in gradient.values()} == {torch.float32}
+    same_losses(found, values, 5e-2, "bfloat16 against float32")
+    if case.startswith("cifd"):
+        for name in ("image_bits", "text_bits"):
+            torch.testing.assert_close(found[name], values[name], rtol=1e-3, atol=0, msg=name)
+    off = distance(gradient, wanted)
+    assert off < 5e-2, f"gradients differ by {off:.1e}"
+
+
+def test_both_passes_of_accumulation_drop_the_same_patches(home):
+    flags = ["--batch-size", "4", "--accum-freq", "2", "--force-patch-dropout", "0.5"]
+    made, again = trainer("cifd", home, *flags), trainer("cifd", home, *flags)
+    random.seed(0)
+    torch.manual_seed(0)
+    made.step(batch(ROWS))
+    torch.manual_seed(99)
+
+    micro = list(split(batch(ROWS), 2))
+    parts = [again._encode(m, i) for i, m in enumerate(micro)]
+    pooled = Pooled(*(torch.cat(w) for w in zip(*parts)))
+    losses, _ = again.stage.task.losses(pooled, again.stage.teachers(batch(ROWS)), Noise(0, 0))
+    sum(losses.values()).backward()
+    off, where = worst(gradients(made), gradients(again))
+    assert off < 1e-5, f"the gradient of {where} is off by {off:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_that_trains_is_lost_between_save_and_load(case, home):
+    made = trainer(case, home, "--batch-size", str(ROWS))
+    for step in range(2):
+        made.step(batch(ROWS, seed=step))
+    file = io.BytesIO()
+    torch.save(made.payload(), file)
+    file.seek(0)
+    payload = torch.load(file, weights_only=True)
+    expected = made.step(batch(ROWS, seed=2))
+
+    resumed = trainer(case, home, "--batch-size", str(ROWS))
+    resumed.load(payload)
+    found = resumed.step(batch(ROWS, seed=2))
+    assert all(torch.equal(found[name], value) for name, value in expected.items()), case
+    for (name, a), b in zip(
+        resumed.stage.task.state_dict().items(), made.stage.task.state_dict().values()
+    ):
+        assert torch.equal(a, b), f"{name} differs after one more step"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_evaluation_draws_nothing_and_repeats_itself(case, home):
+    made = trainer(case, home, "--batch-size", str(ROWS))
+    held_out = [batch(4, seed=1), batch(4, seed=2)]
+    first, again = made.validate(iter(held_out)), made.validate(iter(held_out))
+    assert first == again
+    assert made.stage.task.training
+    assert not any("rate_loss" in name or name.endswith("_bits") for name in first)
+
+    noisy = made.step(batch(4, seed=1))
+    clean = trainer(case, home, "--batch-size", str(ROWS)).validate(iter([batch(4, seed=1)]))
+    differs = [
+        n for n in noisy if n in clean and abs(noisy[n].item() - clean[n]) > 1e-6 * abs(clean[n])
+    ]
+    touched = case.startswith("cifd") or case == "rdm"
+    assert bool(differs) == touched, f"noise of training moved {differs}"
+
+
+def test_a_step_is_a_function_of_its_number_and_its_batch(home):
+    made, again = (trainer("cifd", home, "--batch-size", str(ROWS)) for _ in range(2))
+    torch.manual_seed(5)
+    first = made.step(batch(ROWS))
+    torch.manual_seed(6)
+    assert torch.equal(first["loss"], again.step(batch(ROWS))["loss"])
+    late = trainer("cifd", home, "--batch-size", str(ROWS))
+    late.progress.step = 1
+    assert not torch.equal(late.step(batch(ROWS))["image_rate_loss"], first["image_rate_loss"])
+
+
+def test_a_step_whose_gradient_is_not_finite_leaves_the_weights_alone(home):
+    made = trainer("cifd", home, "--batch-size", str(ROWS))
+    made.step(batch(ROWS))
+    before = {k: v.clone() for k, v in made.stage.task.state_dict().items()}
+    state = [s["exp_avg"].clone() for s in made.optimizer.state.values()]
+    owner = made.stage.source.teachers[0].model
+    with torch.no_grad():
+        owner.text_projection[0, 0] = float("nan")
+    values = made.step(batch(ROWS))
+    assert not torch.isfinite(values["loss"])
+    for name, tensor in made.stage.task.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} moved in a skipped step"
+    for now, then in zip(made.optimizer.state.values(), state):
+        assert torch.equal(now["exp_avg"], then), "the optimizer remembers a skipped gradient"
+    assert made.payload()["progress"]["nonfinite_steps"] == 1

@@ -1,0 +1,133 @@
+"""Trainers as `training.main` makes them, from a command line, without its data and directories."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import Tensor
+
+from cifd_clip import RDMBank, Teacher, World
+from training.data.loader import Batch
+from training.loop import Trainer
+from training.models import add_model_configs
+from training.params import parse_args
+from training.stages import RDMStage, StudentStage
+
+MODELS = Path(__file__).parent / "models"
+CPU = torch.device("cpu")
+SIZE = 32
+
+#: Every method, with weights under which every term matters.
+CASES = {
+    "none": ["none"],
+    "kd": ["kd"],
+    "fd": ["fd"],
+    "clipkd": ["clipkd", "--lambda-fd", "20"],
+    "tinyclip": ["tinyclip"],
+    "mobileclip, two teachers": ["mobileclip", "--lambda-kd", "0.7"],
+    "cifd": ["cifd", "--lambda-cl", "0.3", "--lambda-i", "0.05"],
+    "cifd, embedding, clean": [
+        *["cifd", "--lambda-cl", "0.3", "--lambda-i", "0.05"],
+        *["--ibm-site", "embedding", "--ibm-branch", "distill"],
+    ],
+    "rdm": ["rdm", "--rates", "1000", "30"],
+}
+CAPTIONS = [
+    f"a {colour} {number} {where} a blue seven"
+    for colour in ("red", "green", "dark yellow", "white")
+    for number in ("three", "four", "nine")
+    for where in ("above", "to the left of", "under")
+]
+
+
+def prepare(directory: Path) -> Path:
+    """Weights of a teacher, and its bank, where `trainer` looks for them."""
+    add_model_configs([str(MODELS / "tiny-teacher.json")])
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = open_clip.create_model("tiny-teacher")
+    torch.save(model.state_dict(), directory / "teacher.pt")
+    owner = Teacher(model, "tiny-teacher")
+    generator = torch.Generator().manual_seed(2)
+    RDMBank(owner.identity, [1000.0, 30.0], owner.dim, generator=generator).save(directory / "bank")
+    return directory
+
+
+def trainer(case: str, directory: Path, *flags: str, world: World | None = None) -> Trainer:
+    """The trainer of a case; ``flags`` come last and win."""
+    method, *own = CASES[case]
+    weights = str(directory / "teacher.pt")
+    argv = ["--train-data", "none", "--distill", method, *own, "--precision", "fp32"]
+    argv += ["--model", "tiny-student", "--warmup", "2", "--epochs", "1"]
+    argv += ["--model-config", *(str(MODELS / f"tiny-{m}.json") for m in ("student", "teacher"))]
+    if "two teachers" in case:
+        argv += ["--distill-model", "tiny-teacher,tiny-teacher"]
+        argv += ["--distill-pretrained", f"{weights},{weights}"]
+    elif method != "none":
+        argv += ["--distill-model", "tiny-teacher", "--distill-pretrained", weights]
+    if method == "cifd":
+        argv += ["--rdm-bank", str(directory / "bank")]
+    args = parse_args([*argv, *flags])
+    add_model_configs(args.model_config)
+    world = world or World()
+    stage = RDMStage(args, CPU) if method == "rdm" else StudentStage(args, CPU, world)
+    stage.task.train()
+    return Trainer(args, stage, world, CPU, steps_per_epoch=100)
+
+
+@cache
+def tokens() -> Tensor:
+    """Of every caption."""
+    return open_clip.get_tokenizer("tiny-student")(CAPTIONS)
+
+
+def batch(rows: int, seed: int = 0) -> Batch:
+    """What the loader would deliver: uint8 images and tokens of captions."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(CAPTIONS), (rows,), generator=generator)
+    return Batch(
+        images=[torch.randint(256, (rows, 3, SIZE, SIZE), generator=generator).to(torch.uint8)],
+        texts=[tokens()[chosen]],
+        rows=torch.arange(rows),
+        views=torch.zeros(rows, dtype=torch.int64),
+        keys=[str(i) for i in range(rows)],
+    )
+
+
+def part(whole: Batch, rank: int, ranks: int) -> Batch:
+    """A rank's consecutive rows."""
+    size = len(whole) // ranks
+    rows = slice(rank * size, (rank + 1) * size)
+    return replace(
+        whole,
+        images=[t[rows] for t in whole.images],
+        texts=[t[rows] for t in whole.texts],
+        rows=whole.rows[rows],
+        views=whole.views[rows],
+        keys=whole.keys[rows],
+    )
+
+
+def gradients(made: Trainer) -> dict[str, Tensor]:
+    """Gradients of the last step; a trainable parameter without one is an error."""
+    found = {}
+    for name, parameter in made.stage.task.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, f"{name} trains, but no loss reaches it"
+            found[name] = parameter.grad.detach().clone()
+    return found
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest difference, relative to its tensor's largest element, and where it is."""
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    largest = max(v.abs().max().item() for v in expected.values())
+
+    def off(name: str) -> float:
+        # a tensor whose gradient is nothing but rounding is measured against the others
+        scale = max(expected[name].abs().max().item(), 1e-3 * largest)
+        return (found[name] - expected[name]).abs().max().item() / scale
+
+    return max((off(name), name) for name in expected)
