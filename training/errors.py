@@ -23,7 +23,7 @@ class NonFinite(Failure):
 
 
 def cli(main: Callable[[list[str]], int | None]) -> None:
-    """Run an entry point on ``sys.argv`` and exit with its code; a `Failure` is one line and its own code."""
+    """Run an entry point on ``sys.argv`` and exit; a `Failure` becomes one line and its code."""
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except Failure as failure:

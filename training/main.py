@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from cifd_clip import World
+from training.cache import read_config
 from training.checkpoint import Checkpoints
 from training.control import STOPPED_EXIT, StopFlag, log_level, start_processes
 from training.data.index import Sources, index_shards
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
     if args.precision == "amp" and device.type != "cuda":
         raise UsageError("--precision amp (float16) needs a GPU; use amp_bf16 or fp32")
     add_model_configs(args.model_config)
+    adopt_cache(args)
     path = Path(args.logs) / args.name
     try:
         if args.distill == "cifd" and not args.rdm_bank:
@@ -53,6 +55,16 @@ def main(argv: list[str]) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def adopt_cache(args: Namespace) -> None:
+    """Where the flags leave views and their seed open, a teacher cache decides."""
+    if args.teacher_cache:
+        cache = read_config(Path(args.teacher_cache.split(",")[0]))
+        args.views = args.views or cache["views"]
+        args.view_seed = cache["view_seed"] if args.view_seed is None else args.view_seed
+    elif args.view_seed is None:
+        args.view_seed = args.seed
 
 
 def bank_args(args: Namespace) -> Namespace:
@@ -99,7 +111,7 @@ def run(args: Namespace, path: Path, world: World, device: torch.device) -> bool
         sources,
         stage.inputs.train_views(args.aug_cfg),
         stage.inputs.tokenizers,
-        seed=args.seed,
+        seed=args.view_seed,
         global_batch=config["global_batch"],
         views=args.views,
         captions=args.captions,
@@ -107,6 +119,7 @@ def run(args: Namespace, path: Path, world: World, device: torch.device) -> bool
         world_size=world.size,
         workers=args.workers,
         start_method=args.worker_start,
+        fetchers=stage.source.fetchers(sources),
         pin_memory=device.type == "cuda",
     )
     stop = StopFlag(world)

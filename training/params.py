@@ -173,6 +173,9 @@ def _data_flags(g) -> None:
         help="number of distinct augmentations of an image; 0: a new one each pass",
     )
     g.add_argument(
+        "--view-seed", type=int, help="of augmentations and captions [--seed, or the cache's own]"
+    )
+    g.add_argument(
         "--shuffle-window", type=int, default=20000, help="samples shuffled together (whole shards)"
     )
     g.add_argument(
@@ -377,13 +380,23 @@ def _check(args: argparse.Namespace) -> None:
 def _check_teachers(args: argparse.Namespace) -> None:
     names = args.distill_model.split(",") if args.distill_model else []
     weights = args.distill_pretrained.split(",") if args.distill_pretrained else []
+    count = max(len(names), len(args.teacher_cache.split(",")) if args.teacher_cache else 0)
+    if args.distill in ("rdm", "cifd") and count > 1:
+        raise UsageError(f"--distill {args.distill} takes one teacher, got {count}")
     if args.distill == "none":
-        if names or weights:
+        if names or weights or args.teacher_cache:
             raise UsageError(
-                "--distill-model and --distill-pretrained name a teacher, but --distill is none; "
-                "choose a method, such as --distill cifd"
+                "--distill-model, --distill-pretrained and --teacher-cache name a teacher, but "
+                "--distill is none; choose a method, such as --distill cifd"
             )
         return
+    if args.teacher_cache and args.val_data:
+        raise UsageError(
+            "--val-data needs the live teacher, --teacher-cache is there to do without: leave one "
+            "of them out"
+        )
+    if args.teacher_cache and not weights:
+        return  # the cache knows its teacher
     if not names:
         raise UsageError(
             f"--distill {args.distill} needs a teacher: --distill-model NAME and "
@@ -395,8 +408,6 @@ def _check_teachers(args: argparse.Namespace) -> None:
             f"--distill-pretrained names {len(weights)} weights, but --distill-model "
             f"'{args.distill_model}' needs {needed} (none for local-dir: models)"
         )
-    if args.distill in ("rdm", "cifd") and len(names) > 1:
-        raise UsageError(f"--distill {args.distill} takes one teacher, got {len(names)}")
 
 
 def _defaults(args: argparse.Namespace) -> None:

@@ -14,7 +14,9 @@ from cifd_clip import METHODS, DistillationTask, RDMBank, RDMTask, Student, Task
 from cifd_clip.losses import Features
 from cifd_clip.noise import derive_seed
 from cifd_clip.teacher import assistants
-from training.data.loader import Batch
+from training.cache import CachedTeachers
+from training.data.index import Sources
+from training.data.loader import Batch, Fetcher
 from training.data.views import ImageSpec, View, eval_view, normalise, train_view
 from training.errors import UsageError
 from training.models import (
@@ -89,6 +91,10 @@ class LiveTeachers:
         """Who they are."""
         return [t.identity for t in self.teachers]
 
+    def fetchers(self, sources: Sources) -> list[Fetcher]:
+        """Nothing that the loader would have to deliver."""
+        return []
+
     def __call__(self, batch: Batch) -> list[Features]:
         """Every teacher's features of a batch."""
         return [
@@ -105,10 +111,13 @@ class Stage:
     Attributes:
         task: the one trainable module.
         inputs: what the loader must deliver.
+        source: the teachers.
+        rates: R of each assistant that is trained here.
     """
 
     task: Task
     inputs: Inputs
+    source: LiveTeachers | CachedTeachers
     rates: list[float]
 
     def student_inputs(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
@@ -137,7 +146,7 @@ class RDMStage(Stage):
 
     def __init__(self, args: Namespace, device: torch.device):
         self.inputs = Inputs()
-        self.source = live_teachers(args, device, self.inputs)
+        self.source = make_teachers(args, device, self.inputs)
         self.bank = RDMBank(
             self.source.identities[0],
             args.rates,
@@ -173,7 +182,7 @@ class StudentStage(Stage):
         self.spec = ImageSpec.of(model.visual.preprocess_cfg)
         self.images = self.inputs.add_images(self.spec)
         self.texts = self.inputs.add_texts(args.model, self.config)
-        self.source = live_teachers(args, device, self.inputs)
+        self.source = make_teachers(args, device, self.inputs)
         self.bank = load_bank(args, self.source).to(device) if args.rdm_bank else None
         self.lambda_n = args.lambda_n
         self.rates = []
@@ -238,13 +247,20 @@ def make_task(
     return DistillationTask(student, method(student, teacher_dims, weights, generator), world)
 
 
-def live_teachers(args: Namespace, device: torch.device, inputs: Inputs) -> LiveTeachers:
-    """The teachers of the command line, run on every batch."""
+def make_teachers(
+    args: Namespace, device: torch.device, inputs: Inputs
+) -> LiveTeachers | CachedTeachers:
+    """The teachers of the command line, from their caches or run on every batch."""
+    if args.teacher_cache:
+        directories = [Path(d) for d in args.teacher_cache.split(",")]
+        names = args.distill_model.split(",") if args.distill_model else []
+        wanted = {n: getattr(args, n) for n in ("view_seed", "views", "captions", "aug_cfg")}
+        return CachedTeachers(directories, names, wanted)
     configs = [model_config(name, "--distill-model") for name, _ in teacher_names(args)]
     return LiveTeachers(build_teachers(args, device), configs, inputs)
 
 
-def load_bank(args: Namespace, source: LiveTeachers) -> RDMBank:
+def load_bank(args: Namespace, source: LiveTeachers | CachedTeachers) -> RDMBank:
     """The frozen bank of ``--rdm-bank``.
 
     Raises:

@@ -5,9 +5,11 @@ global batch (`training.data.order`), reads their bytes by position, and builds 
 state lives in a loader, so starting at step s gives what an uninterrupted run would have seen.
 """
 
+import atexit
 import os
 import signal
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -278,11 +280,12 @@ class Loader:
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """This rank's part of the global batches ``start_step`` .. ``stop_step - 1``."""
         self._steps.range = range(start_step, stop_step)
-        yield from self._loader
+        yield from iterate(self._loader)
 
     def close(self) -> None:
         """End the workers."""
-        close_loader(self._loader)
+        end(self._loader._iterator)
+        self._loader._iterator = None
 
 
 def sequential(
@@ -315,10 +318,11 @@ def sequential(
     )
     batches = _RowBatches(reader, rows, batch_size, view)
     loader = data_loader(batches, range(len(batches)), workers, start_method, pin_memory, 2, False)
+    iterator = iterate(loader)
     try:
-        yield from loader
+        yield from iterator
     finally:
-        close_loader(loader)
+        end(iterator)
 
 
 @dataclass
@@ -411,11 +415,36 @@ def _same(batch: Batch) -> Batch:
     return batch
 
 
-def close_loader(loader: DataLoader) -> None:
-    """End a loader's workers."""
-    iterator, loader._iterator = loader._iterator, None
+_running = weakref.WeakSet()
+
+
+def iterate(loader: DataLoader) -> Iterator[Batch]:
+    """Iterate over a loader whose workers end with this process, however it ends.
+
+    They ignore SIGTERM, which is what torch and Python would otherwise end them with at exit.
+    """
+    iterator = iter(loader)
+    if loader.num_workers:
+        _running.add(iterator)
+        # last registered is first run: before torch waits for each worker in turn
+        atexit.unregister(_end_all)
+        atexit.register(_end_all)
+    return iterator
+
+
+def end(iterator: Iterator[Batch] | None) -> None:
+    """End an iterator's workers, if it has any."""
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
+        for worker in iterator._workers:
+            if worker.is_alive():  # stuck in a read that does not return
+                worker.kill()
+        _running.discard(iterator)
+
+
+def _end_all() -> None:
+    for iterator in list(_running):
+        end(iterator)
 
 
 def _empty(n: int, image: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from webdataset.shardlists import expand_urls
 from training.data.decode import BadSample, Caps
 from training.data.draws import permutation, words
 from training.data.index import REQUIRED, fault_of, split_name
-from training.data.loader import Assembly, Batch, Recipe, close_loader, data_loader
+from training.data.loader import Assembly, Batch, Recipe, data_loader, end, iterate
 from training.data.tar import BadTar, members
 from training.data.views import View, private_randomness
 
@@ -79,7 +79,7 @@ class StreamLoader:
         if rank == 0:
             log.warning(
                 "%d remote shard(s) are streamed: runs resume at a shard, not at a sample, and "
-                "its order depends on the number of ranks and workers; local tars have no such limit",
+                "their order depends on ranks and workers; local tars have no such limit",
                 len(data.urls),
             )
         self.shards_consumed = shards_consumed
@@ -89,7 +89,8 @@ class StreamLoader:
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """The next ``stop_step - start_step`` batches of this rank."""
-        self._batches = self._batches or iter(self._loader)
+        if self._batches is None:
+            self._batches = iterate(self._loader)
         for batch in itertools.islice(self._batches, stop_step - start_step):
             self._latest.append(batch.shards)
             self.shards_consumed = min(self._latest)
@@ -97,8 +98,8 @@ class StreamLoader:
 
     def close(self) -> None:
         """End the workers."""
-        self._loader._iterator, self._batches = self._batches, None
-        close_loader(self._loader)
+        end(self._batches)
+        self._batches = None
 
 
 @dataclass

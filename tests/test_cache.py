@@ -1,0 +1,127 @@
+"""A teacher cache stands where the live teacher would, and refuses to stand where it must not."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from runs import assert_bit_equal, final, lines
+
+import training.stages
+from training.cache_teacher import main as write_cache
+from training.errors import Failure, UsageError
+from training.main import main
+
+
+@pytest.fixture(scope="module")
+def cache(flags, teacher, tmp_path_factory):
+    """Two views of every scene."""
+    folder = tmp_path_factory.mktemp("cache")
+    command = [*flags, "--distill-model", teacher, "--views", "2", "--teacher-cache", str(folder)]
+    assert write_cache(command) == 0
+    return folder
+
+
+@pytest.fixture
+def no_teacher(monkeypatch):
+    """Loading a teacher fails the test."""
+
+    def refuse(*args):
+        raise AssertionError("a teacher was loaded although its embeddings are cached")
+
+    monkeypatch.setattr(training.stages, "build_teachers", refuse)
+
+
+@pytest.mark.parametrize("method", ["kd", "fd", "clipkd", "tinyclip", "mobileclip"])
+def test_training_from_the_cache_follows_the_live_teacher_without_loading_it(
+    method, flags, teacher, cache, tmp_path, no_teacher, monkeypatch
+):
+    command = [*flags, "--distill", method, "--epochs", "3", "--logs", str(tmp_path)]
+    assert main([*command, "--teacher-cache", str(cache), "--name", "cached"]) == 0
+    monkeypatch.undo()
+    live = [*command, "--distill-model", teacher, "--views", "2", "--name", "live"]
+    assert main(live) == 0
+    for a, b in zip(lines(tmp_path / "cached"), lines(tmp_path / "live")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3), f"step {a['step']}"
+
+
+def test_both_stages_run_from_the_cache_and_stage_one_reads_no_image(
+    flags, cache, tmp_path, no_teacher, monkeypatch
+):
+    command = [*flags, "--distill", "rdm", "--rates", "100", "--teacher-cache", str(cache)]
+    with monkeypatch.context() as patched:
+
+        def refuse(*args):
+            raise AssertionError("an image was decoded although stage 1 reads embeddings only")
+
+        patched.setattr("training.data.loader.decode_image", refuse)
+        assert main([*command, "--logs", str(tmp_path), "--name", "bank"]) == 0
+    student = [*flags, "--distill", "cifd", "--teacher-cache", str(cache), "--name", "student"]
+    bank = ["--rdm-bank", str(tmp_path / "bank" / "bank")]
+    assert main([*student, *bank, "--logs", str(tmp_path)]) == 0
+    assert lines(tmp_path / "student")[-1]["image_embedding_loss"] > 0
+
+
+def test_workers_and_seeds_share_one_cache(flags, cache, tmp_path, no_teacher):
+    command = [*flags, "--distill", "fd", "--teacher-cache", str(cache), "--logs", str(tmp_path)]
+    assert main([*command, "--workers", "2", "--name", "workers"]) == 0
+    assert main([*command, "--name", "none"]) == 0
+    assert_bit_equal(final(tmp_path / "workers"), final(tmp_path / "none"))
+    assert main([*command, "--seed", "5", "--name", "seed"]) == 0
+
+
+def test_a_stale_or_foreign_cache_is_refused(flags, teacher, cache, tmp_path):
+    command = [*flags, "--distill", "fd", "--teacher-cache", str(cache), "--logs", str(tmp_path)]
+    wrong = {
+        "its views is 2": ["--views", "3"],
+        "its view_seed is 0": ["--view-seed", "1"],
+        "its captions is 'first'": ["--captions", "all"],
+        "its aug_cfg is": ["--aug-cfg", "scale=(0.5,1.0)"],
+        "belongs to": ["--distill-model", "ViT-B-16", "--distill-pretrained", "openai"],
+    }
+    for expected, extra in wrong.items():
+        with pytest.raises(UsageError, match=expected):
+            main([*command, *extra])
+    with pytest.raises(UsageError, match="holds no cache"):
+        main([*command, "--teacher-cache", str(tmp_path)])
+
+
+def test_writing_goes_on_where_it_was_stopped_and_mends_a_damaged_file(
+    flags, teacher, scenes, tmp_path
+):
+    folder = tmp_path / "cache"
+    command = [*flags, "--distill-model", teacher, "--views", "1", "--teacher-cache", str(folder)]
+    assert write_cache(command) == 0
+    (stored,) = folder.glob("*.image.npy")
+    whole = stored.read_bytes()
+    damaged = bytearray(whole)
+    damaged[-1] ^= 1
+    stored.write_bytes(damaged)
+    with pytest.raises(Failure, match="is damaged"):
+        write_cache(command)
+    assert write_cache(command) == 0
+    assert stored.read_bytes() == whole
+    with pytest.raises(UsageError, match=r"another number of views|views is 1"):
+        write_cache([*command, "--views", "2"])
+
+
+def test_samples_that_could_not_be_embedded_are_replaced_not_taught(
+    flags, cache, tmp_path, no_teacher
+):
+    copy = tmp_path / "cache"
+    copy.mkdir()
+    for path in cache.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (stored,) = copy.glob("*.image.npy")
+    images = np.load(stored)
+    images[:, 7] = np.nan
+    np.save(stored, images)
+    command = [*flags, "--distill", "fd", "--teacher-cache", str(copy), "--logs", str(tmp_path)]
+    assert main([*command, "--name", "run"]) == 0
+    assert final(tmp_path / "run")["progress"]["skipped"] == {"teacher cache: nothing stored": 1}
+    assert all(torch.isfinite(t).all() for t in final(tmp_path / "run")["state_dict"].values())
+
+
+def test_a_cache_says_whose_it_is(cache):
+    config = json.loads((cache / "config.json").read_text())
+    assert config["views"] == 2 and len(config["teacher"]["weights"]) == 64

@@ -1,0 +1,214 @@
+"""The teacher cache: a frozen teacher's embeddings, computed once for V views of every sample.
+
+A cache is a folder: ``config.json`` says whose embeddings these are and of which views; each shard
+has ``NAME.image.npy`` (V, samples, T) and ``NAME.text.npy`` (V or 1, samples, T), float16, and
+``NAME.json`` with their hashes, written last. NAME holds the shard's own digest, so a cache serves
+any data set made of shards it has, in any order. A sample the reader could not use is all NaN.
+"""
+
+import json
+from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cifd_clip.losses import Features
+from training.data.decode import BadSample
+from training.data.index import Shard, Sources
+from training.data.loader import Batch, Fetcher
+from training.errors import UsageError
+
+MODALITIES = ("image", "text")
+
+
+def shard_name(shard: Shard) -> str:
+    """A shard's name in a cache: its file's stem and the digest of its content's layout."""
+    return f"{Path(shard.path).stem}-{shard.digest[:16]}"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """What a cache says of itself.
+
+    Raises:
+        UsageError: there is no cache.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UsageError(
+            f"--teacher-cache '{directory}' holds no cache (config.json is missing); write one "
+            "with `python -m training.cache_teacher`"
+        )
+    return json.loads(path.read_text())
+
+
+def check_config(directory: Path, wanted: dict[str, Any]) -> None:
+    """Refuse a cache of another teacher, transform, seed or number of views.
+
+    Args:
+        directory: the cache.
+        wanted: entries its ``config.json`` must agree with; of ``views``, at least as many.
+    """
+    found = read_config(directory)
+    for name, value in wanted.items():
+        fits = found[name] >= value if name == "views" else found[name] == value
+        if not fits:
+            raise UsageError(
+                f"--teacher-cache '{directory}' is stale: its {name} is {found[name]!r}, this run "
+                f"needs {value!r}; write another with `python -m training.cache_teacher`"
+            )
+
+
+def is_complete(directory: Path, shard: Shard) -> bool:
+    """Whether a shard's files are all there, whole."""
+    name = shard_name(shard)
+    manifest = directory / f"{name}.json"
+    if not manifest.is_file():
+        return False
+    files = json.loads(manifest.read_text())["files"]
+    return all(
+        (directory / file).is_file() and (directory / file).stat().st_size == entry["bytes"]
+        for file, entry in files.items()
+    )
+
+
+def write_shard(directory: Path, shard: Shard, arrays: dict[str, np.ndarray]) -> None:
+    """Write one shard's embeddings; its manifest appears last."""
+    name = shard_name(shard)
+    files = {}
+    for modality, array in arrays.items():
+        path = directory / f"{name}.{modality}.npy"
+        temporary = path.with_suffix(".npy.tmp")
+        with open(temporary, "wb") as file:
+            np.save(file, array)
+        temporary.rename(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+    manifest = directory / f"{name}.json"
+    temporary = manifest.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps({"samples": shard.samples, "files": files}) + "\n")
+    temporary.rename(manifest)
+
+
+@dataclass
+class CacheFetcher(Fetcher):
+    """Reads the embeddings of rows and views; one per teacher.
+
+    Args:
+        directory: the cache.
+        sources: the data set whose rows are asked for.
+        space: index of the teacher.
+    """
+
+    directory: Path
+    sources: Sources
+    space: int
+    names: list[str] = field(init=False)
+
+    def __post_init__(self):
+        shards = self.sources.shards
+        missing = [s.path for s in shards if not is_complete(self.directory, s)]
+        if missing:
+            raise UsageError(
+                f"--teacher-cache '{self.directory}' lacks {len(missing)} of {len(shards)} shards "
+                f"(the first: {missing[0]}); run `python -m training.cache_teacher` to its end"
+            )
+        self.names = [shard_name(s) for s in shards]
+
+    def check(self, row: int, view: int) -> None:
+        shard, place = self._place(row)
+        images = self._array(shard, "image")
+        if np.isnan(images[view % len(images), place, 0]):
+            raise BadSample("teacher cache: nothing stored")
+
+    def __call__(self, rows: Tensor, views: Tensor) -> dict[str, Tensor]:
+        rows, views = rows.numpy(), views.numpy()
+        shards = np.searchsorted(self.sources.first_row, rows, side="right") - 1
+        places = rows - self.sources.first_row[shards]
+        found = {}
+        for modality in MODALITIES:
+            width = self._array(int(shards[0]), modality).shape[-1]
+            out = np.empty((len(rows), width), np.float16)
+            for shard in np.unique(shards):
+                mine = shards == shard
+                array = self._array(int(shard), modality)
+                out[mine] = array[views[mine] % len(array), places[mine]]
+            found[f"teacher{self.space}/{modality}"] = torch.from_numpy(out)
+        return found
+
+    def _place(self, row: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self.sources.first_row, row, side="right")) - 1
+        return shard, row - int(self.sources.first_row[shard])
+
+    def _array(self, shard: int, modality: str) -> np.ndarray:
+        return _mapped(str(self.directory / f"{self.names[shard]}.{modality}.npy"))
+
+
+@lru_cache(maxsize=512)
+def _mapped(path: str) -> np.ndarray:
+    return np.load(path, mmap_mode="r")
+
+
+class CachedTeachers:
+    """Stands where the live teachers would, without any teacher in memory.
+
+    Args:
+        directories: one cache per teacher.
+        names: the architectures the command line names, if it does.
+        view_seed, views, captions, aug_cfg: of this run, which the caches must match.
+    """
+
+    def __init__(self, directories: list[Path], names: list[str], wanted: dict[str, Any]):
+        if names and len(names) != len(directories):
+            raise UsageError(
+                f"--teacher-cache names {len(directories)} caches for {len(names)} teachers"
+            )
+        self.directories = directories
+        self.configs = [read_config(d) for d in directories]
+        for directory, config, name in zip(directories, self.configs, names):
+            if config["teacher"]["model"] != name:
+                raise UsageError(
+                    f"--teacher-cache '{directory}' belongs to {config['teacher']['model']}, "
+                    f"--distill-model names {name}"
+                )
+        for directory in directories:
+            check_config(directory, wanted)
+
+    @property
+    def dims(self) -> list[int]:
+        """T of each teacher."""
+        return [config["teacher"]["dim"] for config in self.configs]
+
+    @property
+    def identities(self) -> list[dict]:
+        """Who they are."""
+        return [config["teacher"] for config in self.configs]
+
+    def fetchers(self, sources: Sources) -> list[CacheFetcher]:
+        """What the loader needs to deliver the embeddings."""
+        return [CacheFetcher(d, sources, i) for i, d in enumerate(self.directories)]
+
+    def __call__(self, batch: Batch) -> list[Features]:
+        """Every teacher's stored features of a batch."""
+        return [self._features(batch, i, t) for i, t in enumerate(self.identities)]
+
+    def _features(self, batch: Batch, space: int, identity: dict) -> Features:
+        image, text = (
+            F.normalize(batch.extras[f"teacher{space}/{m}"].float(), dim=-1) for m in MODALITIES
+        )
+        scale = image.new_tensor(identity["logit_scale"])
+        bias = identity["logit_bias"]
+        return Features(image, text, scale, None if bias is None else image.new_tensor(bias), space)
