@@ -151,6 +151,36 @@ def test_signals_to_the_job_do_not_stop_its_workers(sources):
     assert len(keys) == 40 and hits == []
 
 
+FAILS = """
+import sys
+from shards import Letters
+from training.data.index import index_shards
+from training.data.loader import Loader
+from training.data.order import Order
+
+sources = index_shards(sys.argv[1])
+loader = Loader(Order(sources, 0), sources, [], [Letters()], seed=0, global_batch=2, workers=2,
+                start_method="fork")
+batches = loader.batches(0, 20)
+next(batches)
+raise SystemExit("the run fails here")
+"""
+
+
+def test_a_run_that_fails_leaves_no_worker_behind(sources):
+    # workers that ignore SIGTERM would keep a process that exits without closing them for ever
+    folder = str(Path(sources.shards[0].path).parent)
+    run = subprocess.run(
+        [sys.executable, "-c", FAILS, folder],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([".", "tests"])},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (run.returncode, run.stderr.strip().splitlines()[-1]) == (1, "the run fails here")
+
+
 def test_a_bad_sample_is_replaced_the_same_way_everywhere(damaged):
     alone = global_batches(damaged, 0, 10)
     assert_same(global_batches(damaged, 0, 10, ranks=3, workers=2), alone)

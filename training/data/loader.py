@@ -34,6 +34,7 @@ from training.data.order import Order
 from training.data.views import View, draw, private_randomness
 
 MAX_ATTEMPTS = 64
+JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass
@@ -404,8 +405,9 @@ def start_worker(_: int) -> None:
     died of it, or ran the handler it inherited, would end the run before it can save. Workers end
     when the loader closes or the main process is gone.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     warnings.filterwarnings("ignore", module="PIL")  # broken EXIF and the like: not worth a line
@@ -423,7 +425,12 @@ def iterate(loader: DataLoader) -> Iterator[Batch]:
 
     They ignore SIGTERM, which is what torch and Python would otherwise end them with at exit.
     """
-    iterator = iter(loader)
+    # a signal that comes while workers start waits until they ignore it (`start_worker`)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    try:
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if loader.num_workers:
         _running.add(iterator)
         # last registered is first run: before torch waits for each worker in turn
