@@ -6,6 +6,7 @@ begin again.
 """
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -15,9 +16,9 @@ from pathlib import Path
 from demo import scenes
 from training.errors import UsageError, cli
 
-MODELS = Path(__file__).parent / "models"
-EPOCHS = {"teacher": 10, "bank": 3, "student": 10}
-RATES = ["1000", "100", "30"]
+MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
+EPOCHS = {"teacher": 9, "bank": 3, "student": 6}
+RATES = ["1000", "300", "100"]
 
 
 def demo(out: Path, quick: bool) -> None:
@@ -83,7 +84,11 @@ def demo(out: Path, quick: bool) -> None:
 def call(module: str, *arguments: str) -> None:
     """Print and run ``python -m MODULE ...``; its failure is the demo's."""
     say(shlex.join(["python", "-m", module, *arguments]))
-    if subprocess.run([sys.executable, "-m", module, *arguments]).returncode:
+    # half of the cores for the model: the others decode images, and a waiting OpenMP thread spins
+    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    command = [sys.executable, "-m", module, *arguments]
+    if subprocess.run(command, env=environment).returncode:
         raise UsageError(f"python -m {module} failed; its message is above")
 
 

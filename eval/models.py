@@ -13,6 +13,18 @@ from torch import Tensor, nn
 from training.errors import UsageError
 
 CONFIG = "open_clip_config.json"
+#: flags of training that say what the student is and what it reads
+MODEL_FLAGS = (
+    "force_quick_gelu",
+    "force_custom_text",
+    "force_image_size",
+    "force_context_length",
+    "force_patch_dropout",
+    "image_mean",
+    "image_std",
+    "image_interpolation",
+    "image_resize_mode",
+)
 
 
 @dataclass
@@ -111,13 +123,20 @@ def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
             f"write NAME:{spec} with an OpenCLIP model name"
         )
     config = json.loads(config.read_text())
-    for file in config.get("model_config") or []:
+    for file in map(Path, config.get("model_config") or []):
+        if not file.is_file():
+            raise UsageError(
+                f"'{spec}': the run's --model-config '{file}' is not there; run from "
+                "the directory where it was trained"
+            )
         open_clip.add_model_config(file)
-    mean, std = config.get("image_mean"), config.get("image_std")
+    options = {name: config[name] for name in MODEL_FLAGS if config.get(name)}
+    if len(size := options.get("force_image_size", ())) == 1:
+        options["force_image_size"] = size[0]
     model, _, transform = open_clip.create_model_and_transforms(
-        config["model"], pretrained=str(path), device=device, image_mean=mean, image_std=std
+        config["model"], pretrained=str(path), device=device, **options
     )
-    tokenizer = open_clip.get_tokenizer(config["model"])
+    tokenizer = open_clip.get_tokenizer(config["model"], options.get("force_context_length"))
     return _evaluated(spec, f"{run.name}@{path.stem}", run, model, transform, tokenizer)
 
 

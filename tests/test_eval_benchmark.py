@@ -202,6 +202,7 @@ def test_a_runs_results_lie_in_the_run_and_a_checkpoints_beside_them(root, tmp_p
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(CONFIG))
     settings = {"model": "tiny", "model_config": [str(config)], "image_mean": [0.5] * 3}
+    settings |= {"force_image_size": [32], "force_quick_gelu": False}
     (run / "config.json").write_text(json.dumps({**settings, "image_std": [0.25] * 3}))
     state = open_clip.create_model(f"local-dir:{folder}").state_dict()
     (run / "checkpoints").mkdir()
