@@ -45,16 +45,26 @@ def decode_image(data: bytes, caps: Caps) -> Image.Image:
     if len(data) > caps.max_bytes:
         raise BadSample("image: too many bytes")
     try:
-        # the WebP plugin allocates its canvas when it opens a file, so its header is read here
-        if data[:4] == b"RIFF":
-            _check_pixels(*_webp_size(data), caps)
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_pixels(*image.size, caps)
+        image = _open(data, caps)
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except BadSample:
         raise
     except Exception as error:  # decoders raise whatever they like on hostile bytes
+        raise BadSample("image: broken") from error
+
+
+def image_size(data: bytes, caps: Caps) -> tuple[int, int]:
+    """(width, height) from an image's header; ``data`` may end after it.
+
+    Raises:
+        BadSample: too many pixels, of no known format, or a broken header.
+    """
+    try:
+        return _open(data, caps).size
+    except BadSample:
+        raise
+    except Exception as error:
         raise BadSample("image: broken") from error
 
 
@@ -101,6 +111,18 @@ def decode_captions(data: bytes, caps: Caps) -> list[str]:
 def choose_caption(captions: list[str], seed: int, view: int, key: bytes) -> str:
     """One of several captions, a pure function of (seed, view, key)."""
     return captions[seed_of(seed, "caption", view, key) % len(captions)]
+
+
+def _open(data: bytes, caps: Caps) -> Image.Image:
+    # the WebP plugin allocates its canvas when it opens a file, so its header is read here
+    if data[:4] == b"RIFF":
+        _check_pixels(*_webp_size(data), caps)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:  # Pillow's own cap, far above ours
+        raise BadSample("image: too many pixels") from None
+    _check_pixels(*image.size, caps)
+    return image
 
 
 def _check_pixels(width: int, height: int, caps: Caps) -> None:

@@ -49,7 +49,7 @@ class Shard:
     @property
     def records(self) -> np.ndarray:
         """(samples,) structured: ``key`` (bytes); ``image``, ``text``, ``json`` (offset, size)."""
-        return _records(self.index)
+        return _records(self.index, self.digest)
 
 
 class Sources:
@@ -367,6 +367,7 @@ def _write(place: str, records: np.ndarray, meta: dict) -> None:
 
 
 @lru_cache(maxsize=128)
-def _records(place: str) -> np.ndarray:
+def _records(place: str, digest: str) -> np.ndarray:
+    # the digest is part of the cache's key: a shard may change while the process lives
     with np.load(place, allow_pickle=False) as index:
         return index["records"]

@@ -48,6 +48,8 @@ def members(read: Callable[[int, int], bytes], end: int | None = None) -> Iterat
     name = size = None  # from an extension header, for the member after it
     while True:
         header = read(BLOCK, position)
+        if position == 0:
+            _check_plain(header)
         if len(header) < BLOCK:
             raise BadTar(
                 f"truncated in a header at byte {position}"
@@ -57,7 +59,7 @@ def members(read: Callable[[int, int], bytes], end: int | None = None) -> Iterat
         if header == b"\0" * BLOCK:
             return
         if not _checksum_holds(header):
-            raise BadTar(_not_a_header(header, position))
+            raise BadTar(f"damaged header at byte {position}" if position else "not a tar")
         kind = header[156:157]
         stated = _number(header[124:136], position)
         data = position + BLOCK
@@ -94,13 +96,10 @@ def _checksum_holds(header: bytes) -> bool:
     return sum(header) - sum(header[148:156]) + 8 * ord(" ") == stated
 
 
-def _not_a_header(header: bytes, position: int) -> str:
-    if position == 0:
-        for magic, kind in COMPRESSED.items():
-            if header.startswith(magic):
-                return f"compressed ({kind}); samples are read by position: decompress it"
-        return "not a tar"
-    return f"damaged header at byte {position}"
+def _check_plain(header: bytes) -> None:
+    for magic, kind in COMPRESSED.items():
+        if header.startswith(magic):
+            raise BadTar(f"compressed ({kind}), and samples are read by position: decompress it")
 
 
 def _name(header: bytes) -> bytes:

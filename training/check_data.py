@@ -1,0 +1,200 @@
+"""What is wrong with a data set of WebDataset tars, before a run finds out.
+
+    python -m training.check_data 'data/{00000..01241}.tar' [--deep] [--json]
+
+Reads the tars' headers, every caption and every image's header (``--deep``: decodes the images).
+Ends with 0 when all is well, 1 when something was found, 2 on wrong usage.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+import numpy as np
+from tqdm import tqdm
+
+from training.data.decode import (
+    BadSample,
+    Caps,
+    decode_caption,
+    decode_captions,
+    decode_image,
+    image_size,
+)
+from training.data.index import NotAShard, Shard, Sources, expand, index_shard, is_remote
+from training.errors import UsageError, cli
+
+HEADER = 1 << 14  # most images tell their size in these first bytes
+EXAMPLES = 3
+
+
+def main(argv: list[str]) -> int:
+    """Check, report, and return the exit code."""
+    args = _parser().parse_args(argv)
+    if is_remote(args.shards):
+        raise UsageError(f"SHARDS {args.shards!r}: remote data are not checked; copy them first")
+    report = check(
+        args.shards,
+        deep=args.deep,
+        cache_dir=args.index_dir,
+        workers=args.workers,
+        progress=partial(tqdm, unit="shard", disable=not sys.stderr.isatty()),
+    )
+    print(json.dumps(report, indent=2) if args.json else as_text(report))
+    return 0 if report["clean"] else 1
+
+
+def check(
+    urls: str,
+    *,
+    deep: bool = False,
+    cache_dir: str | None = None,
+    workers: int = 0,
+    caps: Caps | None = None,
+    progress=lambda shards, total: shards,
+) -> dict:
+    """Report (JSON) on the shards of ``urls``: counts, fingerprint and problems with examples.
+
+    Raises:
+        UsageError: no shard is named.
+    """
+    sources = [list(dict.fromkeys(paths)) for paths in expand(urls, "SHARDS")]
+    paths = [path for source in sources for path in source]
+    work = partial(check_shard, cache_dir=cache_dir, caps=caps or Caps(), deep=deep)
+    with _mapper(min(workers, len(paths))) as mapped:
+        found = list(progress(mapped(work, paths), total=len(paths)))
+    shards = [shard for shard, *_ in found if shard is not None]
+    data = Sources(shards)
+    problems, examples = Counter(), {}
+    for path, (shard, trouble, seen) in zip(paths, found):
+        counted = Counter(trouble)
+        counted.update(shard.skipped if shard else {})
+        problems.update(counted)
+        for reason in counted:
+            examples.setdefault(reason, [])
+            examples[reason] += seen.get(reason, [path])
+    repeated = sum(_repeated(shards, set(source)) for source in sources)
+    if repeated:
+        problems["key in several shards"] = repeated
+    return {
+        "clean": not problems,
+        "fingerprint": data.fingerprint(),
+        "problems": dict(problems),
+        "examples": {reason: places[:EXAMPLES] for reason, places in examples.items()},
+        "depth": "images decoded" if deep else "image headers read",
+    }
+
+
+def check_shard(path: str, cache_dir: str | None, caps: Caps, deep: bool):
+    """(shard or None, problems by reason, examples by reason) of one tar."""
+    warnings.filterwarnings("ignore", module="PIL")
+    if not os.path.isfile(path):
+        return None, {"shard: missing": 1}, {}
+    try:
+        shard = index_shard(path, cache_dir)
+    except NotAShard as error:
+        return None, {"shard: unreadable": 1}, {"shard: unreadable": [str(error)]}
+    problems, examples = Counter(), {}
+
+    def report(reason: str, where: str) -> None:
+        problems[reason] += 1
+        examples.setdefault(reason, []).append(where)
+
+    for problem in shard.problems:
+        report("shard: damaged", f"{path}: {problem}")
+    if not shard.samples and not shard.skipped:
+        report("shard: empty", path)
+    with open(path, "rb", buffering=0) as file:
+        for record in shard.records:
+            try:
+                _check_sample(file.fileno(), record, caps, deep)
+            except BadSample as reason:
+                report(str(reason), f"{path}: {record['key'].decode('utf-8', 'replace')}")
+    return shard, dict(problems), {reason: seen[:EXAMPLES] for reason, seen in examples.items()}
+
+
+def as_text(report: dict) -> str:
+    """The report for people."""
+    data = report["fingerprint"]
+    lines = [
+        f"{data['shards']} shards, {data['bytes'] / 1e9:.2f} GB, {data['samples']} samples, "
+        f"{data['usable']} listed for training",
+        f"fingerprint {data['hash']}",
+    ]
+    for reason, count in sorted(report["problems"].items(), key=lambda item: -item[1]):
+        lines.append(f"{count:8d}  {reason}   e.g. {'; '.join(report['examples'].get(reason, []))}")
+    lines.append(f"no problem found ({report['depth']})" if report["clean"] else "problems found")
+    return "\n".join(lines)
+
+
+def _check_sample(fd: int, record, caps: Caps, deep: bool) -> None:
+    def read(kind: str, most: int, limit: int, reason: str) -> bytes:
+        offset, size = record[kind].tolist()
+        if size > limit:
+            raise BadSample(reason)
+        return os.pread(fd, min(size, most), offset)
+
+    decode_caption(read("text", caps.max_caption, caps.max_caption, "caption: too long"), caps)
+    if record["json"][0] >= 0:
+        decode_captions(read("json", caps.max_json, caps.max_json, "json: too many bytes"), caps)
+    image = partial(read, "image", limit=caps.max_bytes, reason="image: too many bytes")
+    if deep:
+        decode_image(image(caps.max_bytes), caps)
+        return
+    try:
+        image_size(image(HEADER), caps)
+    except BadSample as reason:
+        if "broken" not in str(reason):
+            raise
+        image_size(image(caps.max_bytes), caps)  # a long header
+
+
+def _repeated(shards: list[Shard], paths: set[str]) -> int:
+    """Samples of one source whose key another shard of it has too."""
+    # hashes, eight bytes each: the keys of eleven million samples fit
+    hashes = [
+        np.fromiter(map(hash, shard.records["key"].tolist()), np.int64, shard.samples)
+        for shard in shards
+        if shard.path in paths
+    ]
+    return sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes))) if hashes else 0
+
+
+class _mapper:
+    """``map`` over processes, or in this one."""
+
+    def __init__(self, workers: int):
+        context = multiprocessing.get_context("forkserver")
+        self.pool = ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else None
+
+    def __enter__(self):
+        return self.pool.map if self.pool else map
+
+    def __exit__(self, *_):
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.check_data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shards", metavar="SHARDS", help="as --train-data: braces, '::', folder")
+    parser.add_argument("--deep", action="store_true", help="decode every image")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--index-dir", help="keep indexes there instead of beside the shards")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help="processes (default: cores)")
+    return parser
+
+
+if __name__ == "__main__":
+    cli(main)
