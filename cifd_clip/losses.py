@@ -61,13 +61,22 @@ class World:
         torch.distributed.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
-    def logits(self, features: Features) -> Logits:
-        """Similarities of the local rows with the global batch, scaled and biased."""
+    def columns(self, features: Features) -> Features:
+        """The same features with the rows of every rank."""
+        return features._replace(image=self.gather(features.image), text=self.gather(features.text))
+
+    def logits(self, features: Features, columns: Features | None = None) -> Logits:
+        """Similarities of the local rows with the global batch, scaled and biased.
+
+        Args:
+            features: the rows, their scale and bias.
+            columns: what they are compared with, gathered; by default the features' own.
+        """
+        columns = self.columns(features) if columns is None else columns
         bias = 0.0 if features.logit_bias is None else features.logit_bias
-        images, texts = self.gather(features.image), self.gather(features.text)
         return Logits(
-            features.logit_scale * features.image @ texts.t() + bias,
-            features.logit_scale * features.text @ images.t() + bias,
+            features.logit_scale * features.image @ columns.text.t() + bias,
+            features.logit_scale * features.text @ columns.image.t() + bias,
         )
 
     def labels(self, logits: Logits) -> Tensor:

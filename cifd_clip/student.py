@@ -6,6 +6,7 @@ public parts; where the projection can't be separated (the attention pool of a M
 MLP head), the cut falls on the embedding itself.
 """
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -70,11 +71,15 @@ class Student(nn.Module):
 
     def __init__(self, model: nn.Module, site: str = "projection"):
         super().__init__()
-        self.model = model
+        self.model, self.site = model, site
         self.dim = embedding_dim(model)
         whole = site == "embedding"
         self._image = _whole(model.encode_image, self.dim) if whole else _cut_image(model, self.dim)
         self._text = _whole(model.encode_text, self.dim) if whole else _cut_text(model, self.dim)
+
+    def __deepcopy__(self, memo: dict) -> "Student":
+        # The halves hold parts of one model: a copy (an average of weights) is cut anew.
+        return Student(copy.deepcopy(self.model, memo), self.site)
 
     @property
     def widths(self) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """A student is a stock OpenCLIP model in two halves."""
 
+import copy
 import json
 
 import open_clip
@@ -106,6 +107,20 @@ def test_both_halves_see_weights_loaded_after_the_cut():
         embeddings = student.embed(student(*batch))
         assert torch.equal(embeddings.image, other.encode_image(batch[0]))
         assert torch.equal(embeddings.text, other.encode_text(batch[1]))
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_copy_stands_on_its_own(site):
+    """An average of weights is a deep copy: it must not compute with the original's towers."""
+    student = Student(clip("tiny-student").eval(), site)
+    batch, twin = pairs(2), copy.deepcopy(student)
+    with torch.no_grad():
+        before = student.embed(student(*batch))
+        for parameter in student.parameters():
+            parameter.mul_(2)
+        after = twin.embed(twin(*batch))
+    assert torch.equal(after.image, before.image)
+    assert torch.equal(after.text, before.text)
 
 
 def test_a_named_configuration_makes_the_same_cut():

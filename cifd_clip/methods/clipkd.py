@@ -44,15 +44,11 @@ class CLIPKD(Method):
         labels = world.labels(logits)
         relational = interactive = feature = 0.0
         for teacher in teachers:
-            teacher_logits = world.logits(teacher)
+            columns = world.columns(teacher)
             image, text = self.projectors(embeddings, teacher.space)
-            scale = self.cross_logit_scale.exp()
             # Student rows against the gathered teacher: no gradient has to cross ranks.
-            cross = type(logits)(
-                scale * image @ world.gather(teacher.text).t(),
-                scale * text @ world.gather(teacher.image).t(),
-            )
-            relational = relational + relational_kl(logits, teacher_logits)
+            cross = world.logits(Features(image, text, self.cross_logit_scale.exp()), columns)
+            relational = relational + relational_kl(logits, world.logits(teacher, columns))
             interactive = interactive + contrastive_loss(cross, labels) / 2
             feature = feature + embedding_loss(image, teacher.image)
             feature = feature + embedding_loss(text, teacher.text)
