@@ -1,6 +1,5 @@
 """A name, a run directory, a checkpoint or a model folder -> a frozen CLIP and who it is."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from cifd_clip.teacher import weights_hash
 from training.errors import UsageError
 
 CONFIG = "open_clip_config.json"
@@ -76,15 +76,6 @@ def load(spec: str, device: torch.device) -> Evaluated:
     return _from_openclip(spec, device)
 
 
-def state_hash(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and values: the same weights have the same hash in any file."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters of the image tower, the text tower without its token table, and the table."""
     total = sum(p.numel() for p in model.parameters())
@@ -103,7 +94,7 @@ def _evaluated(spec: str, name: str, run: Path | None, model, transform, tokeniz
         model=model,
         transform=transform,
         tokenizer=tokenizer,
-        weights=state_hash(model),
+        weights=weights_hash(model),
         parameters=count_parameters(model),
     )
 

@@ -66,6 +66,25 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], xlabel: str, log:
         return _svg(figure)
 
 
+def bars(groups: Sequence[str], models: Sequence[tuple[str, str, Sequence[float | None]]]) -> str:
+    """Percentages of models (label, colour, a value for each group) as bars side by side."""
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        width = 0.82 / len(models)
+        wide = max(5.5, 0.62 * len(groups) * len(models))
+        figure, axis = plt.subplots(figsize=(min(wide, 13), 2.9), layout="constrained")
+        for place, (label, colour, values) in enumerate(models):
+            shown = [(i, v) for i, v in enumerate(values) if v is not None]
+            x = [i + (place - (len(models) - 1) / 2) * width for i, _ in shown]
+            heights = [v for _, v in shown]
+            drawn = axis.bar(x, heights, 0.9 * width, color=colour, label=label)
+            axis.bar_label(drawn, fmt="%.1f", padding=2, fontsize=9, color="#4a525c")
+        axis.set_xticks(range(len(groups)), groups)
+        axis.set(ylim=(0, 108), ylabel="percent")
+        axis.tick_params(axis="x", length=0, labelcolor="#1f2630")
+        axis.legend(ncols=len(models), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+        return _svg(figure)
+
+
 def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]]) -> str:
     """Rate-distortion curves: modality -> (R, bits, distortion), each point labelled with its R."""
     with plt.rc_context(STYLE):

@@ -266,20 +266,33 @@ def provenance_section(sources: list[Source]) -> str:
     return f"<details><summary>Provenance</summary>{table}{told}</details>"
 
 
-def page(sources: list[Source], title: str) -> str:
-    """The whole page."""
-    found, colour = rows(sources), colours(sources)
+def results_section(sources: list[Source], colour: dict[str, str]) -> str:
+    """The table, and its first-place metrics as bars."""
+    found = rows(sources)
+    if not found:
+        return ""
     plain = baseline(sources, found)
     table = tables.to_html(found, plain, lambda name: _swatch(colour.get(name)))
-    note = "<p>Percent on the test split. Parameters leave out the token table"
-    counts = {row.parameters["token_table"] for row in found if row.parameters}
-    note += f" ({' and '.join(tables.millions(c) for c in sorted(counts))})" if counts else ""
-    note += (
-        f"; small figures are differences to <b>{html.escape(plain.name)}</b>." if plain else "."
-    )
-    note += " T→I: the image for a caption; I→T: a caption for the image.</p>"
+    counts = sorted({row.parameters["token_table"] for row in found if row.parameters})
+    note = "Percent. Parameters leave out the token table"
+    note += f" ({' and '.join(map(tables.millions, counts))})" if counts else ""
+    note += f"; small figures are differences to <b>{html.escape(plain.name)}</b>" if plain else ""
+    note += ". T→I: the image for a caption; I→T: a caption for the image."
+    body = f'<div class="scroll">{table}</div><p>{note}</p>'
+    first = [c for c in tables.columns(found) if c[1].endswith(("top-1", "R@1"))]
+    drawn = [row for row in found if row.name in colour]
+    if first and len(first) * len(drawn) <= 32:
+        models = [(r.name, colour[r.name], [r.values.get(c) for c in first]) for r in drawn]
+        groups = [f"{dataset}\n{metric}" for dataset, metric in first]
+        body = f'<div class="plot">{plots.bars(groups, models)}</div>{body}'
+    return _section("Results", body)
+
+
+def page(sources: list[Source], title: str) -> str:
+    """The whole page."""
+    colour = colours(sources)
     sections = [
-        _section("Results", f'<div class="scroll">{table}</div>{note}') if found else "",
+        results_section(sources, colour),
         bank_section(sources),
         training_section(sources, colour),
         examples_section(sources, colour),

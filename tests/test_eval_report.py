@@ -94,7 +94,7 @@ def test_the_page_needs_no_other_file_and_runs_no_script(runs, tmp_path):
     loads = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
     assert all(target.startswith(("data:image/png;base64,", "#")) for target in loads)
     assert "<script" not in page and "@import" not in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
 
 
 def test_every_figure_of_the_tables_is_a_result_files(runs, tmp_path):
