@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed.nn
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -55,11 +55,7 @@ class World:
         """(b, D) of every rank, concatenated in rank order: (B, D)."""
         if self.size == 1:
             return rows
-        if rows.requires_grad:
-            return torch.cat(torch.distributed.nn.all_gather(rows))
-        parts = [torch.empty_like(rows) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        return _Gather.apply(rows, self.rank, self.size)
 
     def columns(self, features: Features) -> Features:
         """The same features with the rows of every rank."""
@@ -84,6 +80,28 @@ class World:
         rows = len(logits.image_to_text)
         device = logits.image_to_text.device
         return torch.arange(rows, device=device) + rows * self.rank
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows; backward gives each rank the sum of all ranks' gradients of its rows."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, rank: int, size: int) -> Tensor:
+        ctx.rank, ctx.rows = rank, len(rows)
+        gathered = rows.new_empty(size * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        if dist.get_backend() == "nccl":
+            mine = grad.new_empty(ctx.rows, *grad.shape[1:])
+            dist.reduce_scatter_tensor(mine, grad.contiguous())
+        else:  # gloo has no reduce-scatter in the older versions of torch
+            whole = grad.contiguous().clone()
+            dist.all_reduce(whole)
+            mine = whole.narrow(0, ctx.rank * ctx.rows, ctx.rows)
+        return mine, None, None
 
 
 def contrastive_loss(logits: Logits, labels: Tensor) -> Tensor:

@@ -18,13 +18,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 def start_processes(args: Namespace) -> tuple[World, torch.device]:
     """Join the process group that torchrun or srun describes, if any."""
-    if dist.is_initialized():
-        return World(dist.get_rank(), dist.get_world_size()), torch.device(args.device)
+    place = Namespace(**vars(args), horovod=False)  # a copy: it gets rank and world size
     if not torch.cuda.is_available() and args.device.startswith("cuda"):
-        args.device = "cpu"
-    args.horovod = False
-    device = init_distributed_device(args)
-    return World(args.rank, args.world_size), device
+        place.device = "cpu"
+    device = init_distributed_device(place)
+    return World(place.rank, place.world_size), device
 
 
 class StopFlag:

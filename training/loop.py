@@ -474,7 +474,7 @@ class _Clock:
 
 
 def _line(trainer: Trainer, meter: Meter, clock: _Clock) -> dict[str, Any]:
-    values = flatten(meter.read(), trainer.stage.rates)  # waits for the device
+    values = flatten(meter.read(trainer.world), trainer.stage.rates)  # waits for the device
     rate, wait = clock.read()
     progress = trainer.progress
     return {

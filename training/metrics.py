@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from cifd_clip import World
 
 
 class Meter:
@@ -23,11 +27,17 @@ class Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
 
-    def read(self) -> dict[str, float | list[float]]:
-        """The means since the last reading."""
-        means = {name: (total / self._count).tolist() for name, total in self._sums.items()}
+    def read(self, world: World) -> dict[str, float | list[float]]:
+        """The means since the last reading, over all ranks (each must call)."""
+        names = sorted(self._sums)
+        flat = torch.cat([self._sums[name].reshape(-1) for name in names]) / self._count
+        if world.size > 1:
+            dist.all_reduce(flat)
+            flat /= world.size
+        means = flat.split([self._sums[name].numel() for name in names])
+        shaped = {n: m.reshape(self._sums[n].shape).tolist() for n, m in zip(names, means)}
         self._sums, self._count = {}, 0
-        return means
+        return shaped
 
 
 def flatten(values: Mapping[str, float | list[float]], rates: list[float]) -> dict[str, float]:

@@ -1,0 +1,72 @@
+"""Several processes, launched as torchrun and srun launch them, are one run."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import ROOT, final, lines
+
+from training.control import STOPPED_EXIT
+from training.main import main
+
+
+def launch(command: list[str], log: Path, ranks: int = 2) -> list[subprocess.Popen]:
+    """One process a rank, with the variables that torchrun and srun both end in."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "training.main", *command],
+            env={
+                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
+                "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            },
+            cwd=ROOT,
+            stderr=open(f"{log}.{rank}", "w"),
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+
+
+def test_two_ranks_stopped_by_a_signal_to_one_go_on_as_one_rank_with_the_same_losses(
+    flags, teacher, bank, tmp_path
+):
+    command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--rdm-bank", str(bank)]
+    command += ["--epochs", "30", "--logs", str(tmp_path), "--save-frequency", "0"]
+    assert main([*command, "--name", "alone"]) == 0
+    shared = [*command, "--name", "shared", "--batch-size", "12"]
+    ranks = launch(shared, tmp_path / "log")
+    metrics = tmp_path / "shared" / "metrics.jsonl"
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 5):
+        assert all(rank.poll() is None for rank in ranks), (tmp_path / "log.0").read_text()
+        time.sleep(0.02)
+    ranks[1].send_signal(signal.SIGUSR1)
+    codes = [rank.wait(timeout=60) for rank in ranks]
+    assert codes == [STOPPED_EXIT, STOPPED_EXIT], (tmp_path / "log.0").read_text()
+    stopped = final(tmp_path / "shared")["progress"]["step"]
+    assert 5 < stopped < 120, "stopped in the middle"
+    assert main([*command, "--name", "shared", "--resume", "latest"]) == 0
+    alone, shared = lines(tmp_path / "alone"), lines(tmp_path / "shared")
+    assert [row["step"] for row in shared] == [row["step"] for row in alone]
+    for a, b in zip(alone, shared):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3), f"step {a['step']}"
+
+
+def test_torchrun_trains_the_bank_and_the_student_in_one_go(flags, teacher, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--rates", "100"]
+    command += ["--rdm-epochs", "1", "--batch-size", "12", "--logs", str(tmp_path)]
+    done = subprocess.run(
+        [*torchrun, "--nproc_per_node", "2", "-m", "--", "training.main", *command, "--name=run"],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run" / "rdm" / "finished.json").is_file()
+    assert (tmp_path / "run" / "student" / "open_clip_model.safetensors").is_file()
