@@ -12,7 +12,6 @@ twice: as it is handed out, and with the normalisation done on the same core.
 import argparse
 import io
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -36,7 +35,10 @@ from training.data.views import ImageSpec, draw, normalise, train_view
 from training.errors import UsageError, cli
 
 FLICKR = "../shared/data/flickr8k/train"
+FLICKR_SHARDS = FLICKR + "/{00000..00003}.tar"
 SEED = 0
+# by number of workers; with one, batches also travel between processes, as in a run
+CONTENDERS = {0: ("ours", "open_clip"), 1: ("ours", "ours+normalise", "open_clip")}
 
 
 def main(argv: list[str]) -> int:
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
     result = circumstances(SEED) | {"size": args.size, "batch": args.batch, "data": {}}
     with tempfile.TemporaryDirectory() as folder:
         sets = {"generated 256-512 px": generate(Path(folder) / "generated", args.images)}
-        data = args.data or (FLICKR if Path(FLICKR).is_dir() else None)
+        data = args.data or (FLICKR_SHARDS if Path(FLICKR).is_dir() else None)
         if data:
             sets = {data if args.data else "Flickr8k": data} | sets
         for name, urls in sets.items():
@@ -73,27 +75,27 @@ def compare(urls: str, args: argparse.Namespace, cache_dir: str) -> dict:
     result = {"fingerprint": sources.fingerprint(), "pairs": []}
     print(f"pixels equal; {sources.num_samples} images")
     job = {"urls": urls, "cache_dir": cache_dir, "size": args.size, "batch": args.batch}
-    for workers in (0, 1):
+    for shard in sources.shards:  # into the page cache
+        Path(shard.path).read_bytes()
+    for workers, contenders in CONTENDERS.items():
         rounds = []
-        for pair in range(args.pairs + 1):  # the first warms the page cache
-            order = ("ours", "ours+normalise", "open_clip")
-            order = order if pair % 2 else order[::-1]
-            runs = {who: _run(job | {"who": who, "workers": workers}) for who in order}
-            if pair:
-                rounds.append(runs)
+        for pair in range(args.pairs):
+            turn = contenders if pair % 2 else contenders[::-1]
+            rounds.append({who: _run(job | {"who": who, "workers": workers}) for who in turn})
         result["pairs"].append({"workers": workers, "rounds": rounds})
-        for who in ("ours", "ours+normalise", "open_clip"):
+        for who in contenders:
             speeds = [runs[who]["images_per_s"] for runs in rounds]
             ratios = [
                 runs[who]["images_per_s"] / runs["open_clip"]["images_per_s"] for runs in rounds
             ]
-            read = statistics.median(runs[who]["bytes_per_image"] for runs in rounds)
-            what = f"{workers} workers" if workers != 1 else "1 worker "
-            print(
-                f"{what}  {who:15s} {statistics.median(speeds):7.1f} images/s   "
-                f"x {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})   "
-                f"{read / 1e3:6.1f} KB read per image"
+            line = (
+                f"{workers} worker(s)  {who:15s} {statistics.median(speeds):7.1f} images/s   "
+                f"x {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             )
+            if workers == 0:
+                read = statistics.median(runs[who]["bytes_per_image"] for runs in rounds)
+                line += f"   {read / 1e3:6.1f} KB read per image"
+            print(line, flush=True)
     return result
 
 
@@ -133,7 +135,7 @@ def measure(who: str, urls: str, cache_dir: str, size: int, batch: int, workers:
         "images": images,
         "seconds": seconds,
         # a worker's reads are its own, so they are counted without workers
-        "bytes_per_image": read / images if workers == 0 else math.nan,
+        "bytes_per_image": read / images if workers == 0 else None,
     }
 
 
@@ -221,11 +223,11 @@ def _bytes_read() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
-    parser.add_argument("--data", help=f"plain tars to read (default: {FLICKR}, if there)")
+    parser.add_argument("--data", help=f"plain tars to read (default: {FLICKR_SHARDS}, if there)")
     parser.add_argument("--images", type=int, default=1024, help="images to generate")
     parser.add_argument("--size", type=int, default=224, help="pixels of a training image")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=5, help="measurements of each")
     parser.add_argument("--out", help="write the result there, as JSON")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser

@@ -130,6 +130,20 @@ def test_one_loader_serves_epoch_after_epoch(sources, uninterrupted):
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids[0]), "and end with the loader"
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_left_in_mid_epoch_starts_again_where_told(sources, uninterrupted, workers):
+    loader = Loader(
+        Order(sources, SEED, window=16), sources, [], [Letters()],
+        seed=SEED, global_batch=BATCH, workers=workers, start_method="fork" if workers else None,
+    )  # fmt: skip
+    next(loader.batches(0, STEPS))
+    keys = [batch.keys for batch in loader.batches(3, 5)]
+    loader.close()
+    again = [batch.keys for batch in loader.batches(4, 5)]
+    loader.close()
+    assert keys + again == [uninterrupted[step][0] for step in (3, 4, 4)]
+
+
 def test_signals_to_the_job_do_not_stop_its_workers(sources):
     hits = []
     previous = signal.signal(signal.SIGUSR1, lambda *_: hits.append(os.getpid()))
