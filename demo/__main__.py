@@ -8,6 +8,7 @@ begin again.
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -28,10 +29,13 @@ def demo(out: Path, quick: bool) -> None:
     epochs = {name: 1 if quick else count for name, count in EPOCHS.items()}
 
     # 1. Scenes of coloured handwritten digits with captions, as WebDataset tars.
-    if not (data / "benchmark").exists():
+    if not data.exists():
         say("scenes of handwritten digits")
         sizes = {"train": 1_000, "val": 256, "scenes": 100} if quick else {}
-        scenes.write(data, **sizes)
+        draft = out / "data.draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        scenes.write(draft, **sizes)
+        draft.rename(data)
 
     def train(name: str, *flags: str) -> Path:
         """``training.main`` on the scenes, unless this run is finished."""
@@ -76,7 +80,10 @@ def demo(out: Path, quick: bool) -> None:
 
     # 6. The report.
     report = out / "report.html"
-    call("eval.report", *map(str, [teacher, bank, none, clipkd, cifd]), f"--out={report}")
+    call(
+        "eval.report", *map(str, [teacher, bank, none, clipkd, cifd]), f"--out={report}",
+        "--title=CIFD on scenes of handwritten digits",
+    )  # fmt: skip
     print((out / "report.md").read_text())
     say(f"{report} after {time.monotonic() - start:.0f} s")
 
@@ -85,7 +92,9 @@ def call(module: str, *arguments: str) -> None:
     """Print and run ``python -m MODULE ...``; its failure is the demo's."""
     say(shlex.join(["python", "-m", module, *arguments]))
     # half of the cores for the model: the others decode images, and a waiting OpenMP thread spins
-    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    threads = str(max(1, cores // 2))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     command = [sys.executable, "-m", module, *arguments]
     if subprocess.run(command, env=environment).returncode:
@@ -100,10 +109,10 @@ def say(text: str) -> None:
 def main(argv: list[str]) -> None:
     """Entry point of ``python -m demo``."""
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo/out"), help="folder of everything")
+    parser.add_argument("--out", type=Path, help="folder of everything (default: demo/out)")
     parser.add_argument("--quick", action="store_true", help="a minute: all steps, nothing learnt")
     args = parser.parse_args(argv)
-    demo(args.out, args.quick)
+    demo(args.out or Path("demo/out/quick" if args.quick else "demo/out"), args.quick)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import os
 import re
 import sys
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -216,6 +217,8 @@ def protocol(folder: Folder, held: dict[str, int]) -> str:
 def run(args, device: torch.device) -> list[str]:
     """Evaluate every model on every data set; the gaps, one line each."""
     root = datasets.check_root(args.data_root)
+    # opened and fingerprinted once for all models
+    opened = cache(lambda name: datasets.open_folder(root, name, args.split))
     gaps = []
     for spec in args.models[args.part[0] - 1 :: args.part[1]]:
         model = models.load(spec, device)
@@ -224,7 +227,7 @@ def run(args, device: torch.device) -> list[str]:
         for name in datasets.names(args.datasets):
             gap = out / "gaps" / f"{slug(name)}_{args.split}_{slug(model.name)}.json"
             try:
-                folder = datasets.open_folder(root, name, args.split)
+                folder = opened(name)
                 path = out / result_name(model, folder, args.precision)
                 if path.exists():
                     print(f"{model.name} on {name}: evaluated already, skipped ({path})")
