@@ -4,8 +4,9 @@ The handwriting is scikit-learn's copy of the UCI optical digits (1797 greys of 
 E. Alpaydin and C. Kaynak, 1998). One or two digits are coloured, scaled and placed on a dark
 canvas, and the caption says what is to be seen: "a red three to the left of a blue seven".
 
-The file keeps the order in which its writers wrote, so the split is cut in blocks: the hands of
-the test scenes (and of the validation scenes) are, but for one at each cut, unseen in training.
+Rows that follow each other are by the same hand (the nearest digit of the same class lies within
+130 rows for 58 % of the digits, for 14 % by chance), so the split is cut in blocks: training,
+validation and test show different hands, but for one at each cut.
 
 ``python -m demo.scenes OUT`` writes
 
