@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from runs import assert_bit_equal, final, lines
 
 import training.stages
+from runs import assert_bit_equal, final, lines
 from training.cache_teacher import main as write_cache
 from training.errors import Failure, UsageError
 from training.main import main

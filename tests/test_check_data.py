@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from shards import FLICKR, encode, needs_flickr, picture, sample, write_shards, write_tar
 
+from shards import FLICKR, encode, needs_flickr, picture, sample, write_shards, write_tar
 from training.check_data import check, main
 
 

@@ -14,8 +14,8 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from shards import Letters, encode, picture, sample, write_tar
 
+from shards import Letters, encode, picture, sample, write_tar
 from training.data.decode import Caps
 from training.data.index import index_shards
 from training.data.loader import sequential

@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from shards import FLICKR, needs_flickr, sample, write_shards, write_tar
 
+from shards import FLICKR, needs_flickr, sample, write_shards, write_tar
 from training.data import index
 from training.data.index import index_shards
 from training.errors import UsageError

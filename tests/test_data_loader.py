@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from shards import Letters, encode, picture, sample, write_shards, write_tar
 
+from shards import Letters, encode, picture, sample, write_shards, write_tar
 from training.data.decode import BadSample, Caps
 from training.data.index import index_shards
 from training.data.loader import Fetcher, Loader, sequential

@@ -3,8 +3,8 @@
 import logging
 
 import pytest
-from shards import Letters, sample, write_shards, write_tar
 
+from shards import Letters, sample, write_shards, write_tar
 from training.data.decode import Caps
 from training.data.index import is_remote
 from training.data.stream import StreamLoader, read_shard

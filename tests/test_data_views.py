@@ -5,8 +5,8 @@ import pickle
 import pytest
 import torch
 from PIL import Image
-from shards import picture
 
+from shards import picture
 from training.data.views import ImageSpec, draw, eval_view, normalise, train_view
 
 AUGMENTATIONS = {

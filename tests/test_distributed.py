@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from trainers import CASES, batch, gradients, part, prepare, trainer, worst
 
 from cifd_clip import Features, World
+from trainers import CASES, batch, gradients, part, prepare, trainer, worst
 
 RANKS, ROWS = 2, 8
 #: How the two ranks share the global batch of eight: flags of each.

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, final, lines
 
+from runs import ROOT, final, lines
 from training.control import STOPPED_EXIT
 from training.main import main
 

@@ -12,9 +12,9 @@ import open_clip
 import pytest
 import torch
 from open_clip_train.params import parse_args as open_clip_parse_args
-from runs import assert_bit_equal, final, lines
 
 from cifd_clip.rdm import RDMBank
+from runs import assert_bit_equal, final, lines
 from training.errors import Failure, NonFinite, UsageError
 from training.main import main
 from training.params import DISTILL, REFUSED, parse_args, parser
@@ -253,3 +253,30 @@ def test_flag_files_may_be_followed_by_flags_that_win(tmp_path):
 
 def test_failures_carry_documented_exit_codes():
     assert (Failure.exit_code, UsageError.exit_code, NonFinite.exit_code) == (1, 2, 3)
+
+
+def test_piped_shards_stream_and_resume_at_a_shard(flags, scenes, tmp_path):
+    piped = f"pipe:cat {scenes / 'train'}/00000.tar"
+    command = [*flags, "--train-data", piped, "--logs", str(tmp_path), "--name", "run"]
+    with pytest.raises(UsageError, match="--train-num-samples is needed"):
+        main(command)
+    assert main([*command, "--train-num-samples", "96"]) == 0
+    assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, STEPS + 1))
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["shards"] == 1
+
+
+def test_too_many_bad_samples_stop_the_run(flags, scenes, tmp_path):
+    shard = tmp_path / "broken"
+    shard.mkdir()
+    (source,) = (scenes / "train").glob("*.tar")
+    data = bytearray(source.read_bytes())
+    at = 0
+    for _ in range(40):  # spoil forty images' headers; the tar stays whole
+        at = data.index(b"\x89PNG", at) + 1
+        data[at : at + 3] = b"XXX"
+    (shard / "00000.tar").write_bytes(data)
+    command = [*flags, "--train-data", str(shard), "--logs", str(tmp_path), "--name", "run"]
+    with pytest.raises(UsageError, match=r"could not be used .*--max-bad-fraction 0\.01"):
+        main(command)
+    assert main([*command[:-1], "all", "--max-bad-fraction", "1"]) == 0
+    assert sum(final(tmp_path / "all")["progress"]["skipped"].values()) >= 40

@@ -5,10 +5,10 @@ import math
 import open_clip
 import pytest
 import torch
-from tiny import SIGLIP, bank, clip, config, lessons, pairs, task, teacher, total
 
 from cifd_clip import METHODS, Features, Noise, World, assistants
 from cifd_clip.losses import Logits, embedding_loss, relational_kl
+from tiny import SIGLIP, bank, clip, config, lessons, pairs, task, teacher, total
 
 ROWS = 6
 DISTILLING = [name for name in METHODS if name != "none"]

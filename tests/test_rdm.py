@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import bank, embeddings, pairs, teacher
 
 from cifd_clip import Noise, RateDistortionModules, RDMBank, assistants
 from cifd_clip.rdm import rate_distortion_loss
 from cifd_clip.teacher import weights_hash
+from tiny import bank, embeddings, pairs, teacher
 
 RATES = [3000.0, 300.0, 30.0]
 DIM = 48

@@ -6,10 +6,10 @@ import json
 import open_clip
 import pytest
 import torch
-from tiny import MODELS, SIGLIP, SIZE, VOCABULARY, clip, config, pairs, task
 
 from cifd_clip import Student
 from cifd_clip.student import SITES
+from tiny import MODELS, SIGLIP, SIZE, VOCABULARY, clip, config, pairs, task
 
 TEXT = config("tiny-student")["text_cfg"]
 TIMM = {"timm_model_name": "test_convnext", "timm_pool": "avg", "image_size": 64}

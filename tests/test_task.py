@@ -5,10 +5,10 @@ import random
 
 import pytest
 import torch
-from trainers import CASES, batch, gradients, prepare, trainer, worst
 
 from cifd_clip import Noise
 from cifd_clip.student import Pooled
+from trainers import CASES, batch, gradients, prepare, trainer, worst
 from training.loop import split
 
 ROWS = 8

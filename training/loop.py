@@ -24,6 +24,7 @@ from cifd_clip.student import Pooled
 from training.checkpoint import Checkpoints
 from training.control import StopFlag
 from training.data.loader import Batch, Loader
+from training.data.stream import StreamLoader
 from training.errors import NonFinite, UsageError
 from training.metrics import Meter, Sinks, flatten
 from training.stages import Stage
@@ -37,6 +38,7 @@ class Progress:
 
     step: int = 0
     samples: int = 0
+    shards: int = 0  # consumed, where remote shards are streamed
     seconds: float = 0.0
     skipped: Counter = field(default_factory=Counter)
     nonfinite_steps: int = 0
@@ -73,7 +75,13 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * args.epochs
         self.progress = Progress()
+        self.newly_skipped: Counter = Counter()  # on this rank, since the ranks last agreed
         self.parameters = [p for p in stage.task.parameters() if p.requires_grad]
+        self.temperatures = [
+            p
+            for name, p in stage.task.named_parameters()
+            if name.endswith("logit_scale") and p.requires_grad
+        ]
         self.optimizer = make_optimizer(args, stage.task)
         self.schedule = make_schedule(args, self.optimizer, steps_per_epoch)
         self.autocast = get_autocast(args.precision, device.type)
@@ -96,6 +104,8 @@ class Trainer:
     def payload(self) -> dict[str, Any]:
         """Everything a checkpoint holds."""
         self.progress.nonfinite_steps = int(self.bad_total.item())
+        if self.world.size == 1:  # several ranks agree when a line is due, all together
+            self.agree_on_skipped()
         return {
             "epoch": self.progress.step // self.steps_per_epoch,
             "name": self.args.name,
@@ -134,7 +144,7 @@ class Trainer:
         report["grad_norm"] = self._update(losses)
         self.progress.step += 1
         self.progress.samples += len(batch) * self.world.size
-        self.progress.skipped.update(batch.skipped)
+        self.newly_skipped.update(batch.skipped)
         return {**losses, **report, "loss": sum(losses.values()).detach()}
 
     def _forward_backward(self, batch: Batch, noise: Noise):
@@ -216,15 +226,14 @@ class Trainer:
             self.optimizer.grad_scale = None
             self.optimizer.found_inf = bad
             self.optimizer.step()
-        self._clamp_logit_scale()
+        self._clamp_temperatures()
         self._remember(bad, losses)
         return norm.detach()
 
-    def _clamp_logit_scale(self) -> None:
-        student = getattr(self.stage.task, "student", None)
-        if student is not None and student.model.logit_scale.requires_grad:
-            with torch.no_grad():
-                student.model.logit_scale.clamp_(0, math.log(100))  # as OpenCLIP
+    def _clamp_temperatures(self) -> None:
+        with torch.no_grad():
+            for logit_scale in self.temperatures:
+                logit_scale.clamp_(0, math.log(100))  # as OpenCLIP
 
     def _remember(self, bad: Tensor, losses: dict[str, Tensor]) -> None:
         self.terms = list(losses)
@@ -234,10 +243,20 @@ class Trainer:
         self.bad_streak = (self.bad_streak + 1) * bad
         self.bad_total = self.bad_total + bad
 
+    def agree_on_skipped(self) -> None:
+        """Add what every rank has skipped to the progress, which is the same on all of them."""
+        for part in gathered(self.world, self.newly_skipped):
+            self.progress.skipped.update(part)
+        self.newly_skipped = Counter()
+
     def check_finite(self) -> None:
         """Raise `NonFinite` after too many bad steps in a row; reads the device."""
-        if self.bad_streak.item() < self.args.max_nonfinite_steps:
+        # A GradScaler skips steps while it finds its scale, from 2¹⁶ down.
+        patience = self.args.max_nonfinite_steps + (16 if self.scaler else 0)
+        if self.bad_streak.item() < patience:
             return
+        if self.world.size > 1:
+            dist.all_reduce(self.bad_terms)  # another rank's term may be the cause
         named = [
             f"{term} = {value}"
             for term, value in zip(self.terms, self.bad_terms.tolist())
@@ -269,15 +288,25 @@ class Trainer:
             rows += len(batch)
         task.world = world
         task.train()
-        if self.world.size > 1:
-            for value in (*sums.values(), rows):
-                dist.all_reduce(value)
-        return flatten({k: (v / rows).tolist() for k, v in sums.items()}, self.stage.rates)
+        # As objects: a rank may have had no sample, and then knows no name either.
+        parts = gathered(self.world, ({k: v.cpu() for k, v in sums.items()}, rows.cpu()))
+        names = next((list(part) for part, _ in parts if part), [])
+        total = sum(count for _, count in parts)
+        means = {k: (sum(p[k] for p, _ in parts if p) / total).tolist() for k in names}
+        return flatten(means, self.stage.rates)
+
+
+def gathered(world: World, item: Any) -> list[Any]:
+    """Every rank's ``item``, in rank order; all ranks must call."""
+    items = [item] * world.size
+    if world.size > 1:
+        dist.all_gather_object(items, item)
+    return items
 
 
 def train(
     trainer: Trainer,
-    loader: Loader,
+    loader: Loader | StreamLoader,
     checkpoints: Checkpoints | None,
     sinks: Sinks | None,
     stop: StopFlag,
@@ -313,6 +342,7 @@ def train(
     def save() -> None:
         nonlocal last_save
         progress.seconds = clock.total()
+        progress.shards = getattr(loader, "shards_consumed", 0)
         if checkpoints is not None:
             checkpoints.save(progress.step, trainer.payload())
         last_save = time.monotonic()
@@ -326,6 +356,7 @@ def train(
             bar.update()
             step, epoch_end = progress.step, progress.step % trainer.steps_per_epoch == 0
             if step % args.log_every_n_steps == 0 or epoch_end:
+                trainer.agree_on_skipped()
                 line = _line(trainer, meter, clock)
                 if sinks is not None:
                     sinks.write("train", step, line)
@@ -399,7 +430,7 @@ def make_optimizer(args: Namespace, task: Task) -> torch.optim.Optimizer:
 def make_schedule(args: Namespace, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
     """step → learning rate, by OpenCLIP's schedulers; warm-up is a sixth of training by default."""
     total = args.epochs * steps_per_epoch
-    warmup = max(1, total // 6) if args.warmup is None else args.warmup
+    warmup = total // 6 if args.warmup is None else args.warmup
     if warmup >= total:
         raise UsageError(
             f"--warmup {warmup} leaves nothing of the {total} steps; the paper warms up for 1/6"

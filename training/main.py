@@ -17,9 +17,10 @@ from cifd_clip import World
 from training.cache import read_config
 from training.checkpoint import Checkpoints
 from training.control import STOPPED_EXIT, StopFlag, log_level, start_processes
-from training.data.index import Sources, index_shards
+from training.data.index import Sources, index_shards, is_remote
 from training.data.loader import Loader, sequential
 from training.data.order import Order
+from training.data.stream import StreamLoader, stream_fingerprint
 from training.errors import UsageError, cli
 from training.loop import Trainer, train
 from training.metrics import Sinks
@@ -41,6 +42,8 @@ def main(argv: list[str]) -> int:
     if args.precision == "amp" and device.type != "cuda":
         raise UsageError("--precision amp (float16) needs a GPU; use amp_bf16 or fp32")
     add_model_configs(args.model_config)
+    if args.use_bn_sync and world.size > 1 and device.type != "cuda":
+        raise UsageError("--use-bn-sync needs GPUs: torch has no synchronised batch norm on a CPU")
     adopt_cache(args)
     path = Path(args.logs) / args.name
     try:
@@ -88,10 +91,7 @@ def run(args: Namespace, path: Path, world: World, device: torch.device) -> bool
     if directory.finished:
         logging.info("%s is finished already", path)
         return True
-    sources = open_data(args, world)
-    order = Order(
-        sources, args.seed, window=args.shuffle_window, replacement=args.dataset_resampled
-    )
+    sources = None if is_remote(args.train_data) else open_data(args, world)
     steps_per_epoch = epoch_steps(args, sources, config["global_batch"])
     stage = RDMStage(args, device) if args.distill == "rdm" else StudentStage(args, device, world)
     trainer = Trainer(args, stage, world, device, steps_per_epoch)
@@ -106,22 +106,7 @@ def run(args: Namespace, path: Path, world: World, device: torch.device) -> bool
         describe(directory, trainer, sources, found[0] if found else None)
         step = trainer.progress.step
         sinks = Sinks(path, args.report_to, config, args.wandb_project_name, args.wandb_notes, step)
-    loader = Loader(
-        order,
-        sources,
-        stage.inputs.train_views(args.aug_cfg),
-        stage.inputs.tokenizers,
-        seed=args.view_seed,
-        global_batch=config["global_batch"],
-        views=args.views,
-        captions=args.captions,
-        rank=world.rank,
-        world_size=world.size,
-        workers=args.workers,
-        start_method=args.worker_start,
-        fetchers=stage.source.fetchers(sources),
-        pin_memory=device.type == "cuda",
-    )
+    loader = make_loader(args, sources, trainer, config["global_batch"])
     stop = StopFlag(world)
     try:
         rank0 = checkpoints if world.rank == 0 else None
@@ -152,8 +137,38 @@ def open_data(args: Namespace, world: World) -> Sources:
     return sources
 
 
-def epoch_steps(args: Namespace, sources: Sources, global_batch: int) -> int:
+def make_loader(
+    args: Namespace, sources: Sources | None, trainer: Trainer, global_batch: int
+) -> Loader | StreamLoader:
+    """What delivers this rank's part of each global batch; remote shards (no sources) stream."""
+    stage, world = trainer.stage, trainer.world
+    inputs = (stage.inputs.train_views(args.aug_cfg), stage.inputs.tokenizers)
+    options = {
+        "seed": args.view_seed,
+        "global_batch": global_batch,
+        "views": args.views,
+        "captions": args.captions,
+        "rank": world.rank,
+        "world_size": world.size,
+        "workers": args.workers,
+        "start_method": args.worker_start,
+        "pin_memory": trainer.device.type == "cuda",
+    }
+    if sources is None:
+        shards = trainer.progress.shards
+        return StreamLoader(args.train_data, *inputs, shards_consumed=shards, **options)
+    order = Order(
+        sources, args.seed, window=args.shuffle_window, replacement=args.dataset_resampled
+    )
+    return Loader(order, sources, *inputs, fetchers=stage.source.fetchers(sources), **options)
+
+
+def epoch_steps(args: Namespace, sources: Sources | None, global_batch: int) -> int:
     """Optimizer steps of an epoch: its samples, in whole global batches."""
+    if sources is None and not args.train_num_samples:
+        raise UsageError("--train-num-samples is needed: remote shards can't be counted beforehand")
+    if sources is None and args.teacher_cache:
+        raise UsageError("--teacher-cache needs local --train-data, whose samples have numbers")
     samples = args.train_num_samples or sources.num_samples
     if samples < global_batch:
         raise UsageError(
@@ -181,10 +196,10 @@ def held_out(args: Namespace, stage: Stage, world: World):
 
 
 def describe(
-    directory: RunDirectory, trainer: Trainer, sources: Sources, found: Path | None
+    directory: RunDirectory, trainer: Trainer, sources: Sources | None, found: Path | None
 ) -> None:
     """Record the data's fingerprint and say what is about to happen."""
-    fingerprint = sources.fingerprint()
+    fingerprint = sources.fingerprint() if sources else stream_fingerprint(trainer.args.train_data)
     before = directory.read_json("data.json", fingerprint)
     if before["hash"] != fingerprint["hash"]:
         raise UsageError(
@@ -195,7 +210,7 @@ def describe(
     directory.write_json("data.json", fingerprint)
     parameters = sum(p.numel() for p in trainer.parameters)
     logging.info(
-        "%s | %s | %d samples in %d shards | %d steps of %d | %.1f M parameters train | %s",
+        "%s | %s | %s samples in %d shards | %d steps of %d | %.1f M parameters train | %s",
         directory.path,
         trainer.args.distill,
         fingerprint["usable"],

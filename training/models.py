@@ -111,7 +111,7 @@ def build_student(args: Namespace) -> nn.Module:
     if args.lock_image:
         model.lock_image_tower(args.lock_image_unlocked_groups, args.lock_image_freeze_bn_stats)
     if args.lock_text:
-        model.lock_text_tower(args.lock_text_unlocked_layers, args.lock_text_freeze_layer_norm)
+        model.lock_text_tower(args.lock_text_unlocked_layers, freeze_layer_norm=True)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model

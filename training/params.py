@@ -235,7 +235,7 @@ def _model_flags(g) -> None:
     g.add_argument("--lock-image-freeze-bn-stats", action="store_true")
     g.add_argument("--lock-text", action="store_true", help="freeze the text tower")
     g.add_argument("--lock-text-unlocked-layers", type=int, default=0)
-    g.add_argument("--lock-text-freeze-layer-norm", action="store_true")
+    g.add_argument("--lock-text-freeze-layer-norm", action="store_true", help="always on")
     g.add_argument("--cache-dir", help="where OpenCLIP keeps downloaded weights")
 
 
