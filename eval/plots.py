@@ -70,8 +70,7 @@ def bars(groups: Sequence[str], models: Sequence[tuple[str, str, Sequence[float 
     """Percentages of models (label, colour, a value for each group) as bars side by side."""
     with plt.rc_context({**STYLE, "axes.grid": False}):
         width = 0.82 / len(models)
-        wide = max(5.5, 0.62 * len(groups) * len(models))
-        figure, axis = plt.subplots(figsize=(min(wide, 13), 2.9), layout="constrained")
+        figure, axis = plt.subplots(figsize=(11, 2.9), layout="constrained")
         for place, (label, colour, values) in enumerate(models):
             shown = [(i, v) for i, v in enumerate(values) if v is not None]
             x = [i + (place - (len(models) - 1) / 2) * width for i, _ in shown]
@@ -89,7 +88,10 @@ def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]]) -> 
     """Rate-distortion curves: modality -> (R, bits, distortion), each point labelled with its R."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-        for (modality, points), colour, marker in zip(modalities.items(), PALETTE, "os^D"):
+        # labels of one modality to the upper right of its points, of the other to the lower left
+        sides = (((7, 5), "left"), ((-7, -13), "right"))
+        styles = zip(modalities.items(), PALETTE, "os", sides)
+        for (modality, points), colour, marker, (offset, align) in styles:
             points = sorted(points)
             bits, distortion = [p[1] for p in points], [p[2] for p in points]
             axis.plot(bits, distortion, color=colour, marker=marker, label=f"{modality} RDMs")
@@ -97,8 +99,9 @@ def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]]) -> 
                 axis.annotate(
                     f"R = {rate:g}",
                     (x, y),
-                    (7, 5),
+                    offset,
                     textcoords="offset points",
+                    horizontalalignment=align,
                     color=colour,
                     size=9,
                 )
