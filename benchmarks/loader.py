@@ -1,6 +1,6 @@
 """Images per second on one core: this project's reader against OpenCLIP's own WebDataset loader.
 
-    python -m benchmarks.loader [--data SHARDS] [--pairs 5] [--out results/loader.json]
+    python -m benchmarks.loader [--data SHARDS] [--pairs 5] [--json results/loader.json]
 
 Both read the same shards, decode every image, apply OpenCLIP's training transform at the same size
 and tokenise the captions with the same tokenizer. Each measurement is one pass in a process of its
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.record import circumstances, save
+from benchmarks.harness import record
 from training.data.decode import Caps, decode_image
 from training.data.index import index_shards
 from training.data.loader import Loader
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     if args.one:
         print(json.dumps(measure(**json.loads(args.one))))
         return 0
-    result = circumstances(SEED) | {"size": args.size, "batch": args.batch, "data": {}}
+    result = {"seed": SEED, "size": args.size, "batch": args.batch, "data": {}}
     with tempfile.TemporaryDirectory() as folder:
         sets = {"generated 256-512 px": generate(Path(folder) / "generated", args.images)}
         data = args.data or (FLICKR_SHARDS if Path(FLICKR).is_dir() else None)
@@ -62,9 +62,7 @@ def main(argv: list[str]) -> int:
         for name, urls in sets.items():
             print(f"\n{name}")
             result["data"][name] = compare(urls, args, folder)
-    if args.out:
-        save(args.out, result)
-        print(f"\nsaved {args.out}")
+    record("loader", result, args.json)
     return 0
 
 
@@ -228,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=224, help="pixels of a training image")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=5, help="measurements of each")
-    parser.add_argument("--out", help="write the result there, as JSON")
+    parser.add_argument("--json", type=Path, help="save the figures here")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser
 

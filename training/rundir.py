@@ -113,11 +113,20 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {p: importlib.metadata.version(p) for p in PACKAGES},
         "host": platform.node(),
+        "processor": processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
+
+
+def processor() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def _entry_point() -> str:
