@@ -18,7 +18,7 @@ from demo import scenes
 from training.errors import UsageError, cli
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
-EPOCHS = {"teacher": 9, "bank": 3, "student": 6}
+EPOCHS = {"teacher": 10, "bank": 4, "student": 6}
 RATES = ["1000", "300", "100"]
 
 

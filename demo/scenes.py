@@ -209,7 +209,7 @@ def retrieval(split: str, size: int, rng: np.random.Generator) -> Iterator[dict[
         yield {"png": _png(artist.draw(scene)), "txt": "\n".join(chosen).encode()}
 
 
-def write(out: Path, *, train: int = 16_000, val: int = 1_000, scenes: int = 500, seed: int = 0):
+def write(out: Path, *, train: int = 12_000, val: int = 1_000, scenes: int = 500, seed: int = 0):
     """Write the data set: ``train`` and ``val`` pairs, and ``scenes`` scenes a retrieval split."""
     streams = iter(np.random.default_rng(seed).spawn(6))
     for split, size in (("train", train), ("val", val)):
@@ -261,7 +261,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.scenes", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("out", type=Path, help="folder to write to")
-    parser.add_argument("--train", type=int, default=16_000, help="training scenes")
+    parser.add_argument("--train", type=int, default=12_000, help="training scenes")
     parser.add_argument("--val", type=int, default=1_000, help="validation scenes")
     parser.add_argument("--scenes", type=int, default=500, help="scenes of each retrieval split")
     parser.add_argument("--seed", type=int, default=0)
