@@ -18,11 +18,11 @@ from benchmarks.step import random_teacher
 from cifd_clip import World
 from training.cache_teacher import main as write_cache
 from training.data.index import index_shards
-from training.loop import Trainer
 from training.main import adopt_cache, epoch_steps, make_loader
 from training.models import add_model_configs
 from training.params import parse_args
 from training.stages import RDMStage, StudentStage
+from training.trainer import Trainer
 
 
 class Run:

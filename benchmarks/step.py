@@ -1,7 +1,7 @@
 """``python -m benchmarks.step``: what each method costs in a training step.
 
-Step time (forward, backward, update, through the real `training.loop.Trainer`) and peak memory of
-none, kd, fd, clipkd and cifd with K = 1 and 3 assistants, same student, same teacher, in turn.
+Step time (forward, backward, update, through the real `training.trainer.Trainer`) and peak memory
+of none, kd, fd, clipkd and cifd with K = 1 and 3 assistants, same student, same teacher, in turn.
 Methods are also timed without the teacher's forward pass (as with a teacher cache), where their own
 cost is not hidden behind it.
 """
@@ -19,10 +19,10 @@ import torch
 from benchmarks.harness import paired, ratios, record
 from cifd_clip import RDMBank, World
 from training.data.loader import Batch
-from training.loop import Trainer
 from training.models import add_model_configs
 from training.params import parse_args
 from training.stages import StudentStage
+from training.trainer import Trainer
 
 CONTESTANTS = {
     "none": (["--distill", "none"], 0),

@@ -102,7 +102,7 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(
     command = [*flags, *method_flags(method, teacher, bank), "--logs", str(tmp_path)]
     assert main([*command, "--name", "whole"]) == 0
 
-    from training.loop import Trainer
+    from training.trainer import Trainer
 
     step = Trainer.step
 

@@ -9,7 +9,7 @@ import torch
 from cifd_clip import Noise
 from cifd_clip.student import Pooled
 from trainers import CASES, batch, gradients, prepare, trainer, worst
-from training.loop import split
+from training.trainer import split
 
 ROWS = 8
 STUDENTS = [case for case in CASES if case != "rdm"]

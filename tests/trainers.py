@@ -10,10 +10,10 @@ from torch import Tensor
 
 from cifd_clip import RDMBank, Teacher, World
 from training.data.loader import Batch
-from training.loop import Trainer
 from training.models import add_model_configs
 from training.params import parse_args
 from training.stages import RDMStage, StudentStage
+from training.trainer import Trainer
 
 MODELS = Path(__file__).parent / "models"
 CPU = torch.device("cpu")

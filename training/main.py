@@ -22,12 +22,13 @@ from training.data.loader import Loader, sequential
 from training.data.order import Order
 from training.data.stream import StreamLoader, stream_fingerprint
 from training.errors import UsageError, cli
-from training.loop import Trainer, train
+from training.loop import train
 from training.metrics import Sinks
 from training.models import add_model_configs
 from training.params import parse_args
 from training.rundir import RunDirectory, resolved_config
 from training.stages import RDMStage, Stage, StudentStage
+from training.trainer import Trainer
 
 
 def main(argv: list[str]) -> int:
