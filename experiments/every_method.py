@@ -7,6 +7,7 @@ each run's loss did is written to ``--json`` with the commands that made it.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from training.data.index import index_shards
 from training.errors import Failure, cli
 from training.rundir import environment
 
-MODELS = Path(__file__).parent.parent / "demo" / "models"
+MODELS = Path(os.path.relpath(Path(__file__).parent.parent / "demo" / "models"))
 METHODS = ("none", "kd", "fd", "clipkd", "tinyclip", "mobileclip", "cifd")
 SIZES = {"cifar100": 32, "flickr8k": 64}
 
@@ -83,8 +84,10 @@ def run(directory: Path, flags: list[str]) -> dict:
         raise Failure(f"{directory} failed; its message is above")
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
-    terms = [name for name in steps[0] if name.endswith("loss")]
+    terms = [name for name in steps[0] if name.endswith("loss") or "/R=" in name]
+    made = json.loads((directory / "environment.json").read_text())[-1]
     return {
+        "commit": made["commit"],
         "command": " ".join(["python", *command]),
         "steps": steps[-1]["step"],
         "first": {name: steps[0][name] for name in terms},
