@@ -45,6 +45,18 @@ def test_training_from_the_cache_follows_the_live_teacher_without_loading_it(
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3), f"step {a['step']}"
 
 
+def test_an_ensemble_reads_one_cache_per_teacher(
+    flags, teacher, cache, tmp_path, no_teacher, monkeypatch
+):
+    command = [*flags, "--distill", "mobileclip", "--logs", str(tmp_path)]
+    assert main([*command, "--teacher-cache", f"{cache},{cache}", "--name", "cached"]) == 0
+    monkeypatch.undo()
+    live = ["--distill-model", f"{teacher},{teacher}", "--views", "2", "--name", "live"]
+    assert main([*command, *live]) == 0
+    for a, b in zip(lines(tmp_path / "cached"), lines(tmp_path / "live")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3), f"step {a['step']}"
+
+
 def test_both_stages_run_from_the_cache_and_stage_one_reads_no_image(
     flags, cache, tmp_path, no_teacher, monkeypatch
 ):
@@ -64,7 +76,8 @@ def test_both_stages_run_from_the_cache_and_stage_one_reads_no_image(
 
 def test_workers_and_seeds_share_one_cache(flags, cache, tmp_path, no_teacher):
     command = [*flags, "--distill", "fd", "--teacher-cache", str(cache), "--logs", str(tmp_path)]
-    assert main([*command, "--workers", "2", "--name", "workers"]) == 0
+    workers = ["--workers", "2", "--worker-start", "spawn"]
+    assert main([*command, *workers, "--name", "workers"]) == 0
     assert main([*command, "--name", "none"]) == 0
     assert_bit_equal(final(tmp_path / "workers"), final(tmp_path / "none"))
     assert main([*command, "--seed", "5", "--name", "seed"]) == 0

@@ -280,3 +280,5 @@ def test_too_many_bad_samples_stop_the_run(flags, scenes, tmp_path):
         main(command)
     assert main([*command[:-1], "all", "--max-bad-fraction", "1"]) == 0
     assert sum(final(tmp_path / "all")["progress"]["skipped"].values()) >= 40
+    (reasons,) = lines(tmp_path / "all", "skipped")[-1:]
+    assert sum(v for k, v in reasons.items() if k not in ("kind", "step")) >= 40

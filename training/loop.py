@@ -72,11 +72,15 @@ def train(
             bar.update()
             step, epoch_end = progress.step, progress.step % trainer.steps_per_epoch == 0
             if step % args.log_every_n_steps == 0 or epoch_end:
+                before = sum(progress.skipped.values())
                 trainer.agree_on_skipped()
                 line = _line(trainer, meter, clock)
                 if sinks is not None:
                     sinks.write("train", step, line)
                     _say(bar, trainer, line)
+                    if sum(progress.skipped.values()) > before:
+                        sinks.write("skipped", step, progress.skipped)
+                        log.warning("samples replaced so far: %s", dict(progress.skipped))
                 _check_bad_fraction(args, progress)
                 try:
                     trainer.check_finite()

@@ -135,6 +135,13 @@ def open_data(args: Namespace, world: World) -> Sources:
     if world.size > 1:
         dist.barrier()
         sources = sources or opening()
+    bad = sum(sources.skipped.values())
+    if bad > args.max_bad_fraction * (bad + sources.num_samples):
+        raise UsageError(
+            f"--train-data '{args.train_data}': {bad} of {bad + sources.num_samples} samples can't "
+            f"be used ({sources.skipped}), more than --max-bad-fraction {args.max_bad_fraction}; "
+            "`python -m training.check_data` says where they are"
+        )
     return sources
 
 

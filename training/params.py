@@ -6,6 +6,7 @@ command ends within a second.
 
 import argparse
 import ast
+import importlib.util
 import shlex
 from pathlib import Path
 
@@ -372,6 +373,8 @@ def _check(args: argparse.Namespace) -> None:
     for sink in filter(None, args.report_to.split(",")):
         if sink not in ("tensorboard", "wandb"):
             raise UsageError(f"--report-to '{sink}': expected tensorboard, wandb or both")
+        if importlib.util.find_spec(sink) is None:
+            raise UsageError(f"--report-to {sink}: the package is missing: pip install {sink}")
     for path in args.model_config:
         if not Path(path).is_file():
             raise UsageError(f"--model-config '{path}': no such file; expected an OpenCLIP JSON")
