@@ -43,7 +43,7 @@ def demo(out: Path, quick: bool) -> None:
         common = [
             f"--name={name}", f"--logs={logs}", "--resume=latest",
             f"--train-data={data}/train", f"--val-data={data}/val",
-            "--batch-size=128", "--lr=2e-3", "--wd=0.1", "--workers=1",
+            "--batch-size=128", "--lr=2e-3", "--wd=0.1", "--workers=1", "--keep=1",
             "--image-mean", ".5", ".5", ".5", "--image-std", ".25", ".25", ".25",
         ]  # fmt: skip
         if not (run / "finished.json").exists():

@@ -226,7 +226,7 @@ def examples_section(sources: list[Source], colour: dict[str, str]) -> str:
     if not cards:
         return ""
     note = (
-        "<p>A caption, the image it was written for, and the five test images each model finds "
+        "<p>A caption, the image it was written for, and the five images each model finds "
         "nearest to it. A frame marks the right one.</p>"
     )
     return _section("Retrieved images", note + f'<div class="cards">{"".join(cards)}</div>')
