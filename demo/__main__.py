@@ -37,68 +37,73 @@ def demo(out: Path, quick: bool) -> None:
         scenes.write(draft, **sizes)
         draft.rename(data)
 
-    def train(name: str, *flags: str) -> Path:
-        """``training.main`` on the scenes, unless this run is finished."""
-        run = logs / name
+    def train(**runs: list[str]) -> None:
+        """``training.main`` on the scenes, side by side, for the runs not finished yet."""
         common = [
-            f"--name={name}", f"--logs={logs}", "--resume=latest",
+            f"--logs={logs}", "--resume=latest",
             f"--train-data={data}/train", f"--val-data={data}/val",
             "--batch-size=128", "--lr=2e-3", "--wd=0.1", "--workers=1", "--keep=1",
             "--image-mean", ".5", ".5", ".5", "--image-std", ".25", ".25", ".25",
         ]  # fmt: skip
-        if not (run / "finished.json").exists():
-            call("training.main", *common, *flags)
-        return run
+        wanted = {
+            n: flags for n, flags in runs.items() if not (logs / n / "finished.json").exists()
+        }
+        call(*(["training.main", f"--name={n}", *common, *flags] for n, flags in wanted.items()))
 
-    # 2. A teacher: plain CLIP.
-    teacher = train(
-        "teacher", "--distill=none", f"--model-config={MODELS}/teacher.json", "--model=teacher",
-        f"--epochs={epochs['teacher']}",
-    )  # fmt: skip
-    distill = [f"--distill-model=local-dir:{teacher}/student"]
-
-    # 3. Stage 1: assistants of three rates for both modalities, in one pass.
-    bank = train(
-        "bank", "--distill=rdm", *distill, "--rates", *RATES, f"--epochs={epochs['bank']}",
-    )  # fmt: skip
-
-    # 4. Students: no distillation, CLIP-KD, and stage 2 of CIFD.
+    # 2. A teacher, plain CLIP; and beside it the student that has none.
     student = [
         f"--model-config={MODELS}/student.json", "--model=student",
         f"--epochs={epochs['student']}",
     ]  # fmt: skip
-    none = train("none", "--distill=none", *student)
-    clipkd = train("clipkd", "--distill=clipkd", *distill, *student)
-    cifd = train("cifd", "--distill=cifd", *distill, f"--rdm-bank={bank}/bank", *student)
+    train(
+        teacher=[
+            "--distill=none", f"--model-config={MODELS}/teacher.json", "--model=teacher",
+            f"--epochs={epochs['teacher']}",
+        ],
+        none=["--distill=none", *student],
+    )  # fmt: skip
+
+    # 3. Stage 1: assistants of three rates for both modalities, in one pass.
+    distill = [f"--distill-model=local-dir:{logs}/teacher/student"]
+    train(bank=["--distill=rdm", *distill, "--rates", *RATES, f"--epochs={epochs['bank']}"])
+
+    # 4. The same student under CLIP-KD, and under stage 2 of CIFD.
+    train(
+        clipkd=["--distill=clipkd", *distill, *student],
+        cifd=["--distill=cifd", *distill, f"--rdm-bank={logs}/bank/bank", *student],
+    )
 
     # 5. Zero-shot classification and retrieval on handwriting that no model has seen.
-    models = [teacher, none, clipkd, cifd]
-    call(
-        "eval.benchmark", *map(str, models), f"--data-root={data}/benchmark",
+    models = [f"{logs}/{name}" for name in ("teacher", "none", "clipkd", "cifd")]
+    call([
+        "eval.benchmark", *models, f"--data-root={data}/benchmark",
         "--datasets", "digits", "digit_scenes", "--workers=0",
-    )  # fmt: skip
+    ])  # fmt: skip
 
     # 6. The report.
     report = out / "report.html"
-    call(
-        "eval.report", *map(str, [teacher, bank, none, clipkd, cifd]), f"--out={report}",
+    call([
+        "eval.report", *models, f"{logs}/bank", f"--out={report}",
         "--title=CIFD on scenes of handwritten digits",
-    )  # fmt: skip
+    ])  # fmt: skip
     print((out / "report.md").read_text())
     say(f"{report} after {time.monotonic() - start:.0f} s")
 
 
-def call(module: str, *arguments: str) -> None:
-    """Print and run ``python -m MODULE ...``; its failure is the demo's."""
-    say(shlex.join(["python", "-m", module, *arguments]))
-    # half of the cores for the model: the others decode images, and a waiting OpenMP thread spins
+def call(*commands: list[str]) -> None:
+    """Print and run ``python -m MODULE ...``, several side by side; a failure is the demo's."""
+    # a thread for each model, and cores for what decodes images: waiting OpenMP threads spin
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    threads = str(max(1, cores // 2))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
-    command = [sys.executable, "-m", module, *arguments]
-    if subprocess.run(command, env=environment).returncode:
-        raise UsageError(f"python -m {module} failed; its message is above")
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // 2)), **os.environ}
+    processes = []
+    for module, *arguments in commands:
+        say(shlex.join(["python", "-m", module, *arguments]))
+        command = [sys.executable, "-m", module, *arguments]
+        processes.append((module, subprocess.Popen(command, env=environment)))
+    failed = [module for module, process in processes if process.wait()]
+    if failed:
+        raise UsageError(f"python -m {failed[0]} failed; its message is above")
 
 
 def say(text: str) -> None:
