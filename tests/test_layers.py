@@ -15,6 +15,8 @@ ALLOWED = {
     "demo": {"cifd_clip", "training", "eval"},
     "benchmarks": {"cifd_clip", "training", "eval", "demo"},
 }
+#: The library's one command line, ``python -m cifd_clip.export``.
+EXPORT_COMMAND = ROOT / "cifd_clip" / "export" / "__main__.py"
 
 
 def sources(package: str) -> list[Path]:
@@ -54,6 +56,8 @@ def test_imports_go_one_way(package):
 def test_the_library_reads_no_command_line_environment_or_log_settings():
     wrong = []
     for path in sources("cifd_clip"):
+        if path == EXPORT_COMMAND:
+            continue
         where = path.relative_to(ROOT)
         for name in imports(path):
             if name.partition(".")[0] in {"argparse", "os", "logging", "sys"}:

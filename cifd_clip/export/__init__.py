@@ -1,0 +1,96 @@
+"""A student leaves the project: OpenCLIP, ONNX or transformers, checked against what was trained.
+
+Every format is one function that writes a folder and reads it back as two towers; `export` compares
+these with the student's on a fixed probe and lets the folder appear only when they agree.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cifd_clip.export.card import model_card
+from cifd_clip.export.onnx_towers import write_onnx
+from cifd_clip.export.source import Source, Towers, load
+from cifd_clip.export.stock import write_open_clip
+from cifd_clip.export.transformers_clip import write_transformers
+from cifd_clip.noise import Noise
+
+__all__ = ["FORMATS", "Source", "Towers", "export", "load"]
+
+FORMATS: dict[str, Callable[[Source, Path], Towers]] = {
+    "open_clip": write_open_clip,
+    "onnx": write_onnx,
+    "transformers": write_transformers,
+}
+#: Largest accepted difference of a unit-norm feature's component. OpenCLIP's folder holds the same
+#: weights for the same code: it has no excuse.
+TOLERANCE = {"open_clip": 0.0, "onnx": 1e-4, "transformers": 1e-4}
+BATCHES = (1, 7)
+CAPTIONS = (
+    "a photo of a dog",
+    "two children in front of a blue door, one of them laughing",
+    "snow",
+    "A map of the old harbour; the lighthouse isn't on it!",
+    "the number 42, handwritten",
+    "an espresso on a marble table next to a folded newspaper and a pair of reading glasses",
+    "naïve façade, 3 × 5 m",
+)
+
+
+def export(spec: str, format: str, out: Path | None = None) -> tuple[Path, float]:
+    """Write a student in another format, with its model card.
+
+    Args:
+        spec: a run directory, or a model folder with or without ``local-dir:``.
+        format: one of `FORMATS`.
+        out: the folder to make; it must not exist or be empty. Default: ``RUN/export/FORMAT``, or
+            beside a model folder, ``FOLDER-FORMAT``.
+
+    Returns:
+        The folder, and the largest difference between the student's unit-norm features and those
+        of what was written, over `BATCHES`.
+
+    Raises:
+        ValueError: no student there, a folder that holds something already, an architecture the
+            format has no place for, a missing package, or features that differ.
+    """
+    source = load(spec)
+    out = out or source.default_out(format)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already: nothing is overwritten; choose another -o")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as temporary:
+        folder = Path(temporary) / "folder"
+        folder.mkdir()
+        written = FORMATS[format](source, folder)
+        found = difference(source.towers(), written, *probe(source))
+        if not found <= TOLERANCE[format]:
+            raise ValueError(
+                f"--format {format}: the features of {source.name} differ by {found:.1e} after "
+                f"export, {TOLERANCE[format]:.0e} is allowed; nothing was written"
+            )
+        (folder / "README.md").write_text(model_card(source, format, found))
+        folder.rename(out)
+    return out, found
+
+
+def probe(source: Source) -> tuple[Tensor, Tensor]:
+    """Seven images of white noise (7, 3, H, W) and the tokens of seven captions (7, context)."""
+    height, width = source.image_size
+    pixels = 3 * height * width
+    white = Noise(seed=0, step=0).uniform("export", len(CAPTIONS), pixels, torch.device("cpu"))
+    images = white.reshape(-1, 3, height, width) * 12**0.5  # of unit variance
+    return images, source.tokenizer(list(CAPTIONS))
+
+
+def difference(a: Towers, b: Towers, images: Tensor, tokens: Tensor) -> float:
+    """Largest absolute difference of two pairs of towers, at each batch size; NaN if one has it."""
+    gaps = [
+        (one(inputs[:n]) - other(inputs[:n])).abs().max()
+        for one, other, inputs in ((a.image, b.image, images), (a.text, b.text, tokens))
+        for n in BATCHES
+    ]
+    return torch.stack(gaps).max().item()

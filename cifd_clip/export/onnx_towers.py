@@ -1,0 +1,114 @@
+"""ONNX: one graph per tower, any batch size, unit-norm features."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cifd_clip.export.source import Source, Towers
+from cifd_clip.export.tokenizer import save_tokenizer
+
+
+class ImageTower(nn.Module):
+    """``images`` (batch, 3, H, W) float32, normalised -> ``image_features`` (batch, D)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.encode_image(images, normalize=True)
+
+
+class TextTower(nn.Module):
+    """``tokens`` (batch, context) int64 -> ``text_features`` (batch, D)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model.encode_text(tokens, normalize=True)
+
+
+def write_onnx(source: Source, folder: Path) -> Towers:
+    """``image.onnx`` and ``text.onnx``, ``preprocess.json`` and the tokenizer's files.
+
+    Raises:
+        ValueError: the packages are missing, or PyTorch can't trace the student.
+    """
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"--format onnx needs {error.name}: pip install 'cifd_clip[export]'"
+        ) from error
+    # Two rows: a batch of one would be taken for a constant.
+    images = torch.zeros(2, 3, *source.image_size)
+    tokens = source.tokenizer(["a", "b"])
+    model = source.model
+    _trace(ImageTower(model), images, folder / "image.onnx", "images", "image_features")
+    _trace(TextTower(model), tokens, folder / "text.onnx", "tokens", "text_features")
+    description = json.dumps(describe(source), indent=2)
+    (folder / "preprocess.json").write_text(description + "\n")
+    save_tokenizer(source, folder)
+    return Towers(
+        _session(folder / "image.onnx", "images"), _session(folder / "text.onnx", "tokens")
+    )
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """What a user of the graphs must know: inputs, outputs, preprocessing, temperature."""
+    height, width = source.image_size
+    bias = source.model.logit_bias
+    image = {"name": "images", "dtype": "float32", "shape": ["batch", 3, height, width]}
+    text = {"name": "tokens", "dtype": "int64", "shape": ["batch", source.context_length]}
+    return {
+        "image": {
+            "file": "image.onnx",
+            "input": image,
+            "output": "image_features",
+            "preprocess": source.preprocess,
+        },
+        "text": {
+            "file": "text.onnx",
+            "input": text,
+            "output": "text_features",
+            "tokenizer": "tokenizer.json",
+            "tokenizer_kwargs": source.text_config.get("tokenizer_kwargs") or {},
+        },
+        # logits = logit_scale * image_features @ text_features.T + logit_bias
+        "logit_scale": source.model.logit_scale.exp().item(),
+        "logit_bias": 0.0 if bias is None else bias.item(),
+    }
+
+
+def _trace(tower: nn.Module, example: Tensor, path: Path, input_name: str, output_name: str):
+    try:
+        torch.onnx.export(
+            tower.eval(),
+            (example,),
+            path,
+            input_names=[input_name],
+            output_names=[output_name],
+            dynamic_shapes={input_name: {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise ValueError(
+            f"--format onnx: PyTorch can't export {path.stem} tower "
+            f"{type(tower.model).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _session(path: Path, name: str) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda inputs: torch.from_numpy(session.run(None, {name: inputs.numpy()})[0])

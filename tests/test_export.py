@@ -1,0 +1,355 @@
+"""A student leaves the project as what it is: other tools load it and compute its features."""
+
+import copy
+import functools
+import json
+import shutil
+
+import numpy as np
+import onnxruntime
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+
+import cifd_clip.export
+from cifd_clip.export import Towers, export, load
+from cifd_clip.export.__main__ import main as command
+from cifd_clip.teacher import weights_hash
+from eval.benchmark import main as benchmark
+from training.main import main
+from training.models import save_student
+
+SMALL_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+SMALL_VIT = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
+CAPTIONS = [
+    "a photo of a cat", "snow!", "Two DOGS, one of   them brown, don't sit", "naïve 42 façades",
+    "far too many words " * 9, "", "l'été; the end...",
+]  # fmt: skip
+
+
+def config(name: str, vision: dict | None = None, text: dict | None = None, **rest) -> dict:
+    """OpenCLIP's configuration of a name with some of its values changed."""
+    config = copy.deepcopy(open_clip.get_model_config(name))
+    config["vision_cfg"] |= vision or {}
+    config["text_cfg"] |= text or {}
+    return config | rest
+
+
+def small(vision: dict | None = None, text: dict | None = None, **rest) -> dict:
+    return {
+        "embed_dim": 24,
+        "vision_cfg": SMALL_VIT | (vision or {}),
+        "text_cfg": SMALL_TEXT | (text or {}),
+        **rest,
+    }
+
+
+#: The real ViT-S-16; the others with fewer layers or pixels, which no conversion depends on.
+STUDENTS = {
+    "ViT-S-16": config("ViT-S-16"),
+    "ViT-S-16, 1 layer": config("ViT-S-16", {"layers": 1, "image_size": 64}, SMALL_TEXT),
+    "ViT-B-16": config("ViT-B-16", {"layers": 1, "image_size": 64}, SMALL_TEXT),
+    "RN50": config("RN50", {"layers": [1, 1, 1, 1], "image_size": 64}, SMALL_TEXT),
+    "timm": small({"timm_model_name": "test_convnext", "timm_pool": "avg", "image_size": 64}),
+    "custom text": small(text={"proj_bias": False}, custom_text=True),
+    "QuickGELU": small(quick_gelu=True),
+    "squash": small(),
+}
+
+
+def save(config: dict, folder, preprocess: dict | None = None) -> str:
+    """A model folder with random weights, none of them a zero or a one that hides a mistake."""
+    name = f"export-{folder.name}"
+    path = folder.parent / f"{name}.json"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config))
+    open_clip.add_model_config(path)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = open_clip.create_model(name, force_preprocess_cfg=preprocess)
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor += 0.02 * torch.rand(tensor.shape)
+    save_student(model, config, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """Model folders by their names in STUDENTS, each made once."""
+    made = {}
+
+    def make(name: str) -> str:
+        if name not in made:
+            squash = {"resize_mode": "squash", "interpolation": "bilinear"}
+            folder = tmp_path_factory.mktemp("students") / "model"
+            made[name] = save(STUDENTS[name], folder, squash if name == "squash" else None)
+        return made[name]
+
+    return make
+
+
+@functools.cache
+def expected(folder: str, batch: int) -> tuple:
+    """Noise, and the student's unit features of it and of CAPTIONS in stock OpenCLIP."""
+    images = noise(folder, batch)
+    return images, *stock(folder, images, CAPTIONS)
+
+
+def stock(folder: str, images: torch.Tensor, captions: list[str]) -> tuple:
+    """Unit features of stock OpenCLIP."""
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(captions)
+    with torch.no_grad():
+        model.eval()
+        return model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+
+
+def noise(folder: str, batch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(batch, 3, *load(folder).image_size, generator=generator)
+
+
+@pytest.mark.parametrize("name", ["ViT-S-16", "ViT-B-16", "RN50", "timm", "squash"])
+def test_the_open_clip_folder_has_bit_equal_features_in_stock_open_clip(name, student, tmp_path):
+    folder = student(name)
+    out, difference = export(folder, "open_clip", tmp_path / "out")
+    images, *before = expected(folder, 2)
+    for student_features, shipped_features in zip(before, stock(str(out), images, CAPTIONS)):
+        assert torch.equal(student_features, shipped_features)
+    assert difference == 0
+    assert load(str(out)).preprocess == load(folder).preprocess
+
+
+@pytest.mark.parametrize("name", ["ViT-S-16, 1 layer", "ViT-B-16", "RN50", "timm"])
+def test_onnx_towers_compute_the_students_unit_features_at_any_batch(name, student, tmp_path):
+    folder = student(name)
+    out, difference = export(folder, "onnx", tmp_path / "out")
+    assert difference < 1e-4
+    about = json.loads((out / "preprocess.json").read_text())
+    images, image_features, text_features = expected(folder, 7)
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS)
+    for tower, inputs, features in (
+        ("image", images, image_features),
+        ("text", tokens, text_features),
+    ):
+        session = onnxruntime.InferenceSession(out / about[tower]["file"])
+        (described,) = session.get_inputs()
+        assert (described.name, described.shape) == (
+            about[tower]["input"]["name"],
+            about[tower]["input"]["shape"],
+        )
+        for batch in (1, 7):
+            feed = {described.name: inputs[:batch].numpy()}
+            (found,) = session.run([about[tower]["output"]], feed)
+            np.testing.assert_allclose(found, features[:batch], atol=1e-4, rtol=0)
+            np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    model = open_clip.create_model(f"local-dir:{folder}")
+    assert about["logit_scale"] == pytest.approx(model.logit_scale.exp().item())
+
+
+@pytest.mark.parametrize("name", ["ViT-S-16", "ViT-B-16", "custom text", "QuickGELU"])
+def test_transformers_clip_computes_the_students_features_from_text_and_pixels(
+    name, student, tmp_path
+):
+    from transformers import AutoTokenizer, CLIPModel
+
+    folder = student(name)
+    out, difference = export(folder, "transformers", tmp_path / "out")
+    assert difference < 1e-4
+    model, loading = CLIPModel.from_pretrained(out, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    images, image_features, text_features = expected(folder, 2)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokens = tokenizer(CAPTIONS, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        output = model.eval()(pixel_values=images, **tokens)
+    torch.testing.assert_close(output.image_embeds, image_features, atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.text_embeds, text_features, atol=1e-4, rtol=0)
+    scale = open_clip.create_model(f"local-dir:{folder}").logit_scale
+    assert torch.equal(model.logit_scale.detach(), scale.detach())
+
+
+@pytest.mark.parametrize("name", ["QuickGELU", "squash"])
+def test_transformers_reads_images_as_open_clip_does(name, student, tmp_path):
+    from transformers import AutoProcessor
+
+    folder = student(name)
+    out, _ = export(folder, "transformers", tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(out)
+    _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    # Sizes that leave even margins: in odd ones the two libraries round to different sides.
+    for width, height in ((32, 32), (96, 48), (50, 110)):
+        x, y = np.meshgrid(np.linspace(0, 6, width), np.linspace(0, 6, height))
+        waves = np.stack([np.sin(x), np.cos(y), np.sin(x + y)], axis=-1)
+        image = Image.fromarray(np.uint8(127.5 * (1 + waves)))
+        pixels = processor(images=image, return_tensors="pt")["pixel_values"][0]
+        # One step of eight bits is 0.015 after normalisation: the resizes round differently.
+        torch.testing.assert_close(pixels, preprocess(image), atol=0.04, rtol=0)
+
+
+def test_the_tokenizer_files_give_open_clips_ids_up_to_the_end_of_text(student, tmp_path):
+    from transformers import AutoTokenizer
+
+    out, _ = export(student("custom text"), "transformers", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    ours = open_clip.SimpleTokenizer(context_length=16)(CAPTIONS)
+    assert ids.shape == ours.shape
+    for mine, theirs, caption in zip(ours, ids, CAPTIONS):
+        length = mine.argmax() + 1
+        assert torch.equal(mine[:length], theirs[:length]), caption
+
+
+REFUSED = {
+    "ModifiedResNet": STUDENTS["RN50"],
+    "TimmModel": STUDENTS["timm"],
+    "LayerScale": small({"ls_init_value": 0.1}),
+    "ln_pre": small({"no_ln_pre": True}),
+    "'avg'": small({"pool_type": "avg"}),
+    "'attention'": small({"attentional_pool": True, "attn_pooler_heads": 2}),
+    "CustomResidualAttentionBlock": small({"qk_norm": True}),
+    "not causal": small(text={"no_causal_mask": True}),
+    "'last'": small(text={"pool_type": "last"}),
+    "eos_id is 2": small(text={"pool_type": "eos"}),
+    "Linear with bias": small(text={"proj_bias": True}),
+    "embed_cls": small(text={"embed_cls": True}, custom_text=True),
+    "logit_bias": small(init_logit_bias=-10),
+    "squares": small({"image_size": [32, 48]}),
+}
+
+
+@pytest.mark.parametrize("layer", REFUSED)
+def test_transformers_names_the_layer_that_does_not_fit(layer, tmp_path):
+    folder = save(REFUSED[layer], tmp_path / "in" / "model")
+    with pytest.raises(ValueError, match=r"CLIPModel has no place for model: .*") as error:
+        export(folder, "transformers", tmp_path / "out" / "hf")
+    assert layer in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").iterdir()), "a refused export leaves something behind"
+
+
+@pytest.fixture
+def word_tokenizer(tmp_path):
+    """A Hugging Face tokenizer of a dozen words on disk, with its end of text in the middle."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = "[PAD] [UNK] [BOS] [EOS] a photo of the dog cat snow door in".split()
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    special |= {"bos_token": "[BOS]", "eos_token": "[EOS]"}
+    folder = tmp_path / "words"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+def test_a_hugging_face_tokenizer_travels_with_the_folder(word_tokenizer, tmp_path):
+    text = {"hf_tokenizer_name": str(word_tokenizer), "pool_type": "eos", "eos_id": 3}
+    folder = save(small(text=text | {"vocab_size": 13}), tmp_path / "in" / "model")
+    captions = ["a photo of the cat", "snow", "the dog in the door in the snow"]
+    source = load(folder)
+    tokens = source.tokenizer(captions)
+    with torch.no_grad():
+        student_features = source.model.encode_text(tokens, normalize=True)
+    outs = {f: export(folder, f, tmp_path / f)[0] for f in ("open_clip", "transformers")}
+    shutil.rmtree(word_tokenizer)
+
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{outs['open_clip']}")(captions), tokens)
+
+    from transformers import AutoTokenizer, CLIPModel
+
+    inputs = AutoTokenizer.from_pretrained(outs["transformers"])(
+        captions, padding="max_length", max_length=16, return_tensors="pt"
+    )
+    assert torch.equal(inputs.input_ids, tokens)
+    model = CLIPModel.from_pretrained(outs["transformers"]).eval()
+    with torch.no_grad():
+        text_model = model.text_model(inputs.input_ids, inputs.attention_mask)
+        features = normalize(model.text_projection(text_model.pooler_output), dim=-1)
+    torch.testing.assert_close(features, student_features, atol=1e-4, rtol=0)
+
+
+def test_an_export_that_computes_something_else_never_appears(student, tmp_path, monkeypatch):
+    def wrong(source, folder):
+        towers = source.towers()
+        return Towers(towers.image, lambda tokens: -towers.text(tokens))
+
+    monkeypatch.setitem(cifd_clip.export.FORMATS, "onnx", wrong)
+    with pytest.raises(ValueError, match="differ by"):
+        export(student("custom text"), "onnx", tmp_path / "logs" / "out")
+    assert not list((tmp_path / "logs").iterdir())
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(student, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "keep").write_text("mine")
+    broken = tmp_path / "broken"
+    shutil.copytree(student("custom text"), broken)
+    (broken / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": STUDENTS["QuickGELU"], "preprocess_cfg": {}})
+    )
+    for arguments, expected in (
+        ([str(tmp_path / "nowhere"), "--format", "onnx"], "nowhere"),
+        ([str(broken), "--format", "onnx"], "could not be loaded"),
+        ([student("RN50"), "--format", "transformers", "-o", str(tmp_path / "x")], "visual"),
+        ([student("RN50"), "--format", "open_clip", "-o", str(taken)], "-o"),
+    ):
+        assert command(arguments) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 1 and expected in errors[0], lines
+    assert [path.name for path in taken.iterdir()] == ["keep"]
+
+
+@pytest.fixture(scope="module")
+def run(flags, teacher, scenes, tmp_path_factory):
+    """A trained and evaluated student, and a result of other weights in its folder."""
+    logs = tmp_path_factory.mktemp("logs")
+    distill = ["--distill", "clipkd", "--distill-model", teacher]
+    assert main([*flags, *distill, "--logs", str(logs), "--name", "kd"]) == 0
+    run = logs / "kd"
+    data = ["--data-root", str(scenes / "benchmark"), "--datasets", "digits"]
+    assert benchmark([str(run), *data, "--workers", "0", "--device", "cpu"]) == 0
+    (path,) = (run / "results").glob("*.json")
+    other = json.loads(path.read_text())
+    other["provenance"]["weights"] = "0" * 64
+    other["metrics"] = {"acc1": 0.123456}
+    (run / "results" / "other.json").write_text(json.dumps(other))
+    return run
+
+
+@pytest.mark.parametrize("format", ["open_clip", "transformers"])
+def test_a_trained_run_ships_with_a_card_of_what_it_recorded(format, run, teacher, capsys):
+    assert command([str(run), "--format", format]) == 0
+    out = run / "export" / format
+    assert capsys.readouterr().out.startswith(f"{out}: ")
+    card = (out / "README.md").read_text()
+    assert f"library_name: {format}" in card
+    assert teacher in card
+    assert json.loads((run / "data.json").read_text())["hash"] in card
+    (start,) = json.loads((run / "environment.json").read_text())
+    assert start["command"] in card
+    assert weights_hash(load(str(run)).model) in card
+    (path,) = [p for p in (run / "results").glob("*.json") if p.name != "other.json"]
+    for metric, value in json.loads(path.read_text())["metrics"].items():
+        assert f"| {metric} | {value:.4f} |" in card
+    assert "0.1235" not in card, "a result of other weights is in the card"
+    licences = card[card.index("## Licences to check") :]
+    assert "teacher's weights" in licences and "training data" in licences
+
+
+def test_the_card_of_a_bare_folder_claims_nothing(student, tmp_path):
+    out, _ = export(student("custom text"), "open_clip", tmp_path / "out")
+    card = (out / "README.md").read_text()
+    assert "results are unknown" in card
+    assert "## Results" not in card and "## Teacher" not in card
