@@ -33,7 +33,7 @@ CONTESTANTS = {
     "cifd (K=3)": (["--distill", "cifd"], 3),
     "cifd (K=3, no IBM)": (["--distill", "cifd", "--no-ibm"], 3),
 }
-RATES = (1000.0, 100.0, 30.0)
+RATES = (1000.0, 300.0, 100.0)
 
 
 class Contestant:
