@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cifd_clip.entropy import FactorizedDensity
@@ -199,7 +199,8 @@ class RDMBank(nn.Module):
         """Write ``config.json`` and ``bank.safetensors``; each appears whole or not at all."""
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, directory / "bank.safetensors.tmp")
+        # save_file would make the file private to this user.
+        (directory / "bank.safetensors.tmp").write_bytes(save(tensors))
         (directory / "bank.safetensors.tmp").rename(directory / "bank.safetensors")
         (directory / "config.json.tmp").write_text(json.dumps(self.config(), indent=2) + "\n")
         (directory / "config.json.tmp").rename(directory / "config.json")

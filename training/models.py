@@ -11,7 +11,7 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.push_to_hf_hub import save_config_for_hf
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from cifd_clip.noise import derive_seed
@@ -103,6 +103,11 @@ def build_student(args: Namespace) -> nn.Module:
             pretrained_image=args.pretrained_image,
             cache_dir=args.cache_dir,
         )
+    if size and any("pos_embed" in name for name in model.visual.state_dict()):
+        raise UsageError(
+            f"--force-image-size with --model {args.model}: stock OpenCLIP can't load a timm tower "
+            "whose position embedding was resized; give the size in a --model-config of its own"
+        )
     if args.accum_freq > 1 and _has_batch_norm(model):
         raise UsageError(
             f"--accum-freq {args.accum_freq} with --model {args.model}: batch normalisation over "
@@ -164,7 +169,7 @@ def save_student(model: nn.Module, config: dict, directory: Path) -> None:
     save_config_for_hf(model, directory / "open_clip_config.json", config)
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     temporary = directory / "open_clip_model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.write_bytes(save(tensors, {"format": "pt"}))  # save_file makes it private
     temporary.rename(directory / "open_clip_model.safetensors")
 
 
