@@ -6,6 +6,7 @@ begin again.
 """
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -22,8 +23,8 @@ EPOCHS = {"teacher": 10, "bank": 4, "student": 6}
 RATES = ["1000", "300", "100"]
 
 
-def demo(out: Path, quick: bool) -> None:
-    """Data, teacher, bank, three students, evaluation, report."""
+def demo(out: Path, quick: bool, record: Path | None = None) -> None:
+    """Data, teacher, bank, three students, evaluation, report; the record is kept if asked for."""
     start = time.monotonic()
     data, logs = out / "data", out / "logs"
     epochs = {name: 1 if quick else count for name, count in EPOCHS.items()}
@@ -87,7 +88,30 @@ def demo(out: Path, quick: bool) -> None:
         "--title=CIFD on scenes of handwritten digits",
     ])  # fmt: skip
     print((out / "report.md").read_text())
-    say(f"{report} after {time.monotonic() - start:.0f} s")
+    seconds = time.monotonic() - start
+    if record:
+        keep(out, record, seconds)
+    say(f"{report} after {seconds:.0f} s")
+
+
+def keep(out: Path, directory: Path, seconds: float) -> None:
+    """Copy the tables, and what they were made with, to where they can be committed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("report.md", "report.csv"):
+        shutil.copy(out / name, directory / name)
+    runs = {}
+    for run in sorted((out / "logs").iterdir()):
+        made = json.loads((run / "environment.json").read_text())[-1]
+        config = json.loads((run / "config.json").read_text())
+        finished = json.loads((run / "finished.json").read_text())
+        runs[run.name] = {
+            **{k: made[k] for k in ("command", "commit", "packages", "processor", "cpus")},
+            "seed": config["seed"],
+            "data": json.loads((run / "data.json").read_text())["hash"],
+            "seconds": round(finished["seconds"], 1),
+        }
+    content = {"seconds": round(seconds, 1), "runs": runs}
+    (directory / "record.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def call(*commands: list[str]) -> None:
@@ -116,8 +140,10 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder of everything (default: demo/out)")
     parser.add_argument("--quick", action="store_true", help="a minute: all steps, nothing learnt")
+    parser.add_argument("--record", type=Path, help="also keep tables and their making there")
     args = parser.parse_args(argv)
-    demo(args.out or Path("demo/out/quick" if args.quick else "demo/out"), args.quick)
+    out = args.out or Path("demo/out/quick" if args.quick else "demo/out")
+    demo(out, args.quick, args.record)
 
 
 if __name__ == "__main__":
