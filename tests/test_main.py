@@ -284,9 +284,10 @@ def test_too_many_bad_samples_stop_the_run(flags, scenes, tmp_path):
     assert sum(v for k, v in reasons.items() if k not in ("kind", "step")) >= 40
 
 
-@pytest.mark.parametrize(
-    "recipe", sorted((ROOT / "slurm" / "recipes").glob("*.args")), ids=lambda path: path.stem
-)
+RECIPES = {path.stem: path for path in (ROOT / "slurm" / "recipes").glob("*.args")}
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_every_recipe_parses(recipe):
-    args = parse_args([f"@{recipe}", "--train-data", "shards"])
+    args = parse_args([f"@{RECIPES[recipe]}", "--train-data", "shards"])
     assert args.epochs * args.train_num_samples == 96_000_000, "samples seen, as in the paper"

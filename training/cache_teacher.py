@@ -6,7 +6,6 @@ Shards are independent: ``--part I/N`` (an array job) or several processes (torc
 them, finished ones are skipped, and what was written is verified at the end.
 """
 
-import argparse
 import json
 import re
 import time
@@ -224,7 +223,10 @@ class Cache:
 def _parse(argv: list[str]) -> Namespace:
     p = parser()
     p.prog, p.description = "python -m training.cache_teacher", __doc__
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.usage = (
+        "python -m training.cache_teacher [@recipe.args] --train-data SHARDS --teacher-cache DIR\n"
+        "           --views V --distill-model NAME --distill-pretrained TAG_OR_PATH [flags]"
+    )
     p.add_argument("--part", default="1/1", metavar="I/N", help="only every N-th shard")
     args = p.parse_args(argv)
     for flag in ("train_data", "distill_model", "teacher_cache"):

@@ -53,6 +53,23 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Short: a default is shown where there is one to show."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=100)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type, "NAME")
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.nargs == 0 or action.default in (None, "", {}, []):
+            return text
+        default = " ".join(map(str, action.default)) if action.nargs else "%(default)s"
+        return f"{text} [{default}]".strip()
+
+
 class _KeyValues(argparse.Action):
     """``key=value ...`` with Python literals as values, as OpenCLIP's ``--aug-cfg``."""
 
@@ -76,7 +93,8 @@ def parser() -> argparse.ArgumentParser:
         description="Train or distil a CLIP model. Flags can come from files: @recipe.args; "
         "later flags win.",
         fromfile_prefix_chars="@",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="python -m training.main [@recipe.args] --train-data SHARDS [flags]",
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     _method_flags(p.add_argument_group("method"))
@@ -171,7 +189,7 @@ def _data_flags(g) -> None:
         "--views",
         type=int,
         default=0,
-        help="number of distinct augmentations of an image; 0: a new one each pass",
+        help="augmentations of an image, taken in turn; 0: a new one each pass",
     )
     g.add_argument(
         "--view-seed", type=int, help="of augmentations and captions [--seed, or the cache's own]"
