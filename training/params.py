@@ -244,16 +244,26 @@ def _model_flags(g) -> None:
     g.add_argument(
         "--pretrained-image", action="store_true", help="ImageNet weights for a timm image tower"
     )
-    g.add_argument("--force-quick-gelu", action="store_true")
-    g.add_argument("--force-custom-text", action="store_true")
-    g.add_argument("--force-image-size", type=int, nargs="+")
-    g.add_argument("--force-context-length", type=int)
-    g.add_argument("--force-patch-dropout", type=float)
+    g.add_argument("--force-quick-gelu", action="store_true", help="QuickGELU in the student")
+    g.add_argument(
+        "--force-custom-text", action="store_true", help="a separate text tower (CustomTextCLIP)"
+    )
+    g.add_argument(
+        "--force-image-size", type=int, nargs="+", help="another image size than the config names"
+    )
+    g.add_argument("--force-context-length", type=int, help="another context length")
+    g.add_argument("--force-patch-dropout", type=float, help="another patch dropout")
     g.add_argument("--lock-image", action="store_true", help="freeze the image tower")
-    g.add_argument("--lock-image-unlocked-groups", type=int, default=0)
-    g.add_argument("--lock-image-freeze-bn-stats", action="store_true")
+    g.add_argument(
+        "--lock-image-unlocked-groups", type=int, default=0, help="last layer groups left trainable"
+    )
+    g.add_argument(
+        "--lock-image-freeze-bn-stats", action="store_true", help="freeze batch statistics too"
+    )
     g.add_argument("--lock-text", action="store_true", help="freeze the text tower")
-    g.add_argument("--lock-text-unlocked-layers", type=int, default=0)
+    g.add_argument(
+        "--lock-text-unlocked-layers", type=int, default=0, help="last layers left trainable"
+    )
     g.add_argument("--lock-text-freeze-layer-norm", action="store_true", help="always on")
     g.add_argument("--cache-dir", help="where OpenCLIP keeps downloaded weights")
 
@@ -266,9 +276,9 @@ def _optimisation_flags(g) -> None:
         default=1,
         help="micro-batches per step; the loss is that of the whole batch",
     )
-    g.add_argument("--epochs", type=int, default=32)
-    g.add_argument("--opt", choices=("adamw",), default="adamw")
-    g.add_argument("--lr", type=float, default=1e-3)
+    g.add_argument("--epochs", type=int, default=32, help="epochs in all")
+    g.add_argument("--opt", choices=("adamw",), default="adamw", help="the optimizer")
+    g.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     g.add_argument("--beta1", type=float, help="[0.9]")
     g.add_argument("--beta2", type=float, help="[0.98 for ViT, else 0.999]")
     g.add_argument("--eps", type=float, help="[1e-6 for ViT, else 1e-8]")
@@ -281,19 +291,26 @@ def _optimisation_flags(g) -> None:
     )
     g.add_argument("--warmup", type=int, help="warm-up steps [1/6 of all]")
     g.add_argument(
-        "--lr-scheduler", choices=("cosine", "const", "const-cooldown"), default="cosine"
+        "--lr-scheduler",
+        choices=("cosine", "const", "const-cooldown"),
+        default="cosine",
+        help="after warm-up",
     )
-    g.add_argument("--epochs-cooldown", type=int)
-    g.add_argument("--lr-cooldown-end", type=float, default=0.0)
-    g.add_argument("--lr-cooldown-power", type=float, default=1.0)
-    g.add_argument("--grad-clip-norm", type=float)
+    g.add_argument("--epochs-cooldown", type=int, help="const-cooldown: epochs of cooling down")
+    g.add_argument(
+        "--lr-cooldown-end", type=float, default=0.0, help="const-cooldown: last learning rate"
+    )
+    g.add_argument(
+        "--lr-cooldown-power", type=float, default=1.0, help="const-cooldown: power of the decay"
+    )
+    g.add_argument("--grad-clip-norm", type=float, help="clip the gradient's norm")
     g.add_argument(
         "--max-nonfinite-steps",
         type=int,
         default=5,
         help="stop after this many steps in a row with a non-finite gradient",
     )
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--seed", type=int, default=0, help="of weights, order, noise and views")
 
 
 def _run_flags(g) -> None:
@@ -305,13 +322,25 @@ def _run_flags(g) -> None:
         help="go on from the newest intact checkpoint of this run, if there is one",
     )
     g.add_argument("--save-frequency", type=int, default=1, help="epochs between checkpoints")
-    g.add_argument("--save-every-n-steps", type=int, default=0, metavar="N")
-    g.add_argument("--save-every-n-minutes", type=float, default=30.0, metavar="N")
+    g.add_argument(
+        "--save-every-n-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps between checkpoints; 0: by epochs and minutes",
+    )
+    g.add_argument(
+        "--save-every-n-minutes",
+        type=float,
+        default=30.0,
+        metavar="N",
+        help="minutes between checkpoints",
+    )
     g.add_argument("--keep", type=int, default=3, help="newest checkpoints kept; 0: all")
-    g.add_argument("--log-every-n-steps", type=int, default=50)
+    g.add_argument("--log-every-n-steps", type=int, default=50, help="steps between log lines")
     g.add_argument("--report-to", default="", metavar="tensorboard,wandb")
-    g.add_argument("--wandb-project-name", default="open-clip")
-    g.add_argument("--wandb-notes", default="")
+    g.add_argument("--wandb-project-name", default="open-clip", help="as OpenCLIP")
+    g.add_argument("--wandb-notes", default="", help="as OpenCLIP")
 
 
 def _process_flags(g) -> None:
@@ -321,14 +350,18 @@ def _process_flags(g) -> None:
         choices=("fp32", "amp", "amp_bf16", "amp_bfloat16"),
         help="[amp_bf16 on a GPU, fp32 on a CPU]",
     )
-    g.add_argument("--grad-checkpointing", action="store_true")
+    g.add_argument(
+        "--grad-checkpointing", action="store_true", help="recompute activations to save memory"
+    )
     g.add_argument("--torchcompile", action="store_true", help="compile the student's towers")
-    g.add_argument("--use-bn-sync", action="store_true")
+    g.add_argument("--use-bn-sync", action="store_true", help="batch normalisation over all GPUs")
     g.add_argument("--local-loss", action="store_true", help="always on")
     g.add_argument("--gather-with-grad", action="store_true", help="always on")
-    g.add_argument("--dist-url")
+    g.add_argument("--dist-url", help="where the processes meet [env://]")
     g.add_argument("--dist-backend", help="[nccl on GPUs, gloo on CPUs]")
-    g.add_argument("--no-set-device-rank", action="store_true")
+    g.add_argument(
+        "--no-set-device-rank", action="store_true", help="one GPU is visible per process"
+    )
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
