@@ -1,6 +1,7 @@
 # Every target does its own set-up: a virtual environment in .venv, made anew only when the
 # requirements (setup.cfg) have changed. Needed on the machine: Python 3.10+, make, git.
 PYTHON ?= python3
+DEMO ?= # flags of the demo, such as --record results/demo
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/requirements-$(shell cksum setup.cfg | cut -d' ' -f1)
@@ -18,7 +19,7 @@ $(STAMP): setup.cfg
 	@touch $@
 
 demo: env
-	$(RUN) -m demo
+	$(RUN) -m demo $(DEMO)
 
 test: env lint
 	$(RUN) -m pytest
