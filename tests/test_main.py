@@ -273,7 +273,7 @@ def test_too_many_bad_samples_stop_the_run(flags, scenes, tmp_path):
     at = 0
     for _ in range(40):  # spoil forty images' headers; the tar stays whole
         at = data.index(b"\x89PNG", at) + 1
-        data[at : at + 3] = b"XXX"
+        data[at : at + 3] = b"???"
     (shard / "00000.tar").write_bytes(data)
     command = [*flags, "--train-data", str(shard), "--logs", str(tmp_path), "--name", "run"]
     with pytest.raises(UsageError, match=r"could not be used .*--max-bad-fraction 0\.01"):

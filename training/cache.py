@@ -168,7 +168,7 @@ class CachedTeachers:
     Args:
         directories: one cache per teacher.
         names: the architectures the command line names, if it does.
-        view_seed, views, captions, aug_cfg: of this run, which the caches must match.
+        wanted: this run's view_seed, views, captions and aug_cfg, which the caches must match.
     """
 
     def __init__(self, directories: list[Path], names: list[str], wanted: dict[str, Any]):

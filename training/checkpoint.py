@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from training.errors import Failure
+
 log = logging.getLogger(__name__)
 
 
@@ -48,11 +50,14 @@ class Checkpoints:
         """Wait until the last save is on disk.
 
         Raises:
-            OSError: it could not be written.
+            Failure: it could not be written.
         """
         self._join()
         if self._failure is not None:
-            raise self._failure
+            raise Failure(
+                f"the last checkpoint could not be written to {self.directory} ({self._failure}); "
+                "the older ones are intact: make room and run again with --resume latest"
+            )
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that verifies, loaded on the CPU; None when there is none."""
