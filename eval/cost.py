@@ -1,0 +1,364 @@
+"""``python -m eval.cost``: MACs, bytes and GPU hours of every stage of a run, before it starts.
+
+Takes flags of `training.main` (a recipe), reads those that cost depends on, and counts models from
+their architectures. A trained part costs three forward passes per sample (its own, and two for the
+backward's two products); a frozen one costs one, or none where the teacher's cache stands for it.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+
+from eval import macs
+from eval.macs import Clip
+from training.errors import UsageError, cli
+
+FROZEN, TRAINED = 1, 3
+FLOAT32 = 4
+#: Weight, gradient and AdamW's two moments.
+TRAINING_STATE, CHECKPOINT_STATE = 4 * FLOAT32, 3 * FLOAT32
+FLOAT16 = 2  # the teacher cache's
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What turns MACs into hours.
+
+    Args:
+        tflops: peak of one GPU in 10¹² floating-point operations per second, two per MAC.
+        mfu: share of the peak that training reaches (model FLOPs utilisation).
+    """
+
+    tflops: float = 312.0
+    mfu: float = 0.35
+
+    def hours(self, macs: float) -> float:
+        """GPU hours of that many MACs."""
+        return 2 * macs / (self.tflops * 1e12 * self.mfu) / 3600
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model in a stage.
+
+    Args:
+        name: of the model.
+        macs: forward, per sample.
+        passes: how many forwards' worth a sample costs.
+        params: its parameters.
+    """
+
+    name: str
+    macs: float
+    passes: int
+    params: int
+
+    @property
+    def training_macs(self) -> float:
+        """MACs per sample, the backward pass included."""
+        return self.macs * self.passes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of a run's stages.
+
+    Args:
+        name: ``cache``, ``rdm``, ``student``, or an assistant's.
+        samples: image–text pairs that go through it, over all epochs.
+        parts: what runs.
+        memory_bytes: weights, gradients and optimizer state, on every GPU; no activations.
+        disk_bytes: what it leaves behind: cache, bank, student, checkpoints.
+        read_bytes: what it reads from shards and caches.
+    """
+
+    name: str
+    samples: int
+    parts: tuple[Part, ...]
+    memory_bytes: int
+    disk_bytes: int
+    read_bytes: int
+
+    @property
+    def macs(self) -> float:
+        """MACs of the whole stage."""
+        return self.samples * sum(part.training_macs for part in self.parts)
+
+
+# -- the stages of a command line ------------------------------------------------------------------
+
+
+def stages(args: Namespace) -> list[Stage]:
+    """Every stage of a run, in order.
+
+    Args:
+        args: as `parse` returns them.
+    """
+    teachers = [macs.clip(name, "--distill-model") for name in teacher_names(args)]
+    found = [cache_stage(args, teacher) for teacher in teachers if args.teacher_cache]
+    if args.distill == "rdm":
+        return [*found, rdm_stage(args, teachers[0], args.epochs)]
+    if args.distill == "cifd" and args.rates and not args.rdm_bank:
+        found.append(rdm_stage(args, teachers[0], args.rdm_epochs))
+    return [*found, student_stage(args, args.model, teachers)]
+
+
+def cache_stage(args: Namespace, teacher: Clip, name: str = "cache") -> Stage:
+    """One pass of a teacher over ``--views`` views of the whole data set."""
+    samples = args.dataset_samples
+    text_views = args.views if args.captions == "all" else 1
+    return Stage(
+        name,
+        samples * args.views,
+        (Part(teacher.name, teacher.macs, FROZEN, teacher.params),),
+        memory_bytes=FLOAT32 * teacher.params,
+        disk_bytes=samples * (args.views + text_views) * teacher.dim * FLOAT16,
+        read_bytes=samples * args.views * args.sample_bytes,
+    )
+
+
+def rdm_stage(args: Namespace, teacher: Clip, epochs: int) -> Stage:
+    """Stage 1 of CIFD: the bank on the teacher's embeddings."""
+    bank = macs.bank(len(args.rates), teacher.dim, args.rdm_hidden, args.rdm_channels)
+    samples = epochs * args.train_num_samples
+    live, read = _teaching(args, [teacher], images=False)
+    return Stage(
+        "rdm",
+        samples,
+        (*live, Part(f"{len(args.rates)} RDMs", bank.macs, TRAINED, bank.params)),
+        memory_bytes=_memory(live, bank.params),
+        disk_bytes=bank.params * (FLOAT32 + _kept(args, epochs) * CHECKPOINT_STATE),
+        read_bytes=samples * read,
+    )
+
+
+def student_stage(
+    args: Namespace, model: str, teachers: Sequence[Clip], name: str = "student"
+) -> Stage:
+    """Stage 2 of CIFD, and every other method's only stage."""
+    options = _student_options(args) if model == args.model else ()
+    student = macs.clip(model, "--model", options)
+    rows = args.batch_size * args.accum_freq * args.gpus
+    rdms = len(args.rates) if args.distill == "cifd" else 0
+    dims = tuple(teacher.dim for teacher in teachers)
+    head = macs.head(args.distill, model, dims, rows, rdms, options)
+    # Accumulation runs the towers once more for the gradients of its micro-batches, checkpointing
+    # of activations once more for what it did not keep.
+    passes = TRAINED + (args.accum_freq > 1) + args.grad_checkpointing
+    image = FROZEN if args.lock_image and not args.lock_image_unlocked_groups else passes
+    text = FROZEN if args.lock_text and not args.lock_text_unlocked_layers else passes
+    trained = head.params
+    trained += student.image_params if image > FROZEN else 0
+    trained += student.text_params if text > FROZEN else 0
+    live, read = _teaching(args, teachers, images=True)
+    if rdms:
+        bank = macs.bank(rdms, teachers[0].dim, args.rdm_hidden, args.rdm_channels)
+        live += (Part(f"{rdms} RDMs", bank.macs, FROZEN, bank.params),)
+    samples = args.epochs * args.train_num_samples
+    weights = student.params + head.params
+    return Stage(
+        name,
+        samples,
+        (
+            *live,
+            Part(f"{model} image", student.image_macs, image, student.image_params),
+            Part(f"{model} text", student.text_macs, text, student.text_params),
+            Part("losses and heads", head.macs, TRAINED, head.params),
+        ),
+        memory_bytes=_memory(live, trained) + FLOAT32 * (weights - trained),
+        disk_bytes=FLOAT32 * student.params
+        + _kept(args, args.epochs) * (FLOAT32 * weights + 2 * FLOAT32 * trained),
+        read_bytes=samples * read,
+    )
+
+
+def _teaching(
+    args: Namespace, teachers: Sequence[Clip], images: bool
+) -> tuple[tuple[Part, ...], int]:
+    """The frozen models that run on every sample, and the bytes read for it."""
+    if not args.teacher_cache:
+        parts = tuple(Part(t.name, t.macs, FROZEN, t.params) for t in teachers)
+        return parts, args.sample_bytes
+    # A cached stage 1 reads embeddings only.
+    return (), images * args.sample_bytes + sum(2 * t.dim * FLOAT16 for t in teachers)
+
+
+def _memory(frozen: Sequence[Part], trained: int) -> int:
+    return FLOAT32 * sum(p.params for p in frozen) + TRAINING_STATE * trained
+
+
+def _kept(args: Namespace, epochs: int) -> int:
+    """Checkpoints on disk in the end."""
+    saved = max(1, epochs // args.save_frequency)
+    return min(args.keep, saved) if args.keep else saved
+
+
+def _student_options(args: Namespace) -> tuple[tuple[str, Any], ...]:
+    size = args.force_image_size
+    options = {
+        "force_quick_gelu": args.force_quick_gelu,
+        "force_custom_text": args.force_custom_text,
+        "force_patch_dropout": args.force_patch_dropout,
+        "force_image_size": size and (size[0] if len(size) == 1 else tuple(size)),
+        "force_context_length": args.force_context_length,
+    }
+    return tuple(options.items())
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+def gpu_hours(flags: list[str]) -> dict[str, float]:
+    """GPU hours by stage of a command line of `training.main`.
+
+    Raises:
+        UsageError: a flag that cost depends on is missing or wrong.
+    """
+    return summary(parse(flags))["hours"]
+
+
+def summary(args: Namespace) -> dict[str, dict[str, float]]:
+    """``{"hours": {stage: GPU hours}, "disk_bytes": {stage: bytes}}``."""
+    hardware = Hardware(args.tflops, args.mfu)
+    hours: dict[str, float] = {}
+    disk: dict[str, float] = {}
+    for stage in stages(args):  # several teachers have several caches
+        hours[stage.name] = hours.get(stage.name, 0) + hardware.hours(stage.macs)
+        disk[stage.name] = disk.get(stage.name, 0) + stage.disk_bytes
+    return {"hours": hours, "disk_bytes": disk}
+
+
+class _Parser(argparse.ArgumentParser):
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: flags of `training.main` that cost depends on, and the machine's."""
+    p = _Parser(
+        prog="python -m eval.cost",
+        description=__doc__.partition("\n\n")[2],
+        usage="python -m eval.cost [@recipe.args] [flags of training.main] [flags]",
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+    )
+    recipe_flags(p.add_argument_group("flags of training.main that cost depends on"))
+    own = p.add_argument_group("what a run does not know beforehand")
+    own.add_argument("--gpus", type=int, default=1, help="processes that share a global batch [1]")
+    own.add_argument("--tflops", type=float, default=312.0, help="peak of one GPU [312: A100 bf16]")
+    own.add_argument("--mfu", type=float, default=0.35, help="share of it that is reached [0.35]")
+    own.add_argument("--dataset-samples", type=int, help="samples a cache covers [one epoch's]")
+    own.add_argument(
+        "--sample-bytes",
+        type=int,
+        default=30_000,
+        help="of an image and its caption in the shards [30000: CC12M at 256 px]",
+    )
+    own.add_argument("--hours", action="store_true", help="print JSON: hours and disk_bytes")
+    return p
+
+
+def recipe_flags(g) -> None:
+    """Flags under training.main's names and defaults (a test compares them)."""
+    g.add_argument("--distill", default="none")
+    g.add_argument("--distill-model")
+    g.add_argument("--model", default="RN50")
+    g.add_argument("--model-config", nargs="+", default=[])
+    g.add_argument("--rates", type=float, nargs="*", default=[1000.0, 300.0, 100.0])
+    g.add_argument("--rdm-bank")
+    g.add_argument("--rdm-epochs", type=int, default=7)
+    g.add_argument("--rdm-hidden", type=int)
+    g.add_argument("--rdm-channels", type=int)
+    g.add_argument("--teacher-cache")
+    g.add_argument("--views", type=int, default=0)
+    g.add_argument("--captions", default="first")
+    g.add_argument("--train-num-samples", type=int)
+    g.add_argument("--epochs", type=int, default=32)
+    g.add_argument("--batch-size", type=int, default=64)
+    g.add_argument("--accum-freq", type=int, default=1)
+    g.add_argument("--grad-checkpointing", action="store_true")
+    g.add_argument("--save-frequency", type=int, default=1)
+    g.add_argument("--keep", type=int, default=3)
+    g.add_argument("--force-quick-gelu", action="store_true")
+    g.add_argument("--force-custom-text", action="store_true")
+    g.add_argument("--force-image-size", type=int, nargs="+")
+    g.add_argument("--force-context-length", type=int)
+    g.add_argument("--force-patch-dropout", type=float)
+    g.add_argument("--lock-image", action="store_true")
+    g.add_argument("--lock-image-unlocked-groups", type=int, default=0)
+    g.add_argument("--lock-text", action="store_true")
+    g.add_argument("--lock-text-unlocked-layers", type=int, default=0)
+
+
+def parse(flags: list[str]) -> Namespace:
+    """Read a command line; flags of training.main that cost does not depend on are passed over.
+
+    Raises:
+        UsageError: see the sentence.
+    """
+    for word in flags:
+        if word.startswith("@") and not Path(word[1:]).is_file():
+            raise UsageError(f"{word}: no such flag file")
+    args, _ = parser().parse_known_args(flags)
+    for path in args.model_config:
+        if not Path(path).is_file():
+            raise UsageError(f"--model-config '{path}': no such file; expected an OpenCLIP JSON")
+        open_clip.add_model_config(path)
+    if args.distill not in ("rdm", *macs.METHODS):
+        raise UsageError(f"--distill '{args.distill}': expected rdm or one of {[*macs.METHODS]}")
+    if not args.train_num_samples:
+        raise UsageError(
+            "--train-num-samples is missing: the samples of an epoch, which a run takes from its "
+            "shards"
+        )
+    if args.dataset_samples is None:
+        args.dataset_samples = args.train_num_samples
+    if args.teacher_cache and not args.views:
+        args.views = _written_cache(args)["views"]
+    return args
+
+
+def teacher_names(args: Namespace) -> list[str]:
+    """Architectures of the teachers; a written cache knows its own."""
+    if args.distill == "none":
+        return []
+    if args.distill_model:
+        return args.distill_model.split(",")
+    if args.teacher_cache:
+        return [_written_cache(args)["teacher"]["model"]]
+    raise UsageError(f"--distill {args.distill} needs a teacher: --distill-model NAME")
+
+
+def _written_cache(args: Namespace) -> dict[str, Any]:
+    path = Path(args.teacher_cache.split(",")[0]) / "config.json"
+    if not path.is_file():
+        raise UsageError(
+            f"--teacher-cache '{path.parent}' is not written yet: say what it will hold with "
+            "--views V and --distill-model NAME"
+        )
+    return json.loads(path.read_text())
+
+
+def main(argv: list[str]) -> int:
+    """Print what a run costs."""
+    args = parse(argv)
+    if args.teacher_cache and args.dataset_samples == args.train_num_samples:
+        note = "note: the cache is taken to cover one epoch's samples"
+        print(f"{note}; --dataset-samples N says otherwise", file=sys.stderr)
+    print(json.dumps(summary(args)))
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)
