@@ -25,7 +25,7 @@ from training.errors import UsageError, cli
 from training.loop import train
 from training.metrics import Sinks
 from training.models import add_model_configs
-from training.params import parse_args
+from training.params import batch_share, parse_args
 from training.rundir import RunDirectory, resolved_config
 from training.stages import RDMStage, Stage, StudentStage
 from training.trainer import Trainer
@@ -42,6 +42,8 @@ def main(argv: list[str]) -> int:
         args.precision = "amp_bf16" if device.type == "cuda" else "fp32"
     if args.precision == "amp" and device.type != "cuda":
         raise UsageError("--precision amp (float16) needs a GPU; use amp_bf16 or fp32")
+    if args.global_batch is not None:
+        args.batch_size = batch_share(args, world.size)
     add_model_configs(args.model_config)
     if args.use_bn_sync and world.size > 1 and device.type != "cuda":
         raise UsageError("--use-bn-sync needs GPUs: torch has no synchronised batch norm on a CPU")

@@ -271,6 +271,11 @@ def _model_flags(g) -> None:
 def _optimisation_flags(g) -> None:
     g.add_argument("--batch-size", type=int, default=64, help="per process and micro-batch")
     g.add_argument(
+        "--global-batch",
+        type=int,
+        help="samples per step over all processes; sets --batch-size to each one's share",
+    )
+    g.add_argument(
         "--accum-freq",
         type=int,
         default=1,
@@ -383,6 +388,21 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def batch_share(args: argparse.Namespace, processes: int = 1) -> int:
+    """``--batch-size`` of each of `processes` that together make up ``--global-batch``.
+
+    Raises:
+        UsageError: the global batch can't be shared evenly.
+    """
+    parts = processes * args.accum_freq
+    if args.global_batch < parts or args.global_batch % parts:
+        raise UsageError(
+            f"--global-batch {args.global_batch} can't be shared by {processes} processes with "
+            f"--accum-freq {args.accum_freq}: use a number of processes that divides it"
+        )
+    return args.global_batch // parts
+
+
 def teacher_names(args: argparse.Namespace) -> list[tuple[str, str | None]]:
     """(architecture, weights) of each teacher; the weights are None for ``local-dir:`` models."""
     if not args.distill_model:
@@ -465,6 +485,8 @@ def _check_teachers(args: argparse.Namespace) -> None:
 
 
 def _defaults(args: argparse.Namespace) -> None:
+    if args.global_batch is not None:
+        args.batch_size = batch_share(args)
     vit = "vit" in args.model.lower()
     args.beta1 = 0.9 if args.beta1 is None else args.beta1
     args.beta2 = (0.98 if vit else 0.999) if args.beta2 is None else args.beta2

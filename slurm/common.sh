@@ -1,0 +1,65 @@
+# Sourced by every job: how its processes meet, and what happens when it has to stop.
+#
+# training.main saves at a step boundary on USR1 and TERM and exits with 75. Such a task is put back
+# into the queue, this task alone, and goes on where it was. Every other failure is final.
+set -euo pipefail
+
+: "${PYTHON:=.venv/bin/python}" "${MAX_RESTARTS:=100}"
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 # see training.prefetch
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONUNBUFFERED=1
+
+# The task's name for scontrol. SLURM_JOB_ID alone may stand for the whole array.
+TASK=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+TASK=${TASK:-$SLURM_JOB_ID}
+
+# Job ids differ, so ports do; they lie below those that the kernel hands out by itself.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
+# srun no longer takes this from sbatch by itself (SLURM 22.05)
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+
+# run COMMAND...: one process per task; then leave, or get back into the queue.
+run() {
+    local code=0
+    echo "$(date '+%F %T') | task $TASK on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0} | $*"
+    # --wait: when a process has ended, the others get 30 s to do so. --kill-on-bad-exit would not
+    # let them: the first exit with 75 would kill a rank that is still saving.
+    srun --kill-on-bad-exit=0 --wait=30 "$@" &
+    local child=$!
+    trap 'kill -USR1 "$child" 2>/dev/null || true' USR1 USR2 TERM
+    while kill -0 "$child" 2>/dev/null; do # wait returns early when a signal comes
+        code=0
+        wait "$child" || code=$?
+    done
+    trap '' USR1 USR2 TERM
+    case $code in
+        75 | 138 | 140 | 143) requeue "$code" ;; # saved; or USR1, USR2, TERM before it could listen
+        *) exit "$code" ;;
+    esac
+}
+
+# requeue CODE: put this task alone back into the queue, unless someone cancelled it or SLURM, which
+# pre-empted it, does so by itself.
+requeue() {
+    local state
+    state=$(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format='%T %r')
+    echo "$(date '+%F %T') | task $TASK stopped with exit code $1, state $state"
+    case $state in
+        "RUNNING "* | *" TimeLimit") ;;
+        *) exit "$1" ;;
+    esac
+    if ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
+        echo "error: task $TASK was restarted $MAX_RESTARTS times (MAX_RESTARTS): giving up" >&2
+        exit 1
+    fi
+    scontrol requeue "$TASK"
+    exit 0
+}
+
+# arguments FILE: the flags in this task's line of FILE, as the array `arguments`
+arguments() {
+    local line
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID:-1}p" "$1")
+    [ -n "$line" ] || { echo "error: $1 has no line ${SLURM_ARRAY_TASK_ID:-1}" >&2; exit 2; }
+    eval "arguments=($line)" # plan.py quoted it
+}
