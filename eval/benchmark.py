@@ -5,10 +5,13 @@
     python -m eval.benchmark logs/cifd logs/clipkd --data-root DATA --datasets paper
     python -m eval.benchmark ViT-B-32:openai --data-root DATA --datasets imagenetv2 --out results
 
-The data lie in clip_benchmark's WebDataset layout; class names, templates and metrics are
-clip_benchmark's, and so is the result's JSON (``clip_benchmark build`` takes it). A result's name
-holds what was evaluated (weights, data, precision), so nothing is overwritten and a repeated
-evaluation is skipped. A run's results go into ``RUN/results``.
+The data lie in clip_benchmark's WebDataset layout (NAME/test/0.tar, ...) or as their authors
+distribute them (``eval/builders.py`` lists how); nothing is downloaded, and what can't be evaluated
+is a named gap and exit code 1. Class names, templates and metrics are clip_benchmark's, and so is
+the result's JSON (``clip_benchmark build`` takes it). A result's name holds what was evaluated
+(model, weights, data, precision), so nothing is overwritten and a repeated evaluation is skipped. A
+run's results go into ``RUN/results``. Processes of torchrun or srun share the evaluations, as do
+the jobs of an array with --part.
 """
 
 import argparse
@@ -20,11 +23,16 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import cache
+from itertools import groupby, product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from eval import datasets, metrics, models
@@ -146,6 +154,7 @@ def identity(model: Evaluated, folder: Folder, precision: str) -> dict:
     """What a figure depends on: a result is repeated exactly when all of this is."""
     return {
         "weights": model.weights,
+        "preprocessing": model.preprocessing,
         "data": folder.fingerprint,
         "split": folder.split,
         "precision": precision,
@@ -155,7 +164,7 @@ def identity(model: Evaluated, folder: Folder, precision: str) -> dict:
 def result_name(model: Evaluated, folder: Folder, precision: str) -> str:
     """A file name that two different evaluations never share."""
     parts = [folder.name, folder.split, model.name, model.weights[:10]]
-    key = json.dumps(identity(model, folder, precision), sort_keys=True)
+    key = json.dumps([model.name, identity(model, folder, precision)], sort_keys=True)
     parts.append(hashlib.sha256(key.encode()).hexdigest()[:10])
     return "_".join(slug(part) for part in parts) + ".json"
 
@@ -205,7 +214,7 @@ def evaluate(model: Evaluated, folder: Folder, classifiers: Classifiers, args, d
 
 
 def protocol(folder: Folder, held: dict[str, int]) -> str:
-    """Whether a known set's test split is whole."""
+    """Whether a known set's test split is whole; where not, how it differs."""
     known = datasets.PROTOCOLS.get(folder.name)
     if known is None:
         return "no published protocol"
@@ -214,39 +223,72 @@ def protocol(folder: Folder, held: dict[str, int]) -> str:
     return "; ".join(wrong) or "whole"
 
 
-def run(args, device: torch.device) -> list[str]:
-    """Evaluate every model on every data set; the gaps, one line each."""
+def share(items: Sequence, number: int, of: int) -> Sequence:
+    """The ``number``-th of ``of`` equal parts: neighbours stay together, and none is left out."""
+    return items[len(items) * (number - 1) // of : len(items) * number // of]
+
+
+class Place(NamedTuple):
+    """Of this process among those that torchrun or srun started together."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def of_process(cls) -> "Place":
+        """Read it from the environment; an sbatch script itself is alone, whatever its job has."""
+        torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        srun = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        for names in (torchrun, srun):
+            if all(name in os.environ for name in names):
+                return cls(*(int(os.environ[name]) for name in names))
+        return cls()
+
+
+def run(args, device: torch.device, place: Place) -> list[str]:
+    """Evaluate this process's share of models on data sets; the gaps, one line each."""
     root = datasets.check_root(args.data_root)
     # opened and fingerprinted once for all models
     opened = cache(lambda name: datasets.open_folder(root, name, args.split))
+    pairs = list(product(dict.fromkeys(args.models), datasets.names(args.datasets)))
+    pairs = share(share(pairs, *args.part), place.rank + 1, place.size)
     gaps = []
-    for spec in args.models[args.part[0] - 1 :: args.part[1]]:
+    for spec, of_model in groupby(pairs, key=lambda pair: pair[0]):
         model = models.load(spec, device)
-        out = args.out or (model.run / "results" if model.run else Path("results"))
         classifiers = Classifiers(model, device, args.precision)
-        for name in datasets.names(args.datasets):
-            gap = out / "gaps" / f"{slug(name)}_{args.split}_{slug(model.name)}.json"
-            try:
-                folder = opened(name)
-                path = out / result_name(model, folder, args.precision)
-                if path.exists():
-                    print(f"{model.name} on {name}: evaluated already, skipped ({path})")
-                    continue
-                result, shown = evaluate(model, folder, classifiers, args, device)
-            except Gap as reason:
-                gap.parent.mkdir(parents=True, exist_ok=True)
-                line = {"dataset": name, "model": model.name, "gap": str(reason)}
-                gap.write_text(json.dumps(line, indent=2) + "\n")
+        for _, name in of_model:
+            if reason := evaluate_once(model, name, opened, classifiers, args, device):
                 gaps.append(f"{model.name} on {name}: not evaluated: {reason}")
                 print(gaps[-1], file=sys.stderr)
-                continue
-            if shown:
-                write_once(out / "examples" / path.name, {"model": model.name, "queries": shown})
-            write_once(path, result)
-            gap.unlink(missing_ok=True)
-            told = ", ".join(f"{k} {v:.4f}" for k, v in result["metrics"].items() if v is not None)
-            print(f"{model.name} on {name}: {told} ({path})", flush=True)
     return gaps
+
+
+def evaluate_once(model, name: str, opened, classifiers, args, device) -> str | None:
+    """Write the result of one model on one data set if it is not there; why not, if it can't."""
+    out = args.out or (model.run / "results" if model.run else Path("results"))
+    gap = out / "gaps" / f"{slug(name)}_{args.split}_{slug(model.name)}_{model.weights[:10]}.json"
+    try:
+        folder = opened(name)
+        path = out / result_name(model, folder, args.precision)
+        if path.exists():
+            print(f"{model.name} on {name}: evaluated already, skipped ({path})")
+            return None
+        result, shown = evaluate(model, folder, classifiers, args, device)
+    except Gap as error:
+        # one that comes from a loader's process ends the traceback it has there
+        reason = str(error).strip().splitlines()[-1].removeprefix("eval.datasets.Gap: ")
+        gap.parent.mkdir(parents=True, exist_ok=True)
+        line = {"dataset": name, "model": model.name, "weights": model.weights, "gap": reason}
+        gap.write_text(json.dumps(line, indent=2) + "\n")
+        return reason
+    if shown:
+        write_once(out / "examples" / path.name, {"model": model.name, "queries": shown})
+    write_once(path, result)
+    gap.unlink(missing_ok=True)
+    told = ", ".join(f"{k} {v:.4f}" for k, v in result["metrics"].items() if v is not None)
+    print(f"{model.name} on {name}: {told} ({path})", flush=True)
+    return None
 
 
 def part(text: str) -> tuple[int, int]:
@@ -275,20 +317,30 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", type=int, default=256)
     add("--workers", type=int, default=4, help="processes that decode images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--part", type=part, default=(1, 1), help="I/N: only every N-th model, for job arrays")
+    add("--part", type=part, default=(1, 1), help="I/N: the I-th N-th of the evaluations")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
     """Entry point of ``python -m eval.benchmark``; 1 when a data set could not be evaluated."""
     args = parse(argv)
+    place = Place.of_process()
     try:
         device = torch.device(args.device)
     except RuntimeError as error:
         raise UsageError(f"--device '{args.device}': expected cpu, cuda or cuda:N") from error
-    gaps = run(args, device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+    # torchrun stops all processes when one of them ends with an error: they wait for the last
+    wait = place.size > 1 and dist.is_torchelastic_launched()
+    if wait:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    gaps = run(args, device, place)
     if gaps:
         print(f"{len(gaps)} of the evaluations asked for are gaps", file=sys.stderr)
+    if wait:
+        dist.barrier()
+        dist.destroy_process_group()
     return 1 if gaps else 0
 
 

@@ -1,13 +1,14 @@
-"""Data sets in clip_benchmark's WebDataset layout, read without a decoder that could run code.
+"""Data sets on this disk, read without a decoder that could run code.
 
-::
+Either in clip_benchmark's WebDataset layout::
 
     NAME/dataset_type.txt                          'classification' (the default) or 'retrieval'
     NAME/classnames.txt                            one class a line
     NAME/zeroshot_classification_templates.txt     one template a line, {c} is the class
     NAME/SPLIT/nshards.txt, NAME/SPLIT/{0..}.tar   key.png|jpg|jpeg|webp with key.cls or key.txt
 
-A member that is neither an image nor a label nor a caption is never opened.
+or as their authors distribute them, where `eval.builders` knows the name. A member that is neither
+an image nor a label nor a caption is never opened.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from eval import builders
 from training.errors import UsageError
 
 IMAGES = ("webp", "png", "jpg", "jpeg")
@@ -79,67 +81,52 @@ class Gap(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """Where one sample's image and its label or caption lie: (shard, offset, size) each."""
+    """One image, and its class number or its captions."""
 
     key: str
     image: tuple[Path, int, int]
-    label: tuple[Path, int, int]
+    """File, offset and size in bytes; size -1 is the rest of the file."""
+    target: int | list[str]
 
 
 @dataclass
 class Folder:
-    """One split of a data set folder."""
+    """One split of a data set."""
 
     name: str
-    path: Path
     split: str
+    task: str
+    """``zeroshot_classification`` or ``zeroshot_retrieval``."""
+    path: Path
+    files: list[Path] = field(repr=False)
+    """All that its figures depend on, under ``path``."""
     samples: list[Sample] = field(repr=False)
-
-    @property
-    def task(self) -> str:
-        """``zeroshot_classification`` or ``zeroshot_retrieval``."""
-        return _task(self.path)
-
-    @cached_property
-    def classnames(self) -> list[str]:
-        """The folder's class names, else those clip_benchmark ships under this name."""
-        return _lines(self.path / "classnames.txt") or _packaged("classnames", self.name)
-
-    @cached_property
-    def templates(self) -> list[str]:
-        """The folder's templates, else those clip_benchmark ships under this name."""
-        name = "zeroshot_classification_templates"
-        return _lines(self.path / f"{name}.txt") or _packaged(name, self.name)
+    classnames: list[str] = field(repr=False)
+    templates: list[str] = field(repr=False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the text files and every shard's bytes."""
+        """SHA-256 over the names, sizes and bytes of all files."""
         digest = hashlib.sha256()
-        shards = sorted({sample.image[0] for sample in self.samples}, key=lambda p: int(p.stem))
-        for path in [*sorted(self.path.glob("*.txt")), *shards]:
-            digest.update(f"{path.name} {path.stat().st_size}\0".encode())
+        for path in self.files:
+            name = path.relative_to(self.path).as_posix()
+            digest.update(f"{name} {path.stat().st_size}\0".encode())
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
         return digest.hexdigest()
 
     def images(self, transform: Callable) -> "Images":
-        """The images as a torch data set of (index, tensor)."""
+        """The images, transformed, as a torch data set."""
         return Images(self.samples, transform)
 
     def labels(self) -> torch.Tensor:
         """Class numbers (N,)."""
-        labels = [int(read(sample.label)) for sample in self.samples]
-        for sample, label in zip(self.samples, labels):
-            if not 0 <= label < len(self.classnames):
-                raise Gap(
-                    f"sample '{sample.key}' has class {label} of {len(self.classnames)} classes"
-                )
-        return torch.tensor(labels)
+        return torch.tensor([sample.target for sample in self.samples])
 
     def captions(self) -> list[list[str]]:
         """The captions of every image."""
-        return [read(sample.label).decode("utf-8").splitlines() for sample in self.samples]
+        return [sample.target for sample in self.samples]
 
 
 class Images(torch.utils.data.Dataset):
@@ -155,20 +142,21 @@ class Images(torch.utils.data.Dataset):
         return self.transform(picture(self.samples[index]))
 
 
-def read(place: tuple[Path, int, int]) -> bytes:
-    """The bytes of one member."""
-    path, offset, size = place
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
 def picture(sample: Sample) -> Image.Image:
-    """The sample's image; its size is looked at before its pixels are."""
-    image = Image.open(io.BytesIO(read(sample.image)), formats=("PNG", "JPEG", "WEBP"))
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"sample '{sample.key}': {image.width} x {image.height} pixels")
-    return image
+    """The sample's image in RGB; its size is looked at before its pixels are.
+
+    Raises `Gap`, whatever the decoder raises.
+    """
+    path, offset, size = sample.image
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            image = Image.open(io.BytesIO(file.read(size)), formats=("PNG", "JPEG", "WEBP"))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels")
+        return image.convert("RGB")
+    except Exception as error:
+        raise Gap(f"sample '{sample.key}' has no readable image: {error}") from error
 
 
 def names(wanted: list[str]) -> list[str]:
@@ -178,66 +166,112 @@ def names(wanted: list[str]) -> list[str]:
 
 
 def open_folder(root: Path, name: str, split: str) -> Folder:
-    """A data set of this name under root (``NAME``, ``wds/NAME`` or ``wds_NAME``).
+    """A data set of this name under root: a WebDataset folder, else as its builder reads it.
 
-    Raises `Gap` where it is missing or does not keep the protocol known for its name.
+    A WebDataset folder is ``NAME``, ``wds/NAME`` or ``wds_NAME``. Raises `Gap` where the data set
+    is missing, damaged or does not keep the protocol known for its name.
     """
     flat = name.replace("/", "-")
     tries = [root / name, root / "wds" / name, root / f"wds_{flat}", root / flat]
-    path = next((p for p in tries if (p / split).is_dir()), None)
-    if path is None:
-        raise Gap(f"no folder '{name}/{split}' under the data root")
-    folder = Folder(name, path, split, _index(path, split))
-    protocol = PROTOCOLS.get(name)
-    if folder.task == "zeroshot_classification":
-        found = len(folder.classnames)
-        if not found or not folder.templates:
-            raise Gap("no class names or no templates, neither in the folder nor in clip_benchmark")
-        if protocol and protocol.classes and found != protocol.classes:
-            raise Gap(f"{found} class names where the protocol has {protocol.classes}")
-    elif protocol and protocol.classes:
-        raise Gap("a retrieval folder where the protocol is classification")
+    path = next((p for p in tries if (p / split / "nshards.txt").is_file()), None)
+    try:
+        folder = _webdataset(name, path, split) if path else _built(name, root / name, split)
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise Gap(" ".join(str(error).split())) from error
+    _check(folder)
     return folder
 
 
-def _task(path: Path) -> str:
+def _built(name: str, path: Path, split: str) -> Folder:
+    """The data set in its authors' layout."""
+    missing = f"no folder '{name}/{split}' with nshards.txt under the data root"
+    if not builders.knows(name, split):
+        raise Gap(missing)
+    if absent := builders.missing(path, name, split):
+        raise Gap(f"{missing}, nor '{name}/{absent}'")
+    local = builders.build(path, name, split)
+    samples = [
+        Sample(file.relative_to(path).as_posix(), (file, 0, -1), target)
+        for file, target in local.samples
+    ]
+    return Folder(
+        name=name,
+        split=split,
+        task=local.task,
+        path=path,
+        files=[*local.annotations, *(file for file, _ in local.samples)],
+        samples=samples,
+        classnames=local.classnames or _packaged("classnames", name),
+        templates=local.templates or _packaged("zeroshot_classification_templates", name),
+    )
+
+
+def _webdataset(name: str, path: Path, split: str) -> Folder:
+    """The data set in clip_benchmark's WebDataset layout."""
     kind = "".join(_lines(path / "dataset_type.txt")).lower() or "classification"
-    tasks = {"classification": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
-    if kind not in tasks:
+    task = f"zeroshot_{kind}"
+    if task not in LABELS:
         raise Gap(f"dataset_type.txt says '{kind}'; classification and retrieval are supported")
-    return tasks[kind]
+    count = "".join(_lines(path / split / "nshards.txt"))
+    shards = [path / split / f"{number}.tar" for number in range(int(count))]
+    for shard in shards:
+        if not shard.is_file():
+            raise Gap(f"shard '{split}/{shard.name}' of {count} is missing")
+    templates = "zeroshot_classification_templates"
+    return Folder(
+        name=name,
+        split=split,
+        task=task,
+        path=path,
+        files=[*sorted(path.glob("*.txt")), *shards],
+        samples=[sample for shard in shards for sample in _samples(shard, LABELS[task])],
+        classnames=_lines(path / "classnames.txt") or _packaged("classnames", name),
+        templates=_lines(path / f"{templates}.txt") or _packaged(templates, name),
+    )
 
 
-def _index(path: Path, split: str) -> list[Sample]:
-    """Samples in shard order, from the tars' headers alone."""
-    label = LABELS[_task(path)]
-    count = _lines(path / split / "nshards.txt")
-    if not count:
-        raise Gap(f"'{split}/nshards.txt' is missing")
-    samples = []
-    for number in range(int(count[0])):
-        shard = path / split / f"{number}.tar"
-        if not shard.exists():
-            raise Gap(f"shard '{split}/{number}.tar' of {count[0]} is missing")
-        members: dict[str, dict[str, tuple[Path, int, int]]] = {}
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in tar:
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, extension = name.partition(".")
-                    key = f"{folder}/{stem}" if folder else stem
-                    kind = "image" if extension.lower() in IMAGES else extension.lower()
-                    if member.isreg() and kind in ("image", label):
-                        members.setdefault(key, {})[kind] = (shard, member.offset_data, member.size)
-        except tarfile.TarError as error:
-            raise Gap(f"shard '{split}/{number}.tar': {error}") from error
-        for key, parts in members.items():
-            if len(parts) < 2:
-                raise Gap(f"sample '{key}' of shard {number} needs an image and a .{label}")
-            samples.append(Sample(key, parts["image"], parts[label]))
-    if not samples:
-        raise Gap(f"split '{split}' holds no samples")
-    return samples
+def _samples(shard: Path, label: str) -> list[Sample]:
+    """A shard's samples, in order; of the images, the headers alone are read."""
+    images: dict[str, tuple[Path, int, int]] = {}
+    targets: dict[str, int | list[str]] = {}
+    with tarfile.open(shard, "r:") as tar:
+        for member in tar:
+            folder, _, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            key = f"{folder}/{stem}" if folder else stem
+            if not member.isreg():
+                continue
+            if extension.lower() in IMAGES:
+                images[key] = (shard, member.offset_data, member.size)
+            elif extension.lower() == label:
+                text = tar.extractfile(member).read().decode("utf-8")
+                targets[key] = int(text) if label == "cls" else text.splitlines()
+    if odd := images.keys() ^ targets.keys():
+        raise Gap(f"sample '{min(odd)}' of '{shard.name}' needs an image and a .{label}")
+    return [Sample(key, place, targets[key]) for key, place in images.items()]
+
+
+def _check(folder: Folder) -> None:
+    """Refuse what can't give the figure its name promises."""
+    protocol = PROTOCOLS.get(folder.name)
+    if not folder.samples:
+        raise Gap(f"split '{folder.split}' holds no samples")
+    if folder.task == "zeroshot_retrieval":
+        if protocol and protocol.classes:
+            raise Gap("a retrieval folder where the protocol is classification")
+        if not any(folder.captions()):
+            raise Gap("no image has a caption")
+        return
+    found = len(folder.classnames)
+    if not found or not folder.templates:
+        raise Gap("no class names or no templates, neither in the folder nor in clip_benchmark")
+    if protocol and protocol.captions:
+        raise Gap("a classification folder where the protocol is retrieval")
+    if protocol and protocol.classes and found != protocol.classes:
+        raise Gap(f"{found} class names where the protocol has {protocol.classes}")
+    for sample in folder.samples:
+        if not 0 <= sample.target < found:
+            raise Gap(f"sample '{sample.key}' has class {sample.target} of {found} classes")
 
 
 def _lines(path: Path) -> list[str]:

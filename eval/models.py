@@ -38,6 +38,8 @@ class Evaluated:
     transform: Callable
     tokenizer: Callable
     weights: str
+    preprocessing: dict
+    """Size, mean, standard deviation, interpolation and resize mode of an image."""
     parameters: dict[str, int]
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -95,6 +97,7 @@ def _evaluated(spec: str, name: str, run: Path | None, model, transform, tokeniz
         transform=transform,
         tokenizer=tokenizer,
         weights=weights_hash(model),
+        preprocessing=open_clip.get_model_preprocess_cfg(model),
         parameters=count_parameters(model),
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from clip_benchmark.datasets.builder import build_dataset
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from safetensors.torch import save_file
 
@@ -89,36 +90,20 @@ def results(folder):
 
 
 def stock_metrics(model_dir, folder):
-    """clip_benchmark's own evaluation of the same weights on the same images, in float32."""
+    """clip_benchmark's own evaluation of the same weights on the same folder, in float32."""
     name = f"local-dir:{model_dir}"
     model, _, transform = open_clip.create_model_and_transforms(name)
-    tokenizer = open_clip.get_tokenizer(name)
-    images = folder.images(transform)
-    retrieval = folder.task == "zeroshot_retrieval"
-    labels = folder.captions() if retrieval else folder.labels().tolist()
-
-    class Pairs(torch.utils.data.Dataset):
-        classes = None if retrieval else folder.classnames
-
-        def __len__(self):
-            return len(images)
-
-        def __getitem__(self, index):
-            return images[index], labels[index]
-
-    def collate(pairs):
-        images, labels = zip(*pairs)
-        return torch.stack(images), list(labels) if retrieval else torch.tensor(labels)
-
-    loader = torch.utils.data.DataLoader(Pairs(), batch_size=100, collate_fn=collate)
+    model, tokenizer = model.eval(), open_clip.get_tokenizer(name)
+    data = build_dataset(
+        f"wds/{folder.name}", str(folder.path), transform=transform, task=folder.task
+    )
+    loader = torch.utils.data.DataLoader(data.batched(100), batch_size=None)
     common = {"device": "cpu", "amp": False}
-    if retrieval:
+    if folder.task == "zeroshot_retrieval":
         recall = list(RECALL_AT)
-        return zeroshot_retrieval.evaluate(
-            model.eval(), loader, tokenizer, recall_k_list=recall, **common
-        )
+        return zeroshot_retrieval.evaluate(model, loader, tokenizer, recall_k_list=recall, **common)
     return zeroshot_classification.evaluate(
-        model.eval(), loader, tokenizer, folder.classnames, folder.templates, **common
+        model, loader, tokenizer, data.classes, data.templates, **common
     )
 
 
@@ -190,10 +175,65 @@ def test_two_runs_of_one_name_and_new_weights_of_a_run_lose_no_result(root, tmp_
     assert len({r["provenance"]["weights"] for r in found}) == 3
 
 
+def test_two_runs_of_one_name_have_a_gap_each_and_lose_their_own_only(root, tmp_path):
+    for seed, parent in enumerate("ab"):
+        model_folder(tmp_path / parent / "run" / "student", seed=seed)
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    runs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    wanted = ("--data-root", data, "--datasets", "digits", "--out", out)
+    assert evaluate(*runs, *wanted) == 1
+    assert len({gap["weights"] for gap in results(out / "gaps")}) == 2
+    shutil.copytree(root / "digits", data / "digits")
+    assert evaluate(runs[0], *wanted) == 0
+    (left,) = results(out / "gaps")
+    (found,) = results(out)
+    assert left["weights"] != found["provenance"]["weights"]
+
+
+def test_checkpoints_of_one_file_name_with_and_without_a_run_lose_no_result(root, tmp_path):
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(config)
+    torch.manual_seed(0)
+    specs = []
+    for parent in ("a", "b"):
+        run = tmp_path / parent
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "config.json").write_text(
+            json.dumps({"model": "tiny", "model_config": [str(config)]})
+        )
+        checkpoint = run / "checkpoints" / "epoch_1.pt"
+        torch.save({"state_dict": open_clip.create_model("tiny").state_dict()}, checkpoint)
+        specs += [checkpoint, f"tiny:{checkpoint}"]
+    evaluate(*specs, "--data-root", root, "--datasets", "digits", "--out", tmp_path / "out")
+    found = {r["model"]: r["provenance"]["weights"] for r in results(tmp_path / "out")}
+    assert set(found) == {"a@epoch_1", "b@epoch_1", *map(str, specs[1::2])}
+    assert found["a@epoch_1"] == found[specs[1]] != found["b@epoch_1"] == found[specs[3]]
+
+
+def test_the_same_weights_under_another_preprocessing_are_another_result(root, tmp_path):
+    for parent, mean in (("a", 0.5), ("b", 0.0)):
+        config = model_folder(tmp_path / parent / "run") / "open_clip_config.json"
+        content = json.loads(config.read_text())
+        content["preprocess_cfg"]["mean"] = [mean] * 3
+        config.write_text(json.dumps(content))
+    runs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    evaluate(*runs, "--data-root", root, "--datasets", "digits", "--out", tmp_path / "out")
+    a, b = (r["provenance"] for r in results(tmp_path / "out"))
+    assert a["weights"] == b["weights"] and a["preprocessing"] != b["preprocessing"]
+
+
 def test_a_model_name_with_slashes_gets_its_result_written(student, root, tmp_path):
-    spec = f"local-dir:{student}"
-    assert evaluate(spec, "--data-root", root, "--datasets", "digits", "--out", tmp_path) == 0
-    assert len(results(tmp_path)) == 1
+    config = tmp_path / "vendor-tiny.json"
+    config.write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(config)
+    weights = student / "open_clip_model.safetensors"
+    specs = [f"local-dir:{student}", f"vendor-tiny:{weights}"]
+    wanted = (*specs, "--data-root", root, "--datasets", "digits", "--out", tmp_path / "out")
+    assert evaluate(*wanted) == 0
+    names = {r["model"] for r in results(tmp_path / "out")}
+    assert len(names) == 2 and f"vendor-tiny:{weights}" in names
 
 
 def test_a_runs_results_lie_in_the_run_and_a_checkpoints_beside_them(root, tmp_path):
@@ -281,13 +321,20 @@ def test_a_class_shared_by_two_sets_is_embedded_once(student):
     assert torch.equal(two, all_three[:, [2, 0]])
 
 
-def test_every_nth_part_of_an_array_evaluates_its_own_models(root, tmp_path):
-    folders = [model_folder(tmp_path / f"m{i}", seed=i) for i in range(3)]
-    common = ("--data-root", root, "--datasets", "digits", "--out", tmp_path / "out")
-    evaluate(*folders, *common, "--part", "2/2")
-    assert [r["model"] for r in results(tmp_path / "out")] == ["m1"]
-    evaluate(*folders, *common, "--part", "1/2")
-    assert sorted(r["model"] for r in results(tmp_path / "out")) == ["m0", "m1", "m2"]
+def test_the_jobs_of_an_array_share_models_and_data_sets(root, tmp_path):
+    folders = [model_folder(tmp_path / f"m{i}", seed=i) for i in range(2)]
+    common = ("--data-root", root, "--datasets", "digits", "digit_scenes")
+
+    def evaluated(out):
+        return {(r["model"], r["dataset"]) for r in results(out)}
+
+    m0, m1 = ({(m, name) for name in ("digits", "digit_scenes")} for m in ("m0", "m1"))
+    evaluate(*folders, *common, "--out", tmp_path / "a", "--part", "2/2")
+    assert evaluated(tmp_path / "a") == m1
+    evaluate(*folders, *common, "--out", tmp_path / "a", "--part", "1/2")
+    assert evaluated(tmp_path / "a") == m0 | m1
+    evaluate(folders[0], *common, "--out", tmp_path / "b", "--part", "2/2")
+    assert evaluated(tmp_path / "b") == {("m0", "digit_scenes")}
 
 
 @pytest.mark.parametrize("spec", ["no-such-model", "."])

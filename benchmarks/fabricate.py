@@ -1,0 +1,226 @@
+"""Small copies of the paper's seven test sets, in the layouts of the real ones.
+
+Class names, class folders and templates are the real ones, as clip_benchmark ships them (ObjectNet
+ships its own); images and captions are generated. `webdataset` writes what
+``clip_benchmark_export_wds`` would, `local` what the data set's authors distribute.
+"""
+
+import io
+import json
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from clip_benchmark.datasets import builder
+from PIL import Image
+
+CLASSIFICATION = ("imagenet1k", "imagenetv2", "imagenet-r", "imagenet-a", "objectnet")
+RETRIEVAL = ("mscoco_captions", "flickr30k")
+#: The 113 classes of ObjectNet that ImageNet has too.
+OBJECTNET = """Alarm clock; Backpack; Banana; Band Aid; Basket; Bath towel; Beer bottle; Bench;
+Bicycle; Binder (closed); Bottle cap; Bread loaf; Broom; Bucket; Butcher's knife; Can opener;
+Candle; Cellphone; Chair; Clothes hamper; Coffee/French press; Combination lock; Computer mouse;
+Desk lamp; Dishrag or hand towel; Doormat; Dress shoe (men); Drill; Drinking Cup; Drying rack for
+plates; Envelope; Fan; Frying pan; Dress; Hair dryer; Hammer; Helmet; Iron (for clothes); Jeans;
+Keyboard; Ladle; Lampshade; Laptop (open); Lemon; Letter opener; Lighter; Lipstick; Match; Measuring
+cup; Microwave; Mixing / Salad Bowl; Monitor; Mug; Nail (fastener); Necklace; Orange; Padlock;
+Paintbrush; Paper towel; Pen; Pill bottle; Pillow; Pitcher; Plastic bag; Plate; Plunger; Pop can;
+Portable heater; Printer; Remote control; Ruler; Running shoe; Safety pin; Salt shaker; Sandal;
+Screw; Shovel; Skirt; Sleeping bag; Soap dispenser; Sock; Soup Bowl; Spatula; Speaker; Still Camera;
+Strainer; Stuffed animal; Suit jacket; Sunglasses; Sweater; Swimming trunks; T-shirt; TV; Teapot;
+Tennis racket; Tie; Toaster; Toilet paper roll; Trash bin; Tray; Umbrella; Vacuum cleaner; Vase;
+Wallet; Watch; Water bottle; Weight (exercise); Weight scale; Wheel; Whistle; Wine bottle; Winter
+glove; Wok"""
+OBJECTNET_FOLDERS = {
+    "Bath towel": "full_sized_towel",
+    "Dishrag or hand towel": "hand_towel_or_rag",
+    "Drying rack for plates": "drying_rack_for_dishes",
+}
+#: Three of the 200 classes of ObjectNet that ImageNet has not: they don't count.
+OTHERS = {"air_freshener": "Air freshener", "squeegee": "Squeegee", "toy": "Toy"}
+WORDS = "a red, dog runs over the old bridge two children near green water with small white boats"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """How a set's images look: encoded noise of many scales, ``low`` to ``high`` pixels a side.
+
+    The first ``distinct`` ones are repeated, if it is given.
+    """
+
+    count: int
+    low: int = 40
+    high: int = 64
+    seed: int = 0
+    distinct: int | None = None
+
+    def __call__(self, file_format: str) -> Iterator[bytes]:
+        """The encoded images; a few are not RGB, as in the real sets."""
+        different = list(self._different(file_format))
+        return (different[number % len(different)] for number in range(self.count))
+
+    def _different(self, file_format: str) -> Iterator[bytes]:
+        odd = {"JPEG": {5: "L", 17: "CMYK"}, "PNG": {5: "P", 17: "RGBA"}}[file_format]
+        rng = np.random.Generator(np.random.Philox(self.seed))
+        for number in range(min(self.count, self.distinct or self.count)):
+            width, height = (int(side) for side in rng.integers(self.low, self.high + 1, 2))
+            total = np.zeros((height, width, 3), dtype=np.float32)
+            for cells in (3, 9, 27, 81):
+                noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+                total += np.asarray(noise.resize((width, height))) / np.float32(cells)
+            total = (total - total.mean()) / total.std() * 60 + 120
+            image = Image.fromarray(total.clip(0, 255).astype(np.uint8))
+            buffer = io.BytesIO()
+            image.convert(odd.get(number % 100, "RGB")).save(buffer, file_format)
+            yield buffer.getvalue()
+
+
+def packaged(kind: str) -> list[str]:
+    """ImageNet's ``classnames`` or ``zeroshot_classification_templates`` of clip_benchmark."""
+    path = Path(builder.__file__).parent / f"en_{kind}.json"
+    return json.loads(path.read_text())["imagenet1k"]
+
+
+def classes(name: str) -> list[tuple[str, str]]:
+    """(class folder, class name) of a data set, in the order of its labels."""
+    if name == "objectnet":
+        names = [" ".join(label.split()) for label in OBJECTNET.split(";")]
+        return sorted((_objectnet_folder(label), label.lower()) for label in names)
+    imagenet = list(zip(builder.all_imagenet_wordnet_ids, packaged("classnames")))
+    if name == "imagenet1k":
+        return imagenet
+    if name == "imagenetv2":
+        return [(str(number), label) for number, (_, label) in enumerate(imagenet)]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "class").mkdir()
+        (Path(folder) / "class" / "image.jpg").touch()
+        names = builder.build_dataset(name, root=folder).classes
+    rest = iter(imagenet)
+    return [next(pair for pair in rest if pair[1] == label) for label in names]
+
+
+def captions(count: int, more: int, seed: int) -> list[list[str]]:
+    """Five captions for each image; for every tenth, ``more``."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    words = WORDS.split()
+    return [
+        [" ".join(rng.permutation(words)[:9]) for _ in range(5 + more * (number % 10 == 0))]
+        for number in range(count)
+    ]
+
+
+def webdataset(root: Path, name: str, pictures: Pictures, templates: int = 80) -> None:
+    """Write ``root/name`` in clip_benchmark's WebDataset layout, 500 images a shard."""
+    retrieval, folder = name in RETRIEVAL, root / name
+    (folder / "test").mkdir(parents=True)
+    if retrieval:
+        _lines(folder / "dataset_type.txt", ["retrieval"])
+        texts = _captions(name, pictures)
+        targets = [("txt", "\n".join(some)) for some in texts]
+    else:
+        names = [label for _, label in classes(name)]
+        chosen = packaged("zeroshot_classification_templates")[:templates]
+        _lines(folder / "classnames.txt", names)
+        _lines(folder / "zeroshot_classification_templates.txt", chosen)
+        targets = [("cls", str(number % len(names))) for number in range(pictures.count)]
+    extension = "png" if name == "objectnet" else "jpg"
+    samples = list(zip(pictures(_format(extension)), targets))
+    for shard, start in enumerate(range(0, len(samples), 500)):
+        with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
+            for number, (image, (kind, target)) in enumerate(samples[start : start + 500], start):
+                for ending, content in ((kind, target.encode()), (extension, image)):
+                    member = tarfile.TarInfo(f"s{number:07}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    _lines(folder / "test" / "nshards.txt", [str(shard + 1)])
+
+
+def local(root: Path, name: str, pictures: Pictures) -> None:
+    """Write ``root/name`` in the layout that its authors distribute and its builder reads.
+
+    A classification set gets at least one image of each class where the builder asks for it.
+    """
+    if name in RETRIEVAL:
+        return {"mscoco_captions": _coco, "flickr30k": _flickr30k}[name](root / name, pictures)
+    folder = (
+        root
+        / name
+        / {
+            "imagenet1k": "val",
+            "imagenetv2": "ImageNetV2-matched-frequency",
+            "objectnet": "objectnet-1.0/images",
+        }.get(name, "")
+    )
+    extension = {"imagenet1k": "JPEG", "imagenetv2": "jpeg", "objectnet": "png"}.get(name, "jpg")
+    found = classes(name)
+    if name == "objectnet":
+        _objectnet_mappings(root / name)
+        # no class, no figure: these images are in the folder and not in the test set
+        found = found + [(other, "") for other in OTHERS]
+    for number, image in enumerate(pictures(_format(extension))):
+        path = folder / found[number % len(found)][0] / f"ILSVRC2012_val_{number:08}.{extension}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+
+
+def _coco(folder: Path, pictures: Pictures) -> None:
+    images, notes = [], []
+    (folder / "val2014").mkdir(parents=True)
+    for number, (image, texts) in enumerate(
+        zip(pictures("JPEG"), _captions(folder.name, pictures))
+    ):
+        identity = 581_929 - 7 * number
+        file = f"COCO_val2014_{identity:012}.jpg"
+        (folder / "val2014" / file).write_bytes(image)
+        images.append({"id": identity, "file_name": file})
+        for text in texts:
+            notes.append({"id": len(notes), "image_id": identity, "caption": text})
+    content = {"images": images, "annotations": notes}
+    (folder / "coco_test_karpathy.json").write_text(json.dumps(content))
+
+
+def _flickr30k(folder: Path, pictures: Pictures) -> None:
+    folder.mkdir(parents=True)
+    lines = ["image,caption"]
+    for number, (image, texts) in enumerate(
+        zip(pictures("JPEG"), _captions(folder.name, pictures))
+    ):
+        file = f"{1_007_129_816 + 11 * number}.jpg"
+        (folder / file).write_bytes(image)
+        lines += [f"{file},{text}" for text in texts]
+    _lines(folder / "flickr30k_test_karpathy.txt", lines)
+
+
+def _objectnet_mappings(folder: Path) -> None:
+    """The four files of ObjectNet's ``mappings``; its ImageNet side has no part in the figures."""
+    names = [" ".join(label.split()) for label in OBJECTNET.split(";")]
+    folders = {_objectnet_folder(label): label for label in names} | OTHERS
+    folder.mkdir(parents=True)
+    for file, content in {
+        "folder_to_objectnet_label.json": folders,
+        "objectnet_to_imagenet_1k.json": {label: label.lower() for label in names},
+        "pytorch_to_imagenet_2012_id.json": {str(n): n for n in range(len(names))},
+    }.items():
+        (folder / file).write_text(json.dumps(content))
+    _lines(folder / "imagenet_to_label_2012_v2", [label.lower() for label in names])
+
+
+def _objectnet_folder(label: str) -> str:
+    plain = re.sub(r"[^a-z-]+", "_", label.lower().replace("'", "")).strip("_")
+    return OBJECTNET_FOLDERS.get(label, plain)
+
+
+def _captions(name: str, pictures: Pictures) -> list[list[str]]:
+    return captions(pictures.count, 1 if name == "mscoco_captions" else 0, pictures.seed)
+
+
+def _format(extension: str) -> str:
+    return "PNG" if extension == "png" else "JPEG"
+
+
+def _lines(path: Path, lines: list[str]) -> None:
+    path.write_text("\n".join(lines) + "\n")
