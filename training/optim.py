@@ -1,9 +1,10 @@
-"""AdamW and the learning rate."""
+"""AdamW, the learning rate, and the average of weights."""
 
 from argparse import Namespace
 
 import torch
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
+from torch import nn
 
 from cifd_clip import FactorizedDensity, Task
 from training.errors import UsageError
@@ -62,3 +63,34 @@ def make_schedule(args: Namespace, optimizer: torch.optim.Optimizer, steps_per_e
         args.lr_cooldown_power,
         args.lr_cooldown_end,
     )
+
+
+class MovingAverage:
+    """The exponential moving average of a model's weights (``--ema``).
+
+    After each step, average ← d·average + (1 − d)·model; buffers (batch statistics) are copied.
+    d is the decay, at first min(decay, (1 + step) / (10 + step)), TensorFlow's warm-up, or the
+    initial weights would stay in the average of a short run. Nothing waits for the device.
+
+    Args:
+        average: a copy of the model, averaged in place.
+        model: what trains.
+        decay: d, in (0, 1).
+    """
+
+    def __init__(self, average: nn.Module, model: nn.Module, decay: float):
+        self.decay = decay
+        self._weights = list(average.parameters()), list(model.parameters())
+        self._buffers = list(average.buffers()), list(model.buffers())
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimizer step ``step`` (from 0).
+
+        A step that was skipped, its gradient not being finite, counts with the weights it left.
+        """
+        decay = min(self.decay, (1 + step) / (10 + step))
+        average, model = self._weights
+        torch._foreach_lerp_(average, model, 1 - decay)
+        if self._buffers[0]:
+            torch._foreach_copy_(*self._buffers)

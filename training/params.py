@@ -310,6 +310,13 @@ def _optimisation_flags(g) -> None:
     )
     g.add_argument("--grad-clip-norm", type=float, help="clip the gradient's norm")
     g.add_argument(
+        "--ema",
+        type=float,
+        metavar="DECAY",
+        help="average the student's weights over steps, such as 0.9999: the average ships, is "
+        "validated and is a checkpoint's state_dict; the weights that train lie beside it",
+    )
+    g.add_argument(
         "--max-nonfinite-steps",
         type=int,
         default=5,
@@ -437,8 +444,8 @@ def _check(args: argparse.Namespace) -> None:
             "--use-bn-sync with --accum-freq > 1 is not supported: batch statistics of a "
             "micro-batch are not those of the whole batch; use more processes instead"
         )
-    if args.torchcompile and args.grad_checkpointing and args.distill == "rdm":
-        raise UsageError("--torchcompile and --grad-checkpointing have no meaning in stage 1")
+    if args.ema is not None and not 0 < args.ema < 1:
+        raise UsageError(f"--ema must lie between 0 and 1, such as 0.9999; got {args.ema}")
     if args.lr_scheduler == "const-cooldown" and args.epochs_cooldown is None:
         raise UsageError("--lr-scheduler const-cooldown needs --epochs-cooldown")
     for sink in filter(None, args.report_to.split(",")):

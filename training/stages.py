@@ -1,5 +1,6 @@
 """The two stages as the loop sees them: what trains, what it reads, what it leaves behind."""
 
+import copy
 import logging
 from argparse import Namespace
 from collections.abc import Callable
@@ -113,12 +114,19 @@ class Stage:
         inputs: what the loader must deliver.
         source: the teachers.
         rates: R of each assistant that is trained here.
+        average: a copy of the task that holds the moving average of its weights (``--ema``).
     """
 
     task: Task
     inputs: Inputs
     source: LiveTeachers | CachedTeachers
     rates: list[float]
+    average: Task | None = None
+
+    @property
+    def shipped(self) -> Task:
+        """What is validated and shipped: the task, or the average of its weights."""
+        return self.task if self.average is None else self.average
 
     def student_inputs(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Normalised images and tokens for ``task.encode``."""
@@ -191,6 +199,8 @@ class StudentStage(Stage):
         self.task = make_task(args, model, self.source.dims, world).to(device)
         if not self.task.method.uses_logit_scale:
             self._fix_temperature(model)
+        if args.ema is not None:
+            self.average = copy.deepcopy(self.task).requires_grad_(False).eval()
         if args.torchcompile:
             self.task.student.compile()
 
@@ -212,18 +222,29 @@ class StudentStage(Stage):
         return features
 
     def payload(self) -> dict[str, Any]:
-        return {
-            "state_dict": self.task.student.model.state_dict(),
-            "method": self.task.method.state_dict(),
-        }
+        """``state_dict`` is what ships; with an average, what trains lies under ``training``."""
+        content = _content(self.shipped)
+        if self.average is not None:
+            content["training"] = _content(self.task)
+        return content
 
     def load(self, payload: dict[str, Any]) -> None:
-        self.task.student.model.load_state_dict(payload["state_dict"])
-        self.task.method.load_state_dict(payload["method"])
+        _take(self.shipped, payload)
+        if self.average is not None:
+            _take(self.task, payload["training"])
 
     def finish(self, directory: Path) -> None:
-        save_student(self.task.student.model, self.config, directory / "student")
+        save_student(self.shipped.student.model, self.config, directory / "student")
         logging.info("wrote the student %s", directory / "student")
+
+
+def _content(task: DistillationTask) -> dict[str, Any]:
+    return {"state_dict": task.student.model.state_dict(), "method": task.method.state_dict()}
+
+
+def _take(task: DistillationTask, content: dict[str, Any]) -> None:
+    task.student.model.load_state_dict(content["state_dict"])
+    task.method.load_state_dict(content["method"])
 
 
 def make_task(

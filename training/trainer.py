@@ -19,7 +19,7 @@ from cifd_clip.student import Pooled
 from training.data.loader import Batch
 from training.errors import NonFinite
 from training.metrics import flatten
-from training.optim import make_optimizer, make_schedule
+from training.optim import MovingAverage, make_optimizer, make_schedule
 from training.stages import Stage
 
 
@@ -75,6 +75,9 @@ class Trainer:
         ]
         self.optimizer = make_optimizer(args, stage.task)
         self.schedule = make_schedule(args, self.optimizer, steps_per_epoch)
+        self.average: MovingAverage | None = None
+        if stage.average is not None:
+            self.average = MovingAverage(stage.average, stage.task, args.ema)
         self.autocast = get_autocast(args.precision, device.type)
         scaled = args.precision == "amp"
         self.scaler = torch.amp.GradScaler(device.type) if scaled else None
@@ -84,7 +87,10 @@ class Trainer:
         self.model: nn.Module = stage.task
         if self.overlap:
             ids = [device.index] if device.type == "cuda" else None
-            self.model = DistributedDataParallel(stage.task, device_ids=ids)
+            # Buffers are rank 0's where they are read: in its checkpoints and in `validate`.
+            self.model = DistributedDataParallel(
+                stage.task, device_ids=ids, broadcast_buffers=False
+            )
         self.bad_streak = torch.zeros((), device=device)
         self.bad_total = torch.zeros((), device=device)
         self.bad_terms: Tensor | None = None
@@ -133,6 +139,8 @@ class Trainer:
         else:
             losses, report = self._accumulate(batch, noise)
         report["grad_norm"] = self._update(losses)
+        if self.average is not None:
+            self.average.update(self.progress.step)
         self.progress.step += 1
         self.progress.samples += len(batch) * self.world.size
         self.newly_skipped.update(batch.skipped)
@@ -264,8 +272,11 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """Mean losses of held-out data, without noise, on this rank's part, averaged over ranks."""
-        task = self.stage.task.eval()
+        """Mean losses of held-out data over all ranks' parts, without noise, of what ships."""
+        task = self.stage.shipped.eval()
+        if self.world.size > 1:
+            for buffer in task.buffers():  # batch statistics: each rank has its own
+                dist.broadcast(buffer, src=0)
         world, task.world = task.world, World()
         sums: dict[str, Tensor] = {}
         rows = torch.zeros((), device=self.device)
@@ -278,7 +289,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0) + value.float() * len(batch)
             rows += len(batch)
         task.world = world
-        task.train()
+        self.stage.task.train()
         # As objects: a rank may have had no sample, and then knows no name either.
         parts = gathered(self.world, ({k: v.cpu() for k, v in sums.items()}, rows.cpu()))
         names = next((list(part) for part, _ in parts if part), [])
