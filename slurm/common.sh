@@ -4,7 +4,9 @@
 # into the queue, this task alone, and goes on where it was. Every other failure is final.
 set -euo pipefail
 
-: "${PYTHON:=.venv/bin/python}" "${MAX_RESTARTS:=100}"
+set -a
+source "${CLUSTER:-slurm/cluster.env}"
+set +a
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 # see training.prefetch
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONUNBUFFERED=1
 
