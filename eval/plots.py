@@ -58,7 +58,7 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], xlabel: str, log:
         )
         for axis, (title, ylabel, lines) in zip(axes[0], panels):
             for label, colour, x, y in lines:
-                axis.plot(x, y, color=colour, label=label)
+                axis.plot(x, y, color=colour, label=label, marker="o" if len(x) == 1 else "")
             axis.set(title=title, ylabel=ylabel, xlabel=xlabel)
             if log and all(v > 0 for *_, y in lines for v in y):
                 _log_axis(axis)
@@ -114,6 +114,66 @@ def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]]) -> 
             _log_axis(axis)
         axis.margins(x=0.14, y=0.12)
         axis.legend()
+        return _svg(figure)
+
+
+Measured = tuple[str, Sequence[float], Sequence[float], Sequence[float] | None, float | None]
+
+
+def against_rate(title: str, lines: Sequence[Measured]) -> str:
+    """Percentages against R: (label, rates, values, deviations, the teacher's value)."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+        for (label, rates, values, spread, teacher), colour in zip(lines, PALETTE):
+            axis.errorbar(
+                rates, values, yerr=spread, color=colour, marker="o", capsize=3, label=label
+            )
+            for rate, value in zip(rates, values):
+                axis.annotate(
+                    f"{value:.1f}", (rate, value), (0, 7), textcoords="offset points",
+                    horizontalalignment="center", color=colour, size=9,
+                )  # fmt: skip
+            if teacher is not None:
+                name = f"teacher, {label}: {teacher:.1f}"
+                axis.axhline(
+                    teacher, color=colour, linestyle=(0, (4, 3)), linewidth=1.2, label=name
+                )
+        axis.set_xscale("log")
+        rates = sorted({rate for line in lines for rate in line[1]})
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
+        axis.set(title=title, xlabel="R", ylabel="percent")
+        axis.margins(x=0.08, y=0.16)
+        figure.legend(fontsize=9, ncols=2, loc="outside lower center")
+        return _svg(figure)
+
+
+def maps(
+    panels: Sequence[tuple[str, Sequence[Sequence[float]]]],
+    labels: Sequence[int],
+    classes: Sequence[str],
+) -> str:
+    """Scatter plots side by side of (title, points (N, 2)); classes by colour and marker."""
+    kinds = [(PALETTE[i % 5], "o^"[i // 5 % 2]) for i in range(len(classes))]
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        size = (2.9 * len(panels), 3.5)
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=size, layout="constrained", squeeze=False
+        )
+        for axis, (title, points) in zip(axes[0], panels):
+            for number, (colour, marker) in enumerate(kinds):
+                mine = [p for p, label in zip(points, labels) if label == number]
+                x, y = zip(*mine) if mine else ((), ())
+                axis.scatter(x, y, s=13, color=colour, marker=marker, alpha=0.8, linewidths=0)
+            axis.set(title=title, xticks=[], yticks=[])
+            axis.spines[["left", "bottom"]].set_visible(False)
+        handles = [
+            plt.Line2D([], [], color=colour, marker=marker, linestyle="", label=name)
+            for (colour, marker), name in zip(kinds, classes)
+        ]
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=min(10, len(classes)), fontsize=9
+        )
         return _svg(figure)
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from eval import report, tables
+from eval import bank_section, plots, report, sections, sources, tables
 from training.errors import UsageError
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+M8AAQUBAScY42YAAAAASUVORK5CYII="
@@ -35,6 +35,8 @@ def student(logs, name, method, acc1, recall, parameters=SIZES):
     run = logs / name
     teacher = None if method == "none" else f"local-dir:{logs}/teacher/student"
     config = {"distill": method, "distill_model": teacher, "batch_size": 10, "lambda_cl": 0.005}
+    config |= {"name": name, "rates": [10.0, 1.0], "seed": 0}
+    config["model"] = "small" if parameters is SIZES else "large"
     write(run / "config.json", config)
     write(run / "finished.json", {"seconds": 12.3})
     weight = 0.01 if method == "cifd" else 1
@@ -108,18 +110,21 @@ def test_every_figure_of_the_tables_is_a_result_files(runs, tmp_path):
     }
     assert float(rows["cifd"]["scenes I→T R@10"]) == 10.0
     assert int(rows["teacher"]["image_parameters"]) == 1_360_664
-    assert "| cifd | cifd | 0.0343 M | 0.0153 M | 62.5 | 10.0 |" in (tmp_path / "r.md").read_text()
+    assert (
+        "| cifd | cifd (2 RDM) | 0.0343 M | 0.0153 M | 62.5 | 10.0 |"
+        in (tmp_path / "r.md").read_text()
+    )
 
 
 def test_students_are_compared_with_the_one_without_distillation_and_the_teacher_is_not(runs):
-    sources = [report.read_source(path) for path in runs]
-    rows = report.rows(sources)
-    assert report.baseline(sources, rows).name == "none"
-    page = report.page(sources, "x")
+    found = [source for path in runs for source in sources.read_source(path)]
+    rows = sources.rows(found)
+    assert sections.baseline(found, rows).name == "none"
+    page = report.page(found, "x")
     table = page[page.index("<tbody>") : page.index("</tbody>")]
     spans = re.findall(r'<span class="(\w+)">([^<]+)', table)
     assert spans[0] == ("up", "+12.5") and set(spans[1:]) == {("down", "-10.0")}
-    assert report.colours(sources)["teacher"] == report.plots.NEUTRAL
+    assert sections.colours(found)["teacher"] == plots.NEUTRAL
 
 
 def test_a_missing_set_is_named_in_every_table(runs, tmp_path):
@@ -133,19 +138,19 @@ def test_a_missing_set_is_named_in_every_table(runs, tmp_path):
 
 
 def test_weighted_contrastive_losses_are_drawn_unweighted(runs):
-    of = {path.name: report.read_source(path) for path in runs}
+    of = {path.name: sources.read_source(path)[0] for path in runs}
     drawn = {
-        name: [v / report.contrastive_weight(of[name].config) for v in y]
+        name: [v / sections.contrastive_weight(of[name].config) for v in y]
         for name in ("none", "cifd")
-        for _, y in [report.curve(of[name], "val", "contrastive_loss")]
+        for _, y in [sections.curve(of[name], "val", "contrastive_loss")]
     }
     assert drawn["cifd"] == pytest.approx(drawn["none"]) == [1, 1 / 2, 1 / 3]
 
 
 def test_the_bank_is_shown_by_its_held_out_rates_where_there_are_any(runs):
-    bank = report.read_source(runs[1])
+    (bank,) = sources.read_source(runs[1])
     bank.metrics.append({"kind": "train", "step": 9, "image/R=1000/bits": 1.0})
-    assert report._last_rates(bank)["image"][1000.0]["bits"] == 200.0
+    assert bank_section.last_rates(bank)["image"][1000.0]["bits"] == 200.0
 
 
 def test_captions_and_names_are_escaped(runs, tmp_path):

@@ -1,0 +1,188 @@
+"""What the banks did: rate and distortion, accuracy against R, and maps of embeddings."""
+
+import html
+import re
+import statistics
+from collections import defaultdict
+
+from eval import plots
+from eval.sections import html_table, section
+from eval.sources import Source
+from eval.tables import TASKS, markdown
+
+#: What is drawn and tabulated of a data set, of the metrics that it has.
+SHOWN = {
+    "acc1": "top-1",
+    "image_retrieval_recall@1": "T→I R@1",
+    "text_retrieval_recall@1": "I→T R@1",
+}
+MAPS = 4
+
+
+def to_html(sources: list[Source]) -> str:
+    """The section, or nothing."""
+    parts = []
+    for source in sources:
+        last = last_rates(source)
+        if last:
+            curves = {
+                modality: [(r, v["bits"], v["distortion"]) for r, v in rates.items()]
+                for modality, rates in last.items()
+            }
+            table = html_table(*_rates_table(last))
+            plot = plots.rate_distortion(curves)
+            parts.append(f'<div class="side"><div class="plot">{plot}</div>{table}</div>')
+        parts += map(_measured_html, source.banks)
+    parts += [_classifier_html(*found) for found in classifier_banks(sources).items()]
+    return section("The bank", "".join(parts)) if parts else ""
+
+
+def to_markdown(sources: list[Source]) -> list[str]:
+    """A heading and a table for each bank and data set."""
+    parts = []
+    for source in sources:
+        last = last_rates(source)
+        if last:
+            heads, lines = _rates_table(last)
+            parts.append(_markdown(f"The bank: {source.name}", heads, lines))
+        for bank in source.banks:
+            heads, lines = _measured_table(bank)
+            parts.append(_markdown(f"The bank on {bank['dataset']}: {bank['model']}", heads, lines))
+    for name, found in classifier_banks(sources).items():
+        parts.append(_markdown(f"The RDMs of {name[1]} on {name[0]}", *_classifier_table(found)))
+    return parts
+
+
+def _markdown(title: str, heads, lines) -> str:
+    right = ["---", *["---:"] * (len(heads) - 1)]
+    return f"## {title}\n\n{markdown([list(heads), right, *map(list, lines)])}"
+
+
+def last_rates(source: Source) -> dict[str, dict[float, dict[str, float]]]:
+    """Modality -> R -> the last bits, distortion and SNR, of validation where there is one."""
+    found: dict[str, dict[float, dict[str, float]]] = {}
+    kinds = {line.get("kind") for line in source.metrics if "image/R" in " ".join(line)}
+    for line in source.metrics:
+        if line.get("kind") != ("val" if "val" in kinds else "train"):
+            continue
+        for key, value in line.items():
+            match = re.fullmatch(r"(image|text)/R=([^/]+)/(bits|distortion|snr_db)", key)
+            if match and value is not None:
+                modality, rate, what = match.groups()
+                found.setdefault(modality, {}).setdefault(float(rate), {})[what] = value
+    return found
+
+
+def _rates_table(last):
+    digits = (("bits", 1), ("distortion", 4), ("snr_db", 2))
+    lines = [
+        (modality, f"{rate:g}", *(f"{v[key]:.{d}f}" if key in v else "" for key, d in digits))
+        for modality, rates in last.items()
+        for rate, v in sorted(rates.items(), reverse=True)
+    ]
+    return ("modality", "R", "bits", "distortion", "SNR (dB)"), lines
+
+
+def _measured_table(bank: dict):
+    """Teacher and assistants of `eval.bank` on one data set."""
+    labels = {k: v for k, v in TASKS[bank["task"]].items() if k in bank["teacher"]["metrics"]}
+    labels = {k: v for k, v in labels.items() if bank["teacher"]["metrics"][k] is not None}
+    bits = [f"bits per {m}" for m in bank["assistants"][0]["bits"]]
+    lines = []
+    best = bank["teacher"]
+    shown = [("teacher", best), *((f"R = {a['rate']:g}", a) for a in _by_rate(bank)[::-1])]
+    for name, one in shown:
+        rates = [f"{v:.1f}" for v in one.get("bits", {}).values()] or [""] * len(bits)
+        lines.append((name, *rates, *(f"{100 * one['metrics'][k]:.1f}" for k in labels)))
+    return ("", *bits, *labels.values()), lines
+
+
+def _by_rate(bank: dict) -> list[dict]:
+    return sorted(bank["assistants"], key=lambda a: a["rate"])
+
+
+def _measured_html(bank: dict) -> str:
+    found = _by_rate(bank)
+    rates = [a["rate"] for a in found]
+    lines = [
+        (
+            TASKS[bank["task"]][key],
+            rates,
+            [100 * a["metrics"][key] for a in found],
+            None,
+            100 * teacher,
+        )
+        for key in SHOWN
+        if (teacher := bank["teacher"]["metrics"].get(key)) is not None
+    ]
+    plot = plots.against_rate(f"{bank['dataset']}: what the assistants still know", lines)
+    table = html_table(*_measured_table(bank))
+    side = (
+        f'<div class="side"><div class="plot">{plot}</div><div class="scroll">{table}</div></div>'
+    )
+    return side + (_maps_html(bank) if bank.get("map") else "")
+
+
+def _maps_html(bank: dict) -> str:
+    """The embeddings of ten classes, of the teacher and of assistants from rich to poor."""
+    accuracy = {"teacher": bank["teacher"]["metrics"]["acc1"]}
+    accuracy |= {f"{a['rate']:g}": a["metrics"]["acc1"] for a in _by_rate(bank)[::-1]}
+    rates = [name for name in accuracy if name != "teacher"]
+    if len(rates) > MAPS - 1:  # the richest, the poorest and the middle
+        rates = [rates[0], rates[len(rates) // 2], rates[-1]]
+    panels = [
+        (
+            f"{'Teacher' if name == 'teacher' else f'R = {name}'}, {100 * accuracy[name]:.1f} %",
+            bank["map"]["points"][name],
+        )
+        for name in ("teacher", *rates)
+    ]
+    plot = plots.maps(panels, bank["map"]["labels"], bank["map"]["classes"])
+    note = (
+        f"t-SNE of image embeddings of {len(bank['map']['classes'])} classes of "
+        f"{html.escape(bank['dataset'])}, with the zero-shot accuracy on the whole set."
+    )
+    return f'<div class="plot">{plot}</div><p>{note}</p>'
+
+
+def classifier_banks(sources: list[Source]) -> dict[tuple[str, str], dict]:
+    """(data set, teacher) -> accuracies by R over seeds, and the teacher's own (Figure 5)."""
+    found: dict[tuple[str, str], dict] = {}
+    results = [r for s in sources for r in s.results if r["task"] == "classification"]
+    for result in results:
+        if result.get("role") != "rdm" or not result.get("metrics"):
+            continue
+        empty = {"rates": defaultdict(dict), "teacher": {}}
+        bank = found.setdefault((result["dataset"], result["teacher"]), empty)
+        bank["rates"][result["rate"]][result.get("seed")] = 100 * result["metrics"]["acc1"]
+    for (dataset, teacher), bank in found.items():
+        for result in results:
+            alone = result["method"] == "none" and result.get("metrics")
+            if alone and (result["dataset"], result["student"]) == (dataset, teacher):
+                bank["teacher"][result.get("seed")] = 100 * result["metrics"]["acc1"]
+    return found
+
+
+def _classifier_table(bank: dict):
+    named = [("teacher", bank["teacher"])] if bank["teacher"] else [("teacher (no result)", {})]
+    named += [(f"R = {rate:g}", seeds) for rate, seeds in sorted(bank["rates"].items())[::-1]]
+    lines = [(name, str(len(seeds)), _mean(list(seeds.values()))) for name, seeds in named]
+    return ("", "n", "top-1"), lines
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+def _classifier_html(name: tuple[str, str], bank: dict) -> str:
+    rates = sorted(bank["rates"])
+    values = [list(bank["rates"][rate].values()) for rate in rates]
+    spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+    teacher = statistics.fmean(bank["teacher"].values()) if bank["teacher"] else None
+    line = ("top-1", rates, list(map(statistics.fmean, values)), spread, teacher)
+    plot = plots.against_rate(f"Figure 5: RDMs of {name[1]} on {name[0]}", [line])
+    table = html_table(*_classifier_table(bank))
+    return f'<div class="side"><div class="plot">{plot}</div>{table}</div>'

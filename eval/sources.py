@@ -1,0 +1,256 @@
+"""What the report is made of: run directories and folders of results, and what each run is of."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eval.tables import Row, Run, add_result, common_name
+from training.errors import UsageError
+from training.rundir import FREE_TO_CHANGE
+
+#: What may differ between the runs of one setting besides what may differ within one run.
+SEEDED = FREE_TO_CHANGE | {"seed", "view_seed", "name", "rdm_bank", "teacher", "paraphraser"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is a run of; the runs of one setting differ by their seed alone.
+
+    Attributes:
+        method: a ``--distill`` or ``--method``; ``released``: weights as somebody published them.
+        student: its architecture, with ``:WEIGHTS`` where it began from (or is) published weights.
+        teachers: their architectures, with ``:WEIGHTS`` where a tag names those.
+        rdms: number of assistants per modality; None where the bank is gone.
+        ibm: whether the student had an Information Bottleneck Module.
+        dataset: what a classifier was trained on; None for CLIP.
+        rest: everything else, as text.
+    """
+
+    method: str
+    student: str
+    teachers: tuple[str, ...] = ()
+    rdms: int | None = 0
+    ibm: bool = False
+    dataset: str | None = None
+    rest: str = ""
+
+    def __str__(self) -> str:
+        if self.method != "cifd":
+            return self.method
+        known = "?" if self.rdms is None else self.rdms
+        return f"cifd ({known} RDM{'' if self.ibm else ', no IBM'})"
+
+
+@dataclass
+class Source:
+    """What one path brings: a run's configuration and metrics, and results."""
+
+    path: Path
+    config: dict | None = None
+    finished: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+    metrics: list[dict] = field(default_factory=list)
+    results: list[dict] = field(default_factory=list)
+    banks: list[dict] = field(default_factory=list)
+    gaps: list[dict] = field(default_factory=list)
+    examples: list[dict] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The folder's name, by which results call the run."""
+        path = self.path.resolve()
+        return f"{path.parent.name}/rdm" if path.name == "rdm" else path.name
+
+    @property
+    def method(self) -> str:
+        """How the run trained."""
+        config = self.config or {}
+        return config.get("distill") or config.get("method") or "none"
+
+    @property
+    def teachers(self) -> list[str]:
+        """The run directories or names of a run's teachers."""
+        given = (self.config or {}).get("distill_model") or []
+        given = given.split(",") if isinstance(given, str) else given
+        return [name.removeprefix("local-dir:").removesuffix("/student") for name in given]
+
+
+def read_source(path: Path) -> list[Source]:
+    """A run directory, with its own stage 1 where it has one, or a folder of results.
+
+    Raises:
+        UsageError: nothing to report there.
+    """
+    if not path.is_dir():
+        raise UsageError(f"'{path}': no such folder; expected a run directory or a results folder")
+    source = Source(path)
+    if (path / "config.json").is_file():
+        _read_run(source)
+    else:
+        _read_results(source, [*path.glob("*.json"), *path.glob("runs/**/*.json")], path)
+    if not (source.metrics or source.results or source.gaps or source.banks):
+        raise UsageError(
+            f"'{path}': holds neither metrics.jsonl nor results; evaluate the run first"
+        )
+    stage1 = path / "rdm" / "config.json"
+    return [source, *(read_source(stage1.parent) if stage1.is_file() else [])]
+
+
+def _read_run(source: Source) -> None:
+    path = source.path
+    source.config = json.loads((path / "config.json").read_text())
+    for name in ("finished", "data"):
+        if (path / f"{name}.json").is_file():
+            setattr(source, name, json.loads((path / f"{name}.json").read_text()))
+    if (path / "metrics.jsonl").is_file():
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+        source.metrics = [json.loads(line) for line in lines]
+    results = path / "results"
+    _read_results(source, [*path.glob("result*.json"), *results.glob("*.json")], results)
+
+
+def _read_results(source: Source, files: list[Path], folder: Path) -> None:
+    found = [json.loads(file.read_text()) for file in sorted(files)]
+    source.results = [r for r in found if isinstance(r, dict) and "task" in r]
+    source.banks = _read_all(folder / "bank")
+    source.gaps = _read_all(folder / "gaps")
+    source.examples = _read_all(folder / "examples")
+
+
+def _read_all(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def rows(sources: list[Source], pooled: bool = True) -> list[Row]:
+    """The students' and teachers' figures, in the order of the sources.
+
+    Args:
+        pooled: one row for each setting and precision, over its seeds; otherwise one row for each
+            set of weights.
+    """
+    found: list[Row] = []
+    seen = set()
+    for source in sources:
+        for result in source.results:
+            same = json.dumps(result, sort_keys=True)
+            if result.get("role") or same in seen:  # a part of another run, or a copy
+                continue
+            seen.add(same)
+            row, run = _row_of(found, source, result, pooled)
+            add_result(row, result, run)
+            row.trained = trained(source) or row.trained
+    for gap in (gap for source in sources for gap in source.gaps):
+        of_model = [row for row in found if gap["model"] in row.names]
+        if not of_model:
+            of_model = [Row(gap["model"])]
+            found += of_model
+        for row in of_model:
+            row.gaps[gap["dataset"]] = gap["gap"]
+    for row in found:
+        row.name = common_name(row.names) or row.name
+    return found
+
+
+def _row_of(found: list[Row], source: Source, result: dict, pooled: bool) -> tuple[Row, Run]:
+    """The row a result belongs to, made where it is the first, and its run.
+
+    Runs pool when they differ by their seed alone: a seed's second run is no further sample.
+    """
+    setting, seed = setting_of(source, result)
+    provenance = result.get("provenance", {})
+    named = provenance.get("settings", {}).get("name")
+    name = result.get("model") or named or f"{setting.dataset} {setting.student}"
+    precision = provenance.get("precision")
+    run = Run(name, seed, str(provenance.get("weights")))
+    for row in found:
+        same = run in row.runs
+        pools = pooled and setting and setting.rest and seed not in (None, *row.seeds)
+        if (row.setting, row.precision) == (setting, precision) and (same or pools):
+            return row, run
+    method = str(setting) if setting else ""
+    found.append(Row(name, method, setting=setting, precision=precision))
+    return found[-1], run
+
+
+def trained(source: Source) -> str:
+    """How long and on what a run trained, in words."""
+    seen, held = source.finished.get("samples"), source.data.get("usable")
+    parts = [f"{seen:,} samples seen" if seen else "", f"of {held:,}" if seen and held else ""]
+    return " ".join(filter(None, parts))
+
+
+def setting_of(source: Source, result: dict) -> tuple[Setting | None, int | None]:
+    """What a result is a result of, and the run's seed; None where nothing says so."""
+    if result["task"] == "classification":
+        return _classifier_setting(result), result.get("seed")
+    if source.config is None:
+        named = result.get("provenance", {}).get("source", "")
+        released = ":" in named and not named.startswith(("local-dir:", "hf-hub:"))
+        return (Setting("released", named) if released else None), None
+    if result["model"] != source.name:  # a checkpoint on the way
+        return Setting(source.method, result["model"]), source.config.get("seed")
+    return _clip_setting(source), source.config.get("seed")
+
+
+def _classifier_setting(result: dict) -> Setting:
+    cifd = result["method"] == "cifd"
+    rates = result.get("rates") or []
+    settings = result.get("provenance", {}).get("settings", {})
+    unknown = cifd and not rates and settings.get("rdm_bank")  # all of a bank that is not named
+    rest = {k: v for k, v in settings.items() if k not in SEEDED}
+    return Setting(
+        method=result["method"],
+        student=result["student"],
+        teachers=(result["teacher"],) if result.get("teacher") else (),
+        rdms=None if unknown else len(rates) if cifd else 0,
+        ibm=cifd and bool(result.get("ibm")),
+        dataset=result["dataset"],
+        rest=json.dumps([rates, result.get("assistants"), rest], sort_keys=True),
+    )
+
+
+def _clip_setting(source: Source) -> Setting:
+    config = source.config
+    cifd = source.method == "cifd"
+    bank = _bank_config(source) if cifd else {"rates": []}
+    rest = {k: v for k, v in config.items() if k not in SEEDED}
+    student, pretrained = config.get("model", source.name), config.get("pretrained")
+    return Setting(
+        method=source.method,
+        student=f"{student}:{pretrained}" if pretrained else student,
+        teachers=_teacher_names(config),
+        rdms=None if bank is None else len(bank["rates"]),
+        ibm=cifd and not config.get("no_ibm", False),
+        rest=json.dumps([bank and {**bank, "teacher": None}, rest], sort_keys=True),
+    )
+
+
+def _bank_config(source: Source) -> dict | None:
+    """What the bank of a stage 2 says of itself: the run's own, or the one it was given."""
+    given = source.config.get("rdm_bank")
+    own = source.path / "rdm" / "bank"
+    for folder in [own, *([Path(given)] if given else [])]:
+        if (folder / "config.json").is_file():
+            return json.loads((folder / "config.json").read_text())
+    own_rates = not given or Path(given).parts[-3:] == (source.name, "rdm", "bank")
+    return {"rates": source.config.get("rates", [])} if own_rates else None
+
+
+def _teacher_names(config: dict) -> tuple[str, ...]:
+    """``ARCH`` or ``ARCH:WEIGHTS`` of each teacher; a cache alone knows its architecture."""
+    named = config.get("distill_model")
+    if not named and config.get("teacher_cache"):
+        files = [Path(folder) / "config.json" for folder in config["teacher_cache"].split(",")]
+        known = [json.loads(file.read_text()) for file in files if file.is_file()]
+        return tuple(cache["teacher"]["model"] for cache in known)
+    weights = iter((config.get("distill_pretrained") or "").split(","))
+    names = named.split(",") if named else []
+    return tuple(
+        name if name.startswith(("local-dir:", "hf-hub:")) else _with_tag(name, next(weights, ""))
+        for name in names
+    )
+
+
+def _with_tag(name: str, weights: str) -> str:
+    """A file of weights has no name that a paper could print."""
+    return f"{name}:{weights}" if weights and "/" not in weights else name
