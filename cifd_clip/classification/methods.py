@@ -1,0 +1,264 @@
+"""What trains: a student under its teachers, the RDMs of a teacher, a paraphraser.
+
+An assistant is a teacher: every student method takes a list of `TeacherOutput`, and differs only
+in who is on the list and which terms have a weight.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifd_clip.bottleneck import InformationBottleneck
+from cifd_clip.classification.losses import (
+    EMBEDDING_LOSSES,
+    factor_loss,
+    kd_dropout_mask,
+    kl_per_sample,
+)
+from cifd_clip.classification.models import Classifier
+from cifd_clip.classification.rdm import ClassifyingRDMs, rdm_loss
+from cifd_clip.noise import Noise
+
+Losses = dict[str, Tensor]
+Report = dict[str, Tensor]
+
+
+class TeacherOutput(NamedTuple):
+    """What a teacher or an assistant says about a batch."""
+
+    logits: Tensor
+    """(B, classes)"""
+    embedding: Tensor | None = None
+    """(B, T), where the method reads it."""
+    space: int = 0
+    """Which embedding space it lives in; a reconstruction shares its teacher's."""
+    weight: float = 1.0
+    """λ_n of eq. (9)."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of eq. (9) and their company."""
+
+    ce: float = 1.0
+    """λ_CE."""
+    kl: float = 1.0
+    """λ_KL, on the KL of the teacher and of every assistant."""
+    embedding: float = 0.0
+    """On the embedding terms, each a mean over elements."""
+    information: float = 0.0
+    """λ_I, on the mean rate per element of Ŵ, in nats."""
+    factor: float = 0.0
+    """Of factor transfer."""
+    tau: float = 4.0
+    """τ."""
+    kd_dropout: float = 0.0
+    """Probability of dropping a teacher's KL for a sample."""
+    label_smoothing: float = 0.0
+    """Of the cross-entropy."""
+    embedding_loss: str = "mse"
+    """A key of `EMBEDDING_LOSSES`."""
+
+
+class Distillation(nn.Module):
+    """A student under its teachers: eq. (9), of which KD, TAKD and DGKD are special cases.
+
+    λ_CE·CE + λ_KL Σ_n λ_n·KL_n + λ_emb Σ_n λ_n‖Û − X_n‖² − λ_I log r(Ŵ)
+
+    The sums run over the teacher (λ = 1) and its assistants. KD has one teacher and no embedding
+    term; TAKD's one teacher is the last assistant; DGKD adds up teacher and assistants with KD
+    dropout. With the IBM, logits and Û are those of the noisy Ŵ (Figure 8).
+
+    Args:
+        student: what is trained.
+        dims: T of each embedding space, for the projectors; none without embedding terms.
+        weights: of the terms.
+        ibm: whether noise is added to W and its rate weighed.
+        paraphraser: a teacher's frozen one, for factor transfer.
+        generator: draws the initial weights of what trains besides the student.
+    """
+
+    needs_images = True
+
+    def __init__(
+        self,
+        student: Classifier,
+        dims: list[int],
+        weights: Weights,
+        ibm: bool = False,
+        paraphraser: "Paraphraser | None" = None,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.student, self.weights = student, weights
+        width = student.width
+        self.projectors = nn.ModuleList()
+        if weights.embedding:
+            self.projectors.extend(_projector(width, dim, generator) for dim in dims)
+        self.bottleneck = InformationBottleneck(width, generator) if ibm else None
+        self.paraphraser = paraphraser
+        if paraphraser is not None:
+            self.translator = _mlp([width, paraphraser.factors, paraphraser.factors], generator)
+
+    @property
+    def needs_embeddings(self) -> bool:
+        """Whether the teachers' embeddings are read."""
+        return bool(self.weights.embedding) or self.paraphraser is not None
+
+    def forward(
+        self, images: Tensor, labels: Tensor, teachers: list[TeacherOutput], noise: Noise | None
+    ) -> tuple[Losses, Report]:
+        """The losses of a batch.
+
+        Args:
+            images: (B, 3, H, W).
+            labels: (B,) class indices.
+            teachers: the teacher and its assistants.
+            noise: of this step; None for none.
+
+        Returns:
+            The weighted losses (the total is their sum), and scalars worth logging.
+        """
+        w, losses, report = self.weights, {}, {}
+        features = self.student.features(images)
+        if self.bottleneck is not None and noise is not None:
+            draws = noise.uniform("ibm", *features.shape, features.device)
+            features, nats = self.bottleneck(features, draws)
+            losses["rate_loss"] = w.information * nats.mean()
+            report["bits"] = nats.detach().sum(-1).mean() / math.log(2)
+        logits = self.student.classify(features).float()
+        losses["ce_loss"] = w.ce * F.cross_entropy(
+            logits, labels, label_smoothing=w.label_smoothing
+        )
+        if teachers and w.kl:
+            kl = torch.stack([t.weight * kl_per_sample(t.logits, logits, w.tau) for t in teachers])
+            mask = kd_dropout_mask(noise, kl, w.kd_dropout)
+            losses["kl_loss"] = w.kl * (kl if mask is None else kl * mask).sum(0).mean()
+        if w.embedding:
+            losses["embedding_loss"] = w.embedding * self._embedding_terms(features, teachers)
+        if self.paraphraser is not None:
+            factors = self.paraphraser.encode(teachers[0].embedding)
+            losses["factor_loss"] = w.factor * factor_loss(factors, self.translator(features))
+        report["acc1"] = (logits.detach().argmax(-1) == labels).float().mean()
+        return losses, report
+
+    def _embedding_terms(self, features: Tensor, teachers: list[TeacherOutput]) -> Tensor:
+        projected = [projector(features).float() for projector in self.projectors]
+        compare = EMBEDDING_LOSSES[self.weights.embedding_loss]
+        return sum(t.weight * compare(projected[t.space], t.embedding) for t in teachers)
+
+    def measure(self, images: Tensor, labels: Tensor, teachers: list) -> Report:
+        """Per-sample values (B,): whether the label is the first and among the first five."""
+        return accuracy(self.student(images), labels)
+
+
+class RDMTraining(nn.Module):
+    """Stage 1: all assistants of a teacher at once; they share no parameter.
+
+    Args:
+        modules: the assistants.
+        weights: λ_CE, λ_KL and τ of eq. (22), and the kind of embedding loss.
+    """
+
+    needs_images = False
+    needs_embeddings = True
+
+    def __init__(self, modules: ClassifyingRDMs, weights: Weights):
+        super().__init__()
+        self.modules_, self.weights = modules, weights
+
+    def forward(
+        self, images: None, labels: Tensor, teachers: list[TeacherOutput], noise: Noise
+    ) -> tuple[Losses, Report]:
+        """The losses of a batch: sums over assistants of eq. (22)'s terms."""
+        w, modules, (teacher,) = self.weights, self.modules_, teachers
+        width = len(modules.rates) * modules.channels
+        draws = noise.uniform("rdm", len(labels), width, labels.device)
+        output = modules(teacher.embedding, draws)
+        terms = rdm_loss(
+            modules,
+            output,
+            teacher.embedding,
+            teacher.logits,
+            labels,
+            lambda_ce=w.ce,
+            lambda_kl=w.kl,
+            tau=w.tau,
+            smooth_l1=w.embedding_loss == "smooth_l1",
+        )
+        report = {
+            "bits": output.nats.detach().mean(-1) / math.log(2),
+            "acc1": (output.logits.detach().argmax(-1) == labels).float().mean(-1),
+        }
+        return {name: term.sum() for name, term in terms.items()}, report
+
+    def measure(self, images: Tensor | None, labels: Tensor, teachers: list) -> Report:
+        """Per-sample values (K, B): accuracy, and bits with rounding."""
+        output = self.modules_(teachers[0].embedding, None)
+        return {**accuracy(output.logits, labels), "bits": output.nats / math.log(2)}
+
+
+class Paraphraser(nn.Module):
+    """Factor transfer's auto-encoder (Kim et al. 2018) on a teacher's embedding.
+
+    Args:
+        dim: T, the teacher's embedding dimension.
+        factors: F, width of the factors.
+        scale: 1 / root mean square of the embedding.
+        generator: draws the initial weights.
+    """
+
+    needs_images = False
+    needs_embeddings = True
+
+    def __init__(
+        self, dim: int, factors: int, scale: float, generator: torch.Generator | None = None
+    ):
+        super().__init__()
+        self.dim, self.factors, self.scale = dim, factors, scale
+        self.encoder = _mlp([dim, dim, factors], generator)
+        self.decoder = _mlp([factors, dim, dim], generator)
+
+    def encode(self, embeddings: Tensor) -> Tensor:
+        """The factors (B, F) of teacher embeddings (B, T)."""
+        return self.encoder(embeddings.float() * self.scale)
+
+    def forward(
+        self, images: None, labels: Tensor, teachers: list[TeacherOutput], noise: Noise
+    ) -> tuple[Losses, Report]:
+        """The reconstruction loss of a batch, on embeddings of unit variance."""
+        target = teachers[0].embedding.float() * self.scale
+        return {"distortion_loss": F.mse_loss(self.decoder(self.encoder(target)), target)}, {}
+
+    def measure(self, images: Tensor | None, labels: Tensor, teachers: list) -> Report:
+        """Per-sample distortion (B,), on embeddings of unit variance."""
+        target = teachers[0].embedding.float() * self.scale
+        reconstruction = self.decoder(self.encoder(target))
+        return {"distortion": (reconstruction - target).square().mean(-1)}
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Report:
+    """``acc1`` and ``acc5`` (..., B), zeros and ones, of logits (..., B, classes)."""
+    hits = logits.topk(min(5, logits.shape[-1]), -1).indices == labels[:, None]
+    return {"acc1": hits[..., 0].float(), "acc5": hits.any(-1).float()}
+
+
+def _projector(width: int, dim: int, generator: torch.Generator | None) -> nn.Module:
+    return nn.Identity() if width == dim else _linear(width, dim, 1.0, generator)
+
+
+def _mlp(widths: list[int], generator: torch.Generator | None) -> nn.Sequential:
+    first = _linear(widths[0], widths[1], math.sqrt(2), generator)
+    return nn.Sequential(first, nn.LeakyReLU(0.1), _linear(widths[1], widths[2], 1.0, generator))
+
+
+@torch.no_grad()
+def _linear(fan_in: int, fan_out: int, gain: float, generator: torch.Generator | None) -> nn.Linear:
+    linear = nn.Linear(fan_in, fan_out)
+    linear.weight.normal_(std=gain / math.sqrt(fan_in), generator=generator)
+    linear.bias.zero_()
+    return linear

@@ -1,0 +1,434 @@
+"""``python -m training.classify``: train or distil a classifier, with supervised CIFD (eq. 5, 9).
+
+Two stages, one loop: ``--method rdm`` trains a teacher's assistants, ``--method cifd`` a student
+under both. Teachers are run directories of earlier runs.
+"""
+
+import json
+import logging
+import math
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cifd_clip import World
+from cifd_clip.classification.methods import (
+    Distillation,
+    Paraphraser,
+    RDMTraining,
+    Report,
+    TeacherOutput,
+    Weights,
+)
+from cifd_clip.classification.models import build
+from cifd_clip.classification.rdm import ClassifyingRDMs, unit_scale
+from cifd_clip.entropy import FactorizedDensity
+from cifd_clip.noise import Noise, derive_seed
+from training.checkpoint import Checkpoints
+from training.classify_data import (
+    CLASSES,
+    SIDE,
+    VIEWS,
+    Batch,
+    Batches,
+    Table,
+    load_cifar100,
+    split_rows,
+)
+from training.classify_params import parse_args
+from training.classify_teachers import (
+    EVALUATION_BATCH,
+    CachedTeachers,
+    LiveTeachers,
+    Teacher,
+    load_paraphraser,
+    load_rdms,
+    load_teacher,
+    save_paraphraser,
+    save_weights,
+)
+from training.control import STOPPED_EXIT, StopFlag
+from training.errors import NonFinite, UsageError, cli
+from training.metrics import Meter, Sinks
+from training.rundir import RunDirectory, environment
+
+log = logging.getLogger(__name__)
+Source = LiveTeachers | CachedTeachers
+
+
+def main(argv: list[str]) -> int:
+    """Run what the command line says; the exit code is 0 only when all of it is finished."""
+    args = parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s | %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    config = json.loads(json.dumps({**vars(args), "data": None, "classes": CLASSES}))
+    config["global_batch"] = args.batch_size
+    directory = RunDirectory(Path(args.logs) / args.name, config, args.resume == "latest")
+    if directory.finished:
+        log.info("%s is finished already", directory.path)
+        return 0
+    return 0 if run(args, directory) else STOPPED_EXIT
+
+
+def run(args: Namespace, directory: RunDirectory) -> bool:
+    """One run directory from wherever it is to its end.
+
+    Returns:
+        Whether it is finished; False when a signal stopped it with a checkpoint on disk.
+    """
+    device = torch.device(args.device)
+    teachers = [load_teacher("--teacher", Path(path)) for path in args.teacher]
+    table = load_cifar100(args.data, "train").to(device)
+    _check_teachers(args, teachers, table)
+    rows, held_out = split_rows(len(table), args.holdout)
+    batches = Batches(table, rows, args.augment, args.seed, args.batch_size)
+    if not batches.per_epoch:
+        raise UsageError(f"--batch-size {args.batch_size}: there are {len(rows)} training images")
+
+    directory.open()
+    _record_data(args, directory, table)
+    live, source, task = assemble(args, teachers, table)
+    trainer = Trainer(args, task, batches.per_epoch, device)
+    checkpoints = Checkpoints(directory.checkpoints, args.keep)
+    found = checkpoints.newest() if args.resume else None
+    if found is not None:
+        trainer.load(found[1])
+        log.info("resumed from %s at step %d", found[0].name, trainer.step_number)
+    sinks = Sinks(directory.path, step=trainer.step_number)
+    stop = StopFlag(World())
+    validation = (table, torch.from_numpy(held_out).to(device)) if args.holdout else None
+    try:
+        done = train(trainer, batches, source, validation, checkpoints, sinks, stop)
+        if done:
+            finish(args, directory, trainer, live, table, rows, held_out, teachers)
+    finally:
+        stop.close()
+        sinks.close()
+        directory.close()
+    return done
+
+
+def assemble(
+    args: Namespace, teachers: list[Teacher], table: Table
+) -> tuple[LiveTeachers | None, Source | None, nn.Module]:
+    """The teachers, live and as training reads them, and what trains."""
+    device = table.images.device
+    generator = torch.Generator().manual_seed(derive_seed(args.seed, "init"))
+    live = source = None
+    rdms, picked = None, []
+    if args.rdm_bank:
+        rdms = load_rdms(Path(args.rdm_bank), teachers[0])
+        picked = _picked(args, rdms)
+    if teachers:
+        chosen = teachers[-1:] if args.method == "takd" else teachers
+        lambdas = args.lambda_n * len(picked) if len(args.lambda_n) == 1 else args.lambda_n
+        if len(lambdas) != len(picked):
+            raise UsageError(f"--lambda-n has {len(lambdas)} values for {len(picked)} assistants")
+        wanted = args.method in ("ft", "rdm", "paraphraser") or args.lambda_emb > 0
+        live = LiveTeachers([t.model for t in chosen], rdms, picked, lambdas, wanted).to(
+            device, memory_format=torch.channels_last
+        )
+        start = time.monotonic()
+        source = CachedTeachers(live, table, args.augment) if VIEWS[args.augment] else live
+        log.info("teachers ready in %.0f s", time.monotonic() - start)
+    weights = Weights(
+        ce=args.lambda_ce,
+        kl=args.lambda_kl,
+        embedding=args.lambda_emb,
+        information=args.lambda_i,
+        factor=args.lambda_ft,
+        tau=args.tau,
+        kd_dropout=args.kd_dropout,
+        label_smoothing=args.label_smoothing,
+        embedding_loss=args.embedding_loss,
+    )
+    if args.method in ("rdm", "paraphraser"):
+        width = teachers[0].model.width
+        scale = unit_scale(_embeddings(source, table))
+        if args.method == "paraphraser":
+            task = Paraphraser(width, args.factors or width // 2, scale, generator)
+        else:
+            modules = ClassifyingRDMs(
+                args.rates, width, CLASSES, args.rdm_form, args.rdm_hidden,
+                scale, teachers[0].hash, generator,
+            )  # fmt: skip
+            task = RDMTraining(modules, weights)
+    else:
+        student = build(args.model, CLASSES, SIDE, generator)
+        paraphraser = None
+        if args.method == "ft":
+            paraphraser = load_paraphraser(Path(args.paraphraser), teachers[0])
+        dims = live.dims if live else []
+        task = Distillation(student, dims, weights, args.ibm, paraphraser, generator)
+    return live, source, task.to(device, memory_format=torch.channels_last)
+
+
+def _picked(args: Namespace, rdms: ClassifyingRDMs) -> list[int]:
+    missing = [r for r in args.rates or [] if r not in rdms.rates]
+    if missing:
+        there = ", ".join(f"{rate:g}" for rate in rdms.rates)
+        raise UsageError(f"--rates {missing[0]:g}: the bank {args.rdm_bank} has {there}")
+    return [rdms.rates.index(r) for r in args.rates or rdms.rates]
+
+
+def _embeddings(source: Source, table: Table) -> Tensor:
+    if isinstance(source, CachedTeachers):
+        return source.embedding
+    # A live teacher: the first thousand images tell the scale.
+    return source(table.batch(torch.arange(1000, device=table.images.device)))[0].embedding
+
+
+def _check_teachers(args: Namespace, teachers: list[Teacher], table: Table) -> None:
+    for path, teacher in zip(args.teacher, teachers):
+        if teacher.data != table.hash:
+            raise UsageError(
+                f"--teacher {path} was trained on other images than --data {args.data}"
+            )
+        if teacher.holdout < args.holdout:
+            raise UsageError(
+                f"--teacher {path} was trained with --holdout {teacher.holdout}: it has seen what "
+                f"--holdout {args.holdout} would keep back"
+            )
+
+
+def _record_data(args: Namespace, directory: RunDirectory, table: Table) -> None:
+    train = {"hash": table.hash, "samples": len(table)}
+    before = directory.read_json("data.json", {"train": train})["train"]
+    if before["hash"] != train["hash"]:
+        raise UsageError(f"{directory.path} was trained on other images than --data {args.data}")
+    directory.write_json("data.json", {"dataset": args.dataset, "train": train})
+
+
+class Trainer:
+    """What trains, its optimizers, and one step of both.
+
+    Densities learn under Adam whatever trains the rest: the weight of a rate term scales the
+    density's gradient too, and under SGD a small λ_I would leave the density as it was drawn.
+
+    Args:
+        args: the command line.
+        task: what trains.
+        steps_per_epoch: of the data.
+        device: where.
+    """
+
+    def __init__(self, args: Namespace, task: nn.Module, steps_per_epoch: int, device):
+        self.args, self.task, self.device = args, task, device
+        self.steps_per_epoch, self.total = steps_per_epoch, steps_per_epoch * args.epochs
+        self.step_number, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
+        densities = [
+            p for m in task.modules() if isinstance(m, FactorizedDensity) for p in m.parameters()
+        ]
+        known = {id(p) for p in densities}
+        self.parameters = [p for p in task.parameters() if p.requires_grad and id(p) not in known]
+        if args.opt == "sgd":
+            main = torch.optim.SGD(
+                self.parameters,
+                lr=args.lr,
+                momentum=args.momentum,
+                weight_decay=args.wd,
+                fused=True,
+            )
+        else:
+            main = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.wd, fused=True)
+        self.optimizers: list[torch.optim.Optimizer] = [main]
+        if densities:
+            self.optimizers.append(torch.optim.Adam(densities, lr=args.density_lr, fused=True))
+        self.peaks = [o.param_groups[0]["lr"] for o in self.optimizers]
+
+    def step(self, batch: Batch, teachers: list[TeacherOutput]) -> Report:
+        """One optimizer step; nothing waits for the device."""
+        factor = schedule(self.args, self.step_number, self.steps_per_epoch)
+        for optimizer, peak in zip(self.optimizers, self.peaks):
+            optimizer.param_groups[0]["lr"] = peak * factor
+            optimizer.zero_grad(set_to_none=True)
+        noise = Noise(self.args.seed, self.step_number)
+        bf16 = self.args.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            losses, report = self.task(batch.images, batch.labels, teachers, noise)
+        total = sum(losses.values())
+        total.backward()
+        if self.args.grad_clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.args.grad_clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step_number += 1
+        return {**losses, **report, "loss": total}
+
+    def payload(self) -> dict[str, Any]:
+        """Everything a checkpoint holds."""
+        return {
+            "task": self.task.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step_number,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+        }
+
+    def load(self, payload: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.task.load_state_dict(payload["task"])
+        for optimizer, state in zip(self.optimizers, payload["optimizers"]):
+            optimizer.load_state_dict(state)
+        self.step_number = payload["step"]
+        self.seconds, self.cpu_seconds = payload["seconds"], payload["cpu_seconds"]
+
+
+def schedule(args: Namespace, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of a step as a share of its peak."""
+    epoch = step / steps_per_epoch
+    if epoch < args.warmup_epochs:
+        return (epoch + 1 / steps_per_epoch) / args.warmup_epochs
+    left = (args.epochs - epoch) / (args.epochs - args.warmup_epochs)
+    if args.lr_schedule == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * left))
+    if args.lr_schedule == "linear":
+        return left
+    if args.lr_schedule == "multistep":
+        return args.gamma ** sum(epoch >= m for m in args.milestones)
+    return 1.0
+
+
+def train(
+    trainer: Trainer,
+    batches: Batches,
+    source: Source | None,
+    validation: tuple[Table, Tensor] | None,
+    checkpoints: Checkpoints,
+    sinks: Sinks,
+    stop: StopFlag,
+) -> bool:
+    """Run a trainer to its last step, or until it is told to stop; a checkpoint each epoch."""
+    task, per_epoch = trainer.task, trainer.steps_per_epoch
+    images = task.needs_images or (source is not None and source.needs_images)
+    bar = tqdm(total=trainer.total, initial=trainer.step_number, unit="step", disable=None)
+    before = (trainer.seconds, trainer.cpu_seconds)
+    start = (time.monotonic(), time.process_time())
+    while trainer.step_number < trainer.total:
+        task.train()
+        meter, mark, first = Meter(), time.monotonic(), trainer.step_number
+        for batch in batches.epoch(first // per_epoch, first % per_epoch, images):
+            meter.add(trainer.step(batch, source(batch) if source else []))
+            bar.update()
+            if stop.agreed():
+                break
+        elapsed = time.monotonic() - mark
+        values = _named(meter.read(World()), getattr(trainer.args, "rates", None))
+        if not math.isfinite(values["loss"]):
+            raise NonFinite(
+                f"the loss became {values['loss']} ({values}); lower --lr, or set "
+                "--grad-clip-norm or --warmup-epochs"
+            )
+        values["samples_per_s"] = (trainer.step_number - first) * batches.size / elapsed
+        values["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        sinks.write("train", trainer.step_number, values)
+        if validation is not None and trainer.step_number % per_epoch == 0:
+            held_out = evaluate(task, *validation, source)
+            held_out = _named(held_out, trainer.args.rates)
+            sinks.write("val", trainer.step_number, held_out)
+            values |= {f"held-out {k}": v for k, v in held_out.items()}
+        trainer.seconds = before[0] + time.monotonic() - start[0]
+        trainer.cpu_seconds = before[1] + time.process_time() - start[1]
+        checkpoints.save(trainer.step_number, trainer.payload())
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+        log.info("epoch %.4g/%d | %s", trainer.step_number / per_epoch, trainer.args.epochs, shown)
+        if stop.agreed() and trainer.step_number < trainer.total:
+            log.warning("%s: step %d is saved; stopping", stop.name, trainer.step_number)
+            break
+    bar.close()
+    checkpoints.wait()
+    return trainer.step_number == trainer.total
+
+
+@torch.no_grad()
+def evaluate(
+    task: nn.Module, table: Table, rows: Tensor, source: Source | None
+) -> dict[str, float | list[float]]:
+    """Means of the task's `measure` over some rows of a table, without noise or augmentation."""
+    task.eval()
+    asks = not task.needs_images
+    images = task.needs_images or source.needs_images
+    meter: dict[str, Tensor] = {}
+    for chunk in rows.split(EVALUATION_BATCH):
+        batch = table.batch(chunk, images)
+        measured = task.measure(batch.images, batch.labels, source(batch) if asks else [])
+        for name, value in measured.items():
+            meter[name] = meter.get(name, 0) + value.sum(-1)
+    return {name: (total / len(rows)).tolist() for name, total in meter.items()}
+
+
+def _named(values: dict[str, float | list[float]], rates: list[float] | None) -> dict[str, float]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            flat |= {f"{name}/R={rate:g}": entry for rate, entry in zip(rates, value)}
+        else:
+            flat[name] = value
+    return flat
+
+
+def finish(
+    args: Namespace,
+    directory: RunDirectory,
+    trainer: Trainer,
+    live: LiveTeachers | None,
+    table: Table,
+    rows,
+    held_out,
+    teachers: list[Teacher],
+) -> None:
+    """Write what ships and the results; the test split is looked at here, with ``--final``."""
+    task, path = trainer.task, directory.path
+    parts = {"train_metrics": (table, torch.from_numpy(rows).to(trainer.device))}
+    if args.holdout:
+        parts["holdout_metrics"] = (table, torch.from_numpy(held_out).to(trainer.device))
+    data = {"train": table.hash}
+    if args.final:
+        test = load_cifar100(args.data, "test").to(trainer.device)
+        parts["metrics"] = (test, torch.arange(len(test), device=trainer.device))
+        data["test"] = test.hash
+    measured = {"metrics": None, "holdout_metrics": None}
+    measured |= {name: evaluate(task, *part, live) for name, part in parts.items()}
+    result = {
+        "task": "classification",
+        "dataset": args.dataset,
+        "teacher": teachers[0].name if teachers else None,
+        "assistants": [t.name for t in teachers[1:]],
+        "student": args.model,
+        "method": args.method,
+        "rates": args.rates or [],
+        "ibm": args.ibm,
+        "seed": args.seed,
+        "provenance": {
+            "environment": environment(),
+            "settings": {k: v for k, v in directory.config.items() if k not in ("logs", "resume")},
+            "data": data,
+            "steps": trainer.total,
+            "seconds": trainer.seconds,
+            "cpu_seconds": trainer.cpu_seconds,
+        },
+    }
+    if args.method == "rdm":
+        task.modules_.save(path)
+        for i, rate in enumerate(args.rates):
+            one = {k: m and {n: v[i] for n, v in m.items()} for k, m in measured.items()}
+            entry = {**result, **one, "role": "rdm", "rate": rate}
+            directory.write_json(f"result_R{rate:g}.json", entry)
+    elif args.method == "paraphraser":
+        save_paraphraser(path, task, teachers[0])
+        directory.write_json("result.json", {**result, **measured, "role": "paraphraser"})
+    else:
+        save_weights(path, "model", task.student)
+        directory.write_json("result.json", {**result, **measured})
+    directory.write_json("finished.json", {"step": trainer.total, "seconds": trainer.seconds})
+    log.info("finished %s in %.0f s: %s", path, trainer.seconds, measured)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,201 @@
+"""Small image-classification data, whole in memory: CIFAR-100 in the layouts it comes in.
+
+Order and augmentation are pure functions of (seed, epoch); which rows are held out depends on
+neither.
+"""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from training.data import draws
+from training.errors import UsageError
+
+MEAN = (0.5071, 0.4865, 0.4409)
+STD = (0.2673, 0.2564, 0.2762)
+SIDE, CLASSES, PADDING = 32, 100, 4
+SPLITS = {"train": 50_000, "test": 10_000}
+AUGMENTATIONS = ("none", "flip", "crop")
+#: How many different views of an image there are; 0: too many to keep a teacher's answers to.
+VIEWS = {"none": 1, "flip": 2, "crop": 0}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples, on the device."""
+
+    rows: Tensor
+    """(B,) which rows of the table they are."""
+    views: Tensor
+    """(B,) which view of each; 1 is mirrored."""
+    labels: Tensor
+    """(B,) class indices."""
+    images: Tensor | None
+    """(B, 3, H, W) normalised float32, channels last; None where nobody looks at them."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """All images of a split.
+
+    Attributes:
+        images: (N, H, W, 3) uint8.
+        labels: (N,) int64.
+        hash: SHA-256 of images and labels, whatever layout they came in.
+    """
+
+    images: Tensor
+    labels: Tensor
+    hash: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Table":
+        """The same table on a device."""
+        return Table(self.images.to(device), self.labels.to(device), self.hash)
+
+    def batch(self, rows: Tensor, images: bool = True) -> Batch:
+        """The plain view of some rows."""
+        pixels = normalise(self.images[rows]) if images else None
+        return Batch(rows, torch.zeros_like(rows), self.labels[rows], pixels)
+
+
+class Batches:
+    """The training batches: rows of a table in an epoch's order, under an augmentation.
+
+    Args:
+        table: the images.
+        rows: which of its rows are trained on.
+        augment: one of `AUGMENTATIONS`.
+        seed: of order and augmentation.
+        size: samples per batch; what is left over at an epoch's end is dropped.
+    """
+
+    def __init__(self, table: Table, rows: np.ndarray, augment: str, seed: int, size: int):
+        self.table, self.rows, self.augment, self.seed, self.size = table, rows, augment, seed, size
+        self.device = table.images.device
+        self.images = table.images
+        if augment == "crop":
+            pad = (0, 0, PADDING, PADDING, PADDING, PADDING)
+            self.images = torch.nn.functional.pad(table.images, pad)
+        self.per_epoch = len(rows) // size
+
+    def epoch(self, epoch: int, start: int, images: bool) -> Iterator[Batch]:
+        """The batches of an epoch from batch ``start`` on, with or without images."""
+        order = draws.permutation(len(self.rows), "classify/order", self.seed, epoch)
+        shuffled = torch.from_numpy(self.rows[order]).to(self.device)
+        words = draws.words(len(self.rows), "classify/view", self.seed, epoch)
+        words = torch.from_numpy((words >> np.uint64(33)).astype(np.int64)).to(self.device)
+        if self.augment == "none":
+            words.zero_()
+        for i in range(start, self.per_epoch):
+            chunk = slice(i * self.size, (i + 1) * self.size)
+            rows, bits = shuffled[chunk], words[chunk]
+            views = bits & 1
+            pixels = self._view(rows, bits) if images else None
+            yield Batch(rows, views, self.table.labels[rows], pixels)
+
+    def _view(self, rows: Tensor, bits: Tensor) -> Tensor:
+        mirrored = (bits & 1).bool()
+        if self.augment == "crop":
+            places = 2 * PADDING + 1
+            side = torch.arange(SIDE, device=self.device)
+            y = ((bits >> 1) % places)[:, None] + side
+            x = ((bits >> 1) // places % places)[:, None] + side
+            x = torch.where(mirrored[:, None], x.flip(1), x)
+            return normalise(self.images[rows[:, None, None], y[:, :, None], x[:, None, :]])
+        pixels = self.images[rows]
+        if self.augment == "flip":
+            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
+        return normalise(pixels)
+
+
+def mirrored(batch: Batch) -> Batch:
+    """The mirrored view of a plain batch."""
+    return Batch(batch.rows, torch.ones_like(batch.views), batch.labels, batch.images.flip(3))
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 → (B, 3, H, W) float32 of about zero mean and unit variance."""
+    mean = torch.tensor(MEAN, device=pixels.device) * 255
+    std = torch.tensor(STD, device=pixels.device) * 255
+    return pixels.float().sub_(mean).div_(std).permute(0, 3, 1, 2)  # channels last as it is
+
+
+def split_rows(total: int, holdout: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and rows held out: the same whatever the seed.
+
+    A larger holdout contains a smaller one.
+    """
+    order = draws.permutation(total, "classify/holdout")
+    return np.sort(order[holdout:]), np.sort(order[:holdout])
+
+
+def load_cifar100(directory: Path, split: str) -> Table:
+    """CIFAR-100's ``train`` or ``test`` split.
+
+    Args:
+        directory: ``cifar100_{split}.npz`` of webp images; clip_benchmark's WebDataset tars in
+            ``{split}/`` or ``cifar100/{split}/``; or torchvision's ``cifar-100-python/``.
+
+    Raises:
+        UsageError: none of these is there, or the split is not whole.
+    """
+    tars = next((d for d in (directory / split, directory / "cifar100" / split) if d.is_dir()), 0)
+    if (directory / f"cifar100_{split}.npz").is_file():
+        images, labels = _from_npz(directory / f"cifar100_{split}.npz")
+    elif tars:
+        images, labels = _from_tars(tars)
+    elif (directory / "cifar-100-python").is_dir():
+        from torchvision.datasets import CIFAR100
+
+        data = CIFAR100(str(directory), train=split == "train")
+        images, labels = data.data, np.array(data.targets)
+    else:
+        raise UsageError(
+            f"--data {directory} holds no CIFAR-100: expected cifar100_{split}.npz, {split}/*.tar "
+            "as clip_benchmark writes it, or torchvision's cifar-100-python/"
+        )
+    if images.shape != (SPLITS[split], SIDE, SIDE, 3):
+        raise UsageError(
+            f"--data {directory}: the {split} split has {len(images)} images of {images.shape[1:]},"
+            f" CIFAR-100's has {SPLITS[split]} of {(SIDE, SIDE, 3)}"
+        )
+    digest = sha256(images.tobytes() + labels.astype(np.int64).tobytes()).hexdigest()
+    return Table(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), digest)
+
+
+def _from_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    packed = np.load(path)
+    blob, offsets = packed["webp"].tobytes(), packed["offsets"]
+    images = [_decode(blob[a:b]) for a, b in pairwise(offsets)]
+    return np.stack(images), packed["labels"]
+
+
+def _from_tars(directory: Path) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = [], []
+    for shard in sorted(directory.glob("*.tar"), key=lambda p: (len(p.stem), p.stem)):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                suffix = member.name.rpartition(".")[2]
+                if suffix in ("webp", "png"):
+                    images.append(_decode(tar.extractfile(member).read()))
+                elif suffix == "cls":
+                    labels.append(int(tar.extractfile(member).read()))
+    if len(images) != len(labels) or not images:
+        raise UsageError(f"--data: {directory} has {len(images)} images and {len(labels)} labels")
+    return np.stack(images), np.array(labels)
+
+
+def _decode(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))

@@ -1,0 +1,205 @@
+"""Finished classification runs as teachers, live or with their answers kept."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from cifd_clip.classification.methods import Paraphraser, TeacherOutput
+from cifd_clip.classification.models import Classifier, build
+from cifd_clip.classification.rdm import ClassifyingRDMs
+from training.cache import file_hash
+from training.classify_data import SIDE, VIEWS, Batch, Table, mirrored
+from training.errors import UsageError
+
+EVALUATION_BATCH = 500
+
+
+@dataclass
+class Teacher:
+    """A trained classifier from its run directory.
+
+    Attributes:
+        name: its architecture.
+        model: frozen.
+        hash: SHA-256 of its weights.
+        holdout: how many training images it has not seen.
+        data: hash of its training images.
+    """
+
+    name: str
+    model: Classifier
+    hash: str
+    holdout: int
+    data: str
+
+
+def save_weights(directory: Path, name: str, module: nn.Module) -> None:
+    """Write ``name.safetensors``; it appears whole or not at all."""
+    tensors = {k: t.detach().cpu().contiguous() for k, t in module.state_dict().items()}
+    (directory / f"{name}.safetensors.tmp").write_bytes(save(tensors))
+    (directory / f"{name}.safetensors.tmp").rename(directory / f"{name}.safetensors")
+
+
+def load_teacher(flag: str, run: Path) -> Teacher:
+    """The classifier of a finished run.
+
+    Raises:
+        UsageError: the run is not there, not finished, or trained no classifier.
+    """
+    config = _finished(flag, run)
+    weights = run / "model.safetensors"
+    if not weights.is_file():
+        raise UsageError(f"{flag} {run} trained no classifier (--method {config['method']})")
+    model = build(config["model"], config["classes"], SIDE)
+    model.load_state_dict(load_file(weights))
+    model.requires_grad_(False).eval()
+    data = json.loads((run / "data.json").read_text())["train"]["hash"]
+    return Teacher(config["model"], model, file_hash(weights), config["holdout"], data)
+
+
+def load_rdms(run: Path, teacher: Teacher) -> ClassifyingRDMs:
+    """The assistants of a finished ``--method rdm`` run."""
+    _finished("--rdm-bank", run)
+    try:
+        return ClassifyingRDMs.load(run, teacher.hash)
+    except (FileNotFoundError, ValueError) as problem:
+        raise UsageError(f"--rdm-bank: {problem}") from None
+
+
+def save_paraphraser(directory: Path, paraphraser: Paraphraser, teacher: Teacher) -> None:
+    """Write the weights and what `load_paraphraser` needs besides."""
+    save_weights(directory, "paraphraser", paraphraser)
+    config = {
+        "dim": paraphraser.dim,
+        "factors": paraphraser.factors,
+        "scale": paraphraser.scale,
+        "teacher": teacher.hash,
+    }
+    (directory / "paraphraser.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_paraphraser(run: Path, teacher: Teacher) -> Paraphraser:
+    """The paraphraser of a finished ``--method paraphraser`` run."""
+    _finished("--paraphraser", run)
+    if not (run / "paraphraser.json").is_file():
+        raise UsageError(f"--paraphraser {run} is no run of --method paraphraser")
+    config = json.loads((run / "paraphraser.json").read_text())
+    if config.pop("teacher") != teacher.hash:
+        raise UsageError(f"--paraphraser {run} was trained on another teacher than --teacher")
+    paraphraser = Paraphraser(**config)
+    paraphraser.load_state_dict(load_file(run / "paraphraser.safetensors"))
+    return paraphraser.requires_grad_(False).eval()
+
+
+def _finished(flag: str, run: Path) -> dict:
+    if not (run / "config.json").is_file():
+        raise UsageError(f"{flag} {run} is no run directory of training.classify")
+    if not (run / "finished.json").is_file():
+        raise UsageError(f"{flag} {run} is not finished: continue it with --resume latest")
+    return json.loads((run / "config.json").read_text())
+
+
+class LiveTeachers(nn.Module):
+    """Teachers and assistants that look at every batch.
+
+    Args:
+        models: the teachers, each an embedding space of its own.
+        rdms: assistants of the first teacher.
+        picked: which of them teach.
+        weights: λ_n of each assistant picked.
+        embeddings: whether embeddings are wanted.
+    """
+
+    needs_images = True
+
+    def __init__(
+        self,
+        models: list[Classifier],
+        rdms: ClassifyingRDMs | None = None,
+        picked: list[int] | None = None,
+        weights: list[float] | None = None,
+        embeddings: bool = True,
+    ):
+        super().__init__()
+        self.models, self.rdms = nn.ModuleList(models), rdms
+        self.picked, self.weights = picked or [], weights or []
+        self.embeddings = embeddings
+
+    @property
+    def dims(self) -> list[int]:
+        """T of each embedding space."""
+        own = [model.width for model in self.models]
+        if self.rdms is None or self.rdms.form == "reconstruct":
+            return own
+        return own + [self.rdms.embedding_dim] * len(self.picked)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> list[TeacherOutput]:
+        """What they say about a batch: the teachers, then the assistants."""
+        outputs = []
+        for space, model in enumerate(self.models):
+            embedding = model.features(batch.images)
+            outputs.append(TeacherOutput(model.classify(embedding), embedding, space))
+        if self.rdms is not None:
+            assistants = self.rdms(outputs[0].embedding, None)
+            for i, (k, weight) in enumerate(zip(self.picked, self.weights)):
+                own = 0 if self.rdms.form == "reconstruct" else len(self.models) + i
+                outputs.append(
+                    TeacherOutput(assistants.logits[k], assistants.embedding[k], own, weight)
+                )
+        if self.embeddings:
+            return outputs
+        return [output._replace(embedding=None) for output in outputs]
+
+
+class CachedTeachers:
+    """The answers of `LiveTeachers` to every view of every row of a table, looked up.
+
+    Args:
+        live: who answers.
+        table: the training images.
+        augment: its views are those of this augmentation.
+    """
+
+    needs_images = False
+
+    def __init__(self, live: LiveTeachers, table: Table, augment: str):
+        self.dims = live.dims
+        self._rows = len(table)
+        parts: list[list[TeacherOutput]] = []
+        device = table.images.device
+        for view in range(VIEWS[augment]):
+            for rows in torch.arange(len(table), device=device).split(EVALUATION_BATCH):
+                batch = table.batch(rows)
+                parts.append(live(mirrored(batch) if view else batch))
+        self._outputs = [
+            outputs[0]._replace(
+                logits=torch.cat([o.logits for o in outputs]),
+                embedding=_joined([o.embedding for o in outputs]),
+            )
+            for outputs in zip(*parts)
+        ]
+
+    def __call__(self, batch: Batch) -> list[TeacherOutput]:
+        """What they said about the batch's rows and views."""
+        index = batch.views * self._rows + batch.rows
+        return [
+            o._replace(
+                logits=o.logits[index],
+                embedding=None if o.embedding is None else o.embedding[index],
+            )
+            for o in self._outputs
+        ]
+
+    @property
+    def embedding(self) -> Tensor:
+        """(views·N, T) the first teacher's embeddings."""
+        return self._outputs[0].embedding
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    return None if parts[0] is None else torch.cat(parts)
