@@ -11,7 +11,8 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import open_clip
 from eval import macs
 from eval.macs import Clip
 from training.errors import UsageError, cli
+from training.rundir import environment
 
 FROZEN, TRAINED = 1, 3
 FLOAT32 = 4
@@ -146,7 +148,7 @@ def student_stage(
     """Stage 2 of CIFD, and every other method's only stage."""
     options = _student_options(args) if model == args.model else ()
     student = macs.clip(model, "--model", options)
-    rows = args.batch_size * args.accum_freq * args.gpus
+    rows = args.global_batch or args.batch_size * args.accum_freq * args.gpus
     rdms = len(args.rates) if args.distill == "cifd" else 0
     dims = tuple(teacher.dim for teacher in teachers)
     head = macs.head(args.distill, model, dims, rows, rdms, options)
@@ -213,6 +215,87 @@ def _student_options(args: Namespace) -> tuple[tuple[str, Any], ...]:
     return tuple(options.items())
 
 
+# -- every method beside the others ---------------------------------------------------------------
+
+#: Assistants in the place of RDMs; True where everything larger teaches, not only the next larger.
+CHAINS = {"takd": False, "dgkd": True}
+DEFAULT_ASSISTANT = "ViT-B-16"
+
+
+def method_stages(args: Namespace, method: str, cached: bool) -> list[Stage]:
+    """A method's stages with the teacher, student and data of a command line.
+
+    TAKD distils each model of the chain teacher, assistants, student from the one before, DGKD
+    from all before; every assistant is trained for as long as the student. MobileCLIP has two
+    teachers of the teacher's size, as in the paper's Table 14.
+
+    Args:
+        args: as `parse` returns them.
+        method: a name of `cifd_clip.METHODS` or of `CHAINS`.
+        cached: whether each frozen model runs once, on ``--views`` views of the data set.
+
+    Returns:
+        None of them where no assistant lies between teacher and student.
+    """
+    teacher = teacher_names(args)[0]
+    cache = "cache" if cached and method != "none" else None
+    args = _with(args, distill=method, teacher_cache=cache, rdm_bank=None, distill_model=teacher)
+    args.views = args.views or 2
+    if method == "mobileclip":
+        args.distill_model = f"{teacher},{teacher}"
+    if method not in CHAINS:
+        return stages(args)
+    args.distill = "kd"
+    names = assistant_names(args, teacher)
+    larger, found = [macs.clip(teacher, "--distill-model")], []
+    for name in (*names, args.model) if names else ():
+        if cached:
+            found.append(cache_stage(args, larger[-1], f"cache of {larger[-1].name}"))
+        teachers = larger if CHAINS[method] else larger[-1:]
+        title = "student" if name == args.model else f"assistant {name}"
+        found.append(student_stage(args, name, teachers, title))
+        larger = [*larger, macs.clip(name, "--assistants")]
+    return found
+
+
+def assistant_names(args: Namespace, teacher: str) -> list[str]:
+    """``--assistants``, largest first, or the default one if it lies between the two models.
+
+    Raises:
+        UsageError: those named do not.
+    """
+    names = args.assistants.split(",") if args.assistants else [DEFAULT_ASSISTANT]
+    student = macs.clip(args.model, "--model", _student_options(args))
+    sizes = [macs.clip(name, "--assistants").macs for name in (teacher, *names)] + [student.macs]
+    if all(larger > smaller for larger, smaller in pairwise(sizes)):
+        return names
+    if args.assistants:
+        raise UsageError(
+            f"--assistants {args.assistants}: expected models that grow smaller from the teacher "
+            f"{teacher} to the student {args.model}, got {[round(s / 1e9, 1) for s in sizes]} GMACs"
+        )
+    return []
+
+
+def compare(args: Namespace) -> dict[str, dict[str, list[Stage]]]:
+    """Stages of every method, ``{"live": ..., "cached": ...}``; assistants where there are some."""
+    found = {}
+    for method in (*macs.METHODS, *CHAINS):
+        ways = {w: method_stages(args, method, w == "cached") for w in ("live", "cached")}
+        if ways["live"]:
+            found[method] = ways
+    return found
+
+
+def _with(args: Namespace, **changes: Any) -> Namespace:
+    return Namespace(**{**vars(args), **changes})
+
+
+def total(stages: Sequence[Stage]) -> float:
+    """MACs of all stages."""
+    return sum(stage.macs for stage in stages)
+
+
 # -- the command line ------------------------------------------------------------------------------
 
 
@@ -253,7 +336,13 @@ def parser() -> argparse.ArgumentParser:
         fromfile_prefix_chars="@",
         allow_abbrev=False,
     )
-    recipe_flags(p.add_argument_group("flags of training.main that cost depends on"))
+    recipe_flags(
+        p.add_argument_group(
+            "a run",
+            "flags of training.main that cost depends on (see its --help); its other flags are "
+            "passed over",
+        )
+    )
     own = p.add_argument_group("what a run does not know beforehand")
     own.add_argument("--gpus", type=int, default=1, help="processes that share a global batch [1]")
     own.add_argument("--tflops", type=float, default=312.0, help="peak of one GPU [312: A100 bf16]")
@@ -265,7 +354,12 @@ def parser() -> argparse.ArgumentParser:
         default=30_000,
         help="of an image and its caption in the shards [30000: CC12M at 256 px]",
     )
-    own.add_argument("--hours", action="store_true", help="print JSON: hours and disk_bytes")
+    own.add_argument(
+        "--assistants", metavar="NAME[,NAME]", help=f"of TAKD and DGKD [{DEFAULT_ASSISTANT}]"
+    )
+    out = p.add_argument_group("output")
+    out.add_argument("--hours", action="store_true", help="one line of JSON: hours, disk_bytes")
+    out.add_argument("--json", metavar="FILE", help="write everything as JSON too")
     return p
 
 
@@ -286,6 +380,7 @@ def recipe_flags(g) -> None:
     g.add_argument("--train-num-samples", type=int)
     g.add_argument("--epochs", type=int, default=32)
     g.add_argument("--batch-size", type=int, default=64)
+    g.add_argument("--global-batch", type=int)
     g.add_argument("--accum-freq", type=int, default=1)
     g.add_argument("--grad-checkpointing", action="store_true")
     g.add_argument("--save-frequency", type=int, default=1)
@@ -356,8 +451,123 @@ def main(argv: list[str]) -> int:
     if args.teacher_cache and args.dataset_samples == args.train_num_samples:
         note = "note: the cache is taken to cover one epoch's samples"
         print(f"{note}; --dataset-samples N says otherwise", file=sys.stderr)
-    print(json.dumps(summary(args)))
+    if args.hours:
+        print(json.dumps(summary(args)))
+        return 0
+    hardware = Hardware(args.tflops, args.mfu)
+    found = {"hardware": asdict(hardware), "stages": [record(s, hardware) for s in stages(args)]}
+    print(stage_report(stages(args), hardware, args.gpus))
+    if args.distill != "rdm" and teacher_names(args):
+        methods = compare(args)
+        found["methods"] = {
+            method: {way: [record(s, hardware) for s in ways[way]] for way in ways}
+            for method, ways in methods.items()
+        }
+        print(method_report(methods, hardware, args))
+    if args.json:
+        content = json.dumps({**found, "environment": environment()}, indent=1) + "\n"
+        Path(args.json).write_text(content)
     return 0
+
+
+# -- what is printed -------------------------------------------------------------------------------
+
+
+def record(stage: Stage, hardware: Hardware) -> dict[str, Any]:
+    """A stage as JSON values."""
+    return {**asdict(stage), "macs": stage.macs, "gpu_hours": hardware.hours(stage.macs)}
+
+
+def stage_report(stages: Sequence[Stage], hardware: Hardware, gpus: int) -> str:
+    """What runs on every sample, and what each stage comes to."""
+    per_sample = [
+        [
+            stage.name,
+            part.name,
+            short(part.params / 1e6),
+            short(part.macs / 1e9),
+            str(part.passes),
+            short(part.training_macs / 1e9),
+        ]
+        for stage in stages
+        for part in stage.parts
+    ]
+    rows = [
+        [
+            stage.name,
+            short(stage.samples / 1e6),
+            short(stage.macs / 1e15),
+            short(hardware.hours(stage.macs)),
+            *(short(b / 2**30) for b in (stage.memory_bytes, stage.disk_bytes, stage.read_bytes)),
+        ]
+        for stage in stages
+    ]
+    hours = hardware.hours(total(stages))
+    disk, read = (
+        short(sum(getattr(s, name) for s in stages) / 2**30)
+        for name in ("disk_bytes", "read_bytes")
+    )
+    rows.append(["total", "", short(total(stages) / 1e15), short(hours), "", disk, read])
+    head = ["stage", "M samples", "PMACs", "GPU h", "memory GiB", "disk GiB", "read GiB"]
+    return (
+        f"{per_sample_table(per_sample)}\n{table(head, rows)}\n"
+        f"GPU hours at {hardware.tflops:g} TFLOPS × {hardware.mfu:g}; on {gpus} "
+        f"GPU{'s' * (gpus > 1)} {short(hours / gpus)} hours. Memory: weights, gradients and "
+        "optimizer state of each GPU, without activations.\n"
+    )
+
+
+def per_sample_table(rows: list[list[str]]) -> str:
+    """What runs on every sample of each stage."""
+    head = ["runs on every sample", "M parameters", "GMACs forward", "passes", "GMACs in training"]
+    return table(["stage", *head], rows, words=2)
+
+
+def method_report(
+    methods: dict[str, dict[str, list[Stage]]], hardware: Hardware, args: Namespace
+) -> str:
+    """Every method with the live teacher and from caches, relative to plain KD."""
+    kd = {way: total(stages) for way, stages in methods["kd"].items()}
+    rows = []
+    for method, ways in methods.items():
+        row = [method]
+        for way, found in ways.items():
+            sum_ = total(found)
+            row += [short(sum_ / 1e15), short(hardware.hours(sum_)), f"{sum_ / kd[way]:.3f}"]
+        row.append(f"{total(ways['cached']) / total(ways['live']):.3f}")
+        rows.append(row)
+    head = ["method", "PMACs", "GPU h", "× kd"]
+    head += ["PMACs cached", "GPU h cached", "× kd cached", "cached / live"]
+    views = args.views or 2
+    lines = [
+        table(head, rows),
+        f"Cached: every frozen model runs once on {views} views of {args.dataset_samples:,} "
+        "samples, which is counted.",
+    ]
+    names = assistant_names(args, teacher_names(args)[0])
+    if names:
+        lines.append(f"takd, dgkd: assistants {', '.join(names)}, trained as long as the student.")
+    else:
+        lines.append(
+            f"takd, dgkd: {DEFAULT_ASSISTANT} does not lie between teacher and student; name "
+            "others with --assistants."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def short(value: float) -> str:
+    """Four significant digits."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
+
+
+def table(head: list[str], rows: list[list[str]], words: int = 1) -> str:
+    """A Markdown table that reads as plain text too; the first columns hold words."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    sides = [str.ljust if i < words else str.rjust for i in range(len(head))]
+    rule = ["-" * w if i < words else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    lines = [head, rule, *rows]
+    padded = [[side(c, w) for side, c, w in zip(sides, line, widths)] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in padded)
 
 
 if __name__ == "__main__":

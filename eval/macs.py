@@ -132,7 +132,7 @@ def _head(method, student: Clip, dims, rows, assistants, options) -> Module:
         widths = cut.widths
         pooled = _pooled(rows, widths)
         teachers = [_features(rows, dim, space) for space, dim in enumerate(dims)]
-        teachers += [_features(rows, dims[0], 0)] * assistants
+        teachers += teachers[:1] * assistants
         macs = count_macs(module, cut, pooled, teachers, World(), None)
         macs -= count_macs(cut.embed, pooled)  # the towers' own projections, counted with them
     return Module(macs / rows, parameters(module))
