@@ -329,6 +329,8 @@ def main(argv: list[str]) -> int:
         device = torch.device(args.device)
     except RuntimeError as error:
         raise UsageError(f"--device '{args.device}': expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device '{device}': no GPU is to be seen here; use --device cpu")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
     # torchrun stops all processes when one of them ends with an error: they wait for the last

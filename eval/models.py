@@ -7,7 +7,10 @@ from pathlib import Path
 
 import open_clip
 import torch
+from open_clip import CLIP, CustomTextCLIP
+from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from cifd_clip.teacher import weights_hash
 from training.errors import UsageError
@@ -49,7 +52,28 @@ class Evaluated:
     def encode_text(self, texts: list[str], device: torch.device) -> Tensor:
         """Unit text embeddings (len(texts), D), float32."""
         tokens = self.tokenizer(texts).to(device)
-        return nn.functional.normalize(self.model.encode_text(tokens).float(), dim=-1)
+        return nn.functional.normalize(encode_tokens(self.model, tokens).float(), dim=-1)
+
+
+def encode_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Text embeddings (B, D) of tokens (B, context), without the padding where it counts nothing.
+
+    A causal tower that pools at the end of text never reads what comes after it, and a prompt fills
+    a tenth of the context. Only OpenCLIP's own forward pass is used, on shorter parameters.
+    """
+    custom = isinstance(model, CustomTextCLIP)
+    tower = model.text if custom else model
+    pool = getattr(tower, "pool_type" if custom else "text_pool_type", None)
+    causal = isinstance(tower, CLIP | TextTransformer) and tower.attn_mask is not None
+    if not causal or pool != "argmax" or getattr(tower, "cls_emb", None) is not None:
+        return model.encode_text(tokens)
+    length = int(tokens.argmax(dim=-1).max()) + 1
+    prefix = "text." if custom else ""
+    shorter = {
+        f"{prefix}positional_embedding": tower.positional_embedding[:length],
+        f"{prefix}attn_mask": tower.attn_mask[:length, :length],
+    }
+    return functional_call(model, shorter, (None, tokens[:, :length]))[1]
 
 
 def load(spec: str, device: torch.device) -> Evaluated:

@@ -321,6 +321,29 @@ def test_a_class_shared_by_two_sets_is_embedded_once(student):
     assert torch.equal(two, all_three[:, [2, 0]])
 
 
+@pytest.mark.parametrize("custom", [False, True])
+@pytest.mark.parametrize("text", [{}, {"no_causal_mask": True}, {"pool_type": "last"}], ids=str)
+def test_text_without_its_padding_has_the_embedding_it_has_with_it(text, custom, tmp_path):
+    config = tmp_path / "padded.json"
+    config.write_text(json.dumps({**CONFIG, "text_cfg": {**CONFIG["text_cfg"], **text}}))
+    open_clip.add_model_config(config)
+    torch.manual_seed(0)
+    model = open_clip.create_model("padded", force_custom_text=custom).eval()
+    tower, lengths = model.text if custom else model, []
+    tower.transformer.register_forward_pre_hook(
+        lambda _, inputs: lengths.append(inputs[0].shape[1])
+    )
+    tokenizer = open_clip.get_tokenizer("padded")
+    for texts in (["a dog", "a photo of two dogs and a cat"], ["dog " * 40, "a"]):
+        tokens = tokenizer(texts)
+        with torch.no_grad():
+            whole, ours = model.encode_text(tokens), models.encode_tokens(model, tokens)
+        whole, ours = (torch.nn.functional.normalize(x, dim=-1) for x in (whole, ours))
+        assert torch.allclose(whole, ours, atol=1e-6)
+    # [whole, ours] of the short texts, then of the long ones
+    assert lengths == [16, 10 if not text else 16, 16, 16]
+
+
 def test_the_jobs_of_an_array_share_models_and_data_sets(root, tmp_path):
     folders = [model_folder(tmp_path / f"m{i}", seed=i) for i in range(2)]
     common = ("--data-root", root, "--datasets", "digits", "digit_scenes")
@@ -347,3 +370,11 @@ def test_what_is_no_model_is_one_clear_sentence(spec, tmp_path, monkeypatch):
 def test_a_wrong_data_root_is_one_clear_sentence(student, tmp_path):
     with pytest.raises(UsageError, match=r"--data-root .*nowhere.*: no such folder"):
         evaluate(student, "--data-root", tmp_path / "nowhere", "--datasets", "x")
+
+
+def test_a_gpu_that_is_not_there_is_one_clear_sentence(student, root, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="--device 'cuda': no GPU"):
+        benchmark.main(
+            [str(student), "--data-root", str(root), "--datasets", "digits", "--device", "cuda"]
+        )
