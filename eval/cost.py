@@ -7,6 +7,7 @@ backward's two products); a frozen one costs one, or none where the teacher's ca
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from argparse import Namespace
@@ -19,11 +20,10 @@ from typing import Any
 import open_clip
 
 from eval import macs
-from eval.macs import Clip
+from eval.macs import FROZEN, TRAINED, Clip
 from training.errors import UsageError, cli
 from training.rundir import environment
 
-FROZEN, TRAINED = 1, 3
 FLOAT32 = 4
 #: Weight, gradient and AdamW's two moments.
 TRAINING_STATE, CHECKPOINT_STATE = 4 * FLOAT32, 3 * FLOAT32
@@ -166,6 +166,7 @@ def student_stage(
         live += (Part(f"{rdms} RDMs", bank.macs, FROZEN, bank.params),)
     samples = args.epochs * args.train_num_samples
     weights = student.params + head.params
+    copies = 1 + bool(args.ema)  # the average beside the weights
     return Stage(
         name,
         samples,
@@ -175,9 +176,9 @@ def student_stage(
             Part(f"{model} text", student.text_macs, text, student.text_params),
             Part("losses and heads", head.macs, TRAINED, head.params),
         ),
-        memory_bytes=_memory(live, trained) + FLOAT32 * (weights - trained),
+        memory_bytes=_memory(live, trained) + FLOAT32 * (copies * weights - trained),
         disk_bytes=FLOAT32 * student.params
-        + _kept(args, args.epochs) * (FLOAT32 * weights + 2 * FLOAT32 * trained),
+        + _kept(args, args.epochs) * FLOAT32 * (copies * weights + 2 * trained),
         read_bytes=samples * read,
     )
 
@@ -358,7 +359,14 @@ def parser() -> argparse.ArgumentParser:
         "--assistants", metavar="NAME[,NAME]", help=f"of TAKD and DGKD [{DEFAULT_ASSISTANT}]"
     )
     out = p.add_argument_group("output")
+    out.add_argument(
+        "--paper", action="store_true", help="the paper's own figures, counted again; no run"
+    )
     out.add_argument("--hours", action="store_true", help="one line of JSON: hours, disk_bytes")
+    out.add_argument(
+        "--sweep-views", type=int, nargs="+", metavar="V", help="what caches of V views save"
+    )
+    out.add_argument("--students", nargs="+", metavar="NAME", help="of --sweep-views [--model]")
     out.add_argument("--json", metavar="FILE", help="write everything as JSON too")
     return p
 
@@ -382,6 +390,7 @@ def recipe_flags(g) -> None:
     g.add_argument("--batch-size", type=int, default=64)
     g.add_argument("--global-batch", type=int)
     g.add_argument("--accum-freq", type=int, default=1)
+    g.add_argument("--ema", type=float)
     g.add_argument("--grad-checkpointing", action="store_true")
     g.add_argument("--save-frequency", type=int, default=1)
     g.add_argument("--keep", type=int, default=3)
@@ -402,10 +411,17 @@ def parse(flags: list[str]) -> Namespace:
     Raises:
         UsageError: see the sentence.
     """
+    return _checked(_read(flags))
+
+
+def _read(flags: list[str]) -> Namespace:
     for word in flags:
         if word.startswith("@") and not Path(word[1:]).is_file():
             raise UsageError(f"{word}: no such flag file")
-    args, _ = parser().parse_known_args(flags)
+    return parser().parse_known_args(flags)[0]
+
+
+def _checked(args: Namespace) -> Namespace:
     for path in args.model_config:
         if not Path(path).is_file():
             raise UsageError(f"--model-config '{path}': no such file; expected an OpenCLIP JSON")
@@ -447,35 +463,74 @@ def _written_cache(args: Namespace) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Print what a run costs."""
-    args = parse(argv)
-    if args.teacher_cache and args.dataset_samples == args.train_num_samples:
-        note = "note: the cache is taken to cover one epoch's samples"
-        print(f"{note}; --dataset-samples N says otherwise", file=sys.stderr)
-    if args.hours:
-        print(json.dumps(summary(args)))
-        return 0
-    hardware = Hardware(args.tflops, args.mfu)
-    found = {"hardware": asdict(hardware), "stages": [record(s, hardware) for s in stages(args)]}
-    print(stage_report(stages(args), hardware, args.gpus))
-    if args.distill != "rdm" and teacher_names(args):
-        methods = compare(args)
-        found["methods"] = {
-            method: {way: [record(s, hardware) for s in ways[way]] for way in ways}
-            for method, ways in methods.items()
-        }
-        print(method_report(methods, hardware, args))
+    args = _read(argv)
+    if args.paper:
+        text, found = paper_report()
+    else:
+        args = _checked(args)
+        if args.teacher_cache and args.dataset_samples == args.train_num_samples:
+            note = "note: the cache is taken to cover one epoch's samples"
+            print(f"{note}; --dataset-samples N says otherwise", file=sys.stderr)
+        if args.hours:
+            print(json.dumps(summary(args)))
+            return 0
+        text, found = views_report(args) if args.sweep_views else run_report(args)
+    print(text, end="")
     if args.json:
-        content = json.dumps({**found, "environment": environment()}, indent=1) + "\n"
-        Path(args.json).write_text(content)
+        content = json.dumps({**found, "environment": environment()}, indent=1, sort_keys=True)
+        Path(args.json).write_text(content + "\n")
     return 0
 
 
 # -- what is printed -------------------------------------------------------------------------------
 
 
-def record(stage: Stage, hardware: Hardware) -> dict[str, Any]:
-    """A stage as JSON values."""
-    return {**asdict(stage), "macs": stage.macs, "gpu_hours": hardware.hours(stage.macs)}
+def _records(found: Any, hardware: Hardware) -> Any:
+    """Stages, wherever they are in dicts and lists, as JSON values."""
+    if isinstance(found, Stage):
+        return {**asdict(found), "macs": found.macs, "gpu_hours": hardware.hours(found.macs)}
+    if isinstance(found, dict):
+        return {key: _records(value, hardware) for key, value in found.items()}
+    return [_records(value, hardware) for value in found]
+
+
+def run_report(args: Namespace) -> tuple[str, dict[str, Any]]:
+    """A run's stages, and every method with its teacher, student and data."""
+    hardware = Hardware(args.tflops, args.mfu)
+    own = stages(args)
+    text, found = stage_report(own, hardware, args.gpus), {"stages": own}
+    if args.distill != "rdm" and teacher_names(args):
+        methods = compare(args)
+        text += f"\n{method_report(methods, hardware, args)}"
+        found["methods"] = methods
+    return text, {"hardware": asdict(hardware), **_records(found, hardware)}
+
+
+def views_report(args: Namespace) -> tuple[str, dict[str, Any]]:
+    """What a cache of V views saves, student by student."""
+    hardware = Hardware(args.tflops, args.mfu)
+    rows, found = [], {}
+    for student in args.students or [args.model]:
+        of = _with(args, model=student)
+        ways = {"live": method_stages(of, args.distill, cached=False)}
+        for views in args.sweep_views:
+            ways[str(views)] = method_stages(_with(of, views=views), args.distill, cached=True)
+        sums = {way: total(run) for way, run in ways.items()}
+        row = [student, short(hardware.hours(sums["live"]))]
+        for way in list(ways)[1:]:
+            row += [short(hardware.hours(sums[way])), f"{sums[way] / sums['live']:.3f}"]
+        rows.append(row)
+        found[student] = ways
+    caches = {way: run[0] for way, run in ways.items() if way != "live"}
+    head = ["student", "live GPU h", *(h for v in caches for h in (f"V = {v}", "/ live"))]
+    sizes = ", ".join(f"{short(c.disk_bytes / 2**30)} GiB for {v}" for v, c in caches.items())
+    taught = sum(s.samples for s in ways["live"])
+    text = table(head, rows) + (
+        f"\n{args.distill} under {teacher_names(args)[0]}; V views of {args.dataset_samples:,} "
+        f"samples are written first, which is counted: {sizes}. The live teacher sees "
+        f"{taught / 1e6:g} M samples, as many as V = {taught / args.dataset_samples:.1f} views.\n"
+    )
+    return text, {"hardware": asdict(hardware), **_records({"students": found}, hardware)}
 
 
 def stage_report(stages: Sequence[Stage], hardware: Hardware, gpus: int) -> str:
@@ -553,6 +608,40 @@ def method_report(
             "others with --assistants."
         )
     return "\n".join(lines) + "\n"
+
+
+def paper_report() -> tuple[str, dict[str, Any]]:
+    """Appendix D.2, Figure 1(b) and Table 1's costs, printed and counted."""
+    head = ["appendix D.2", "counted as", "printed", "counted", "ratio"]
+    d2, figure, one, fits = (
+        macs.appendix_d2(),
+        macs.figure_1b(),
+        macs.table_1(),
+        macs.assistants_that_fit(),
+    )
+    rows = [[what, how, si(p), si(c), f"{c / p:.3f}"] for what, how, p, c in d2]
+    text = (
+        f"{table(head, rows, words=2)}\n{ways_table('Figure 1(b), × KD', figure)}\n"
+        f"3.5 and 4.5 fit one assistant: {' or '.join(fits)}.\n\n"
+        f"{ways_table('Table 1, × CIFD', one)}"
+    )
+    return text, {"appendix_d2": d2, "figure_1b": figure, "table_1": one, "assistants": fits}
+
+
+def ways_table(title: str, ways: dict[str, dict[str, float]]) -> str:
+    """Methods as rows, ways of counting as columns."""
+    methods = next(found for found in reversed(ways.values()))
+    rows = [
+        [method, *(f"{found[method]:.3f}" if method in found else "" for found in ways.values())]
+        for method in methods
+    ]
+    return table([title, *ways], rows)
+
+
+def si(value: float) -> str:
+    """Four significant digits and M, G, T or P."""
+    power = max(2, min(5, int(math.log10(value)) // 3))
+    return f"{short(value / 1000**power)} {' kMGTP'[power]}"
 
 
 def short(value: float) -> str:
