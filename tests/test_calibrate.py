@@ -1,0 +1,143 @@
+"""Calibration: the rates whose RDMs keep the wanted shares of the teacher's accuracy."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tiny import embeddings
+from training import calibrate
+from training.cache import write_shard
+from training.data.index import Shard
+from training.errors import UsageError
+from training.params import parser
+
+DIM = 16
+FLAGS = "--steps 120 --batch-size 128 --lr 1e-2 --wd 0 --density-lr 3 --among 20".split()
+SWEEP = "--sweep 30 100 1000 10000".split()
+
+
+def unit(x):
+    return F.normalize(x, dim=-1)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Pairs of unit vectors that lie near each other, in two shards; three samples are unusable."""
+    folder = tmp_path_factory.mktemp("cache")
+    teacher = {
+        "model": "tiny", "weights": "w" * 64, "dim": DIM, "preprocess": {"size": 32},
+        "logit_scale": 20.0, "logit_bias": None,
+    }  # fmt: skip
+    config = {"teacher": teacher, "views": 2, "view_seed": 0, "captions": "first", "aug_cfg": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    noise = lambda rows: torch.randn(rows, DIM, generator=generator)  # noqa: E731
+    for number, rows in enumerate((1200, 800)):
+        meaning = embeddings(rows, DIM, seed=number, rank=8)
+        views = [unit(meaning + 0.02 * noise(rows)) for _ in range(2)]
+        images = torch.stack(views).half().numpy()
+        images[:, : 3 * number] = np.nan
+        texts = unit(meaning + 0.02 * noise(rows))[None].half().numpy()
+        shard = Shard(f"{number:05d}.tar", "", 1, rows, f"{number:064d}")
+        write_shard(folder, shard, {"image": images, "text": texts})
+    return folder
+
+
+def run(cache, out, *more):
+    command = ["--teacher-cache", cache, "--out", out, *FLAGS, *SWEEP, *more]
+    assert calibrate.main(list(map(str, command))) == 0
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def calibrated(cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("calibrated") / "c.json"
+    return out, run(cache, out, "--shares", "0.6", "0.4")
+
+
+def test_rates_trained_alone_keep_the_shares_that_were_asked_for(calibrated, cache):
+    _, found = calibrated
+    assert found["rates"][0] > found["rates"][1], found["curve"]
+    rates = [str(rate) for rate in sorted(found["rates"])]
+    args = calibrate._parse(
+        ["--teacher-cache", str(cache), "--shares", "0.9", *FLAGS, "--sweep", *rates]
+    )
+    pairs = calibrate.read_pairs(cache, calibrate.find_shards(cache, None), 10_000, 0)
+    training, held_out = calibrate.split(pairs.image.shape[1], 400, 20, 0)
+    teacher = json.loads((cache / "config.json").read_text())["teacher"]
+    bank = calibrate.train_sweep(args, pairs, training, teacher).eval()
+    own, points = calibrate.measure(bank, *pairs.rows(held_out), 20)
+    kept = [point.accuracy / own for point in points]
+    assert kept == pytest.approx([0.4, 0.6], abs=0.12), found["curve"]
+
+
+def test_the_same_command_finds_the_same_rates(calibrated, cache, tmp_path):
+    _, found = calibrated
+    again = run(cache, tmp_path / "c.json", "--shares", "0.6", "0.4")
+    assert (again["rates"], again["curve"]) == (found["rates"], found["curve"])
+
+
+def test_the_flag_file_is_read_by_training_main(calibrated):
+    out, found = calibrated
+    assert parser().parse_args([f"@{out.with_suffix('.args')}"]).rates == found["rates"]
+
+
+def test_held_out_pairs_are_never_trained_on_and_unusable_ones_are_left_out(cache):
+    pairs = calibrate.read_pairs(cache, calibrate.find_shards(cache, None), 10_000, 0)
+    assert pairs.image.shape == (2, 1997, DIM) and not pairs.image.isnan().any()
+    training, held_out = calibrate.split(1997, 400, 100, 0)
+    assert not set(training.tolist()) & set(held_out.tolist())
+    assert len(held_out) % 100 == 0 and len(training) + len(held_out) == 1997
+
+
+def test_a_cap_on_samples_keeps_images_and_captions_together(cache):
+    shards = calibrate.find_shards(cache, None)
+    pairs = calibrate.read_pairs(cache, shards, 500, 0)
+    images, texts = pairs.rows(torch.arange(500))
+    assert (images * texts).sum(-1).min() > 0.8, "an image lies beside another sample's caption"
+
+
+def test_a_share_is_read_off_the_monotone_curve_on_a_logarithmic_scale():
+    sweep, shares = [10.0, 100.0, 1000.0, 10000.0], [0.2, 0.6, 0.5, 0.9]
+    # 0.6 and 0.5 are noise about 0.55
+    assert calibrate.rates_for([0.55, 0.725, 0.9], sweep, shares) == [100.0, 3160.0, 10000.0]
+
+
+@pytest.mark.parametrize("share, says", [(0.95, "R = 10000, keeps 0.900"), (0.1, "R = 10, still")])
+def test_a_share_out_of_reach_is_refused_with_what_the_sweep_reaches(share, says):
+    sweep, shares = [10.0, 100.0, 1000.0, 10000.0], [0.2, 0.6, 0.5, 0.9]
+    with pytest.raises(UsageError, match=says):
+        calibrate.rates_for([0.5, share], sweep, shares)
+
+
+def test_what_maps_everything_to_one_point_knows_nothing():
+    same = torch.eye(50).bool()
+    constant = unit(torch.ones(50, DIM))
+    assert calibrate.top1_hits(constant, constant, same) == 0
+
+
+def test_another_sample_with_the_same_caption_is_no_mistake():
+    vectors = embeddings(20, DIM)
+    texts = vectors.clone()
+    texts[1] = texts[0]
+    same = torch.cdist(texts, texts) < 1e-3
+    images = vectors.clone()
+    images[1] = vectors[0]
+    assert calibrate.top1_hits(images, texts, same) == 20
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (["--shares", "1.5"], "--shares needs numbers between 0 and 1"),
+        (["--shares", "0.9", "--sweep", "10"], "--sweep needs two"),
+        (["--shares", "0.9", "--teacher-cache", "nowhere"], "holds no cache"),
+        (["--shares", "0.9", "--out", "x.txt"], "ends in .json"),
+    ],
+)
+def test_wrong_input_is_one_sentence(cache, wrong, says):
+    with pytest.raises(UsageError, match=says):
+        calibrate.main(["--teacher-cache", str(cache), *FLAGS, *wrong])

@@ -1,0 +1,335 @@
+"""``python -m training.calibrate``: choose the rates R by what their RDMs keep of the teacher.
+
+One bank with a sweep of rates is trained in one pass on a teacher cache. Its RDMs are then asked
+held-out training pairs: the caption of an image among N. A rate's share is its accuracy over the
+teacher's own; the rate of a wanted share is read off the monotone curve through the sweep, between
+its points on a logarithmic scale. What is held out are rows of the cache: no test split is looked
+at, no label is needed.
+
+Takes the flags of `training.main` (a recipe serves both); written: FILE.json with the curve and how
+it was made, and FILE.args for ``training.main @FILE.args``.
+"""
+
+import json
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.isotonic import isotonic_regression
+from torch import Tensor
+from tqdm import tqdm
+
+from cifd_clip import Noise, RDMBank, RDMTask
+from cifd_clip.noise import derive_seed
+from training.cache import MODALITIES, file_hash, read_config, shard_name
+from training.control import start_processes
+from training.data.index import index_shards
+from training.errors import NonFinite, UsageError, cli
+from training.optim import make_optimizer, make_schedule
+from training.params import _defaults, parser
+from training.rundir import environment
+
+SWEEP = [10.0, 22.0, 46.0, 100.0, 220.0, 460.0, 1000.0, 2200.0, 4600.0, 10000.0]
+
+
+class Pairs(NamedTuple):
+    """Cached unit embeddings of N samples in V views, float16."""
+
+    image: Tensor
+    """(V, N, T)"""
+    text: Tensor
+    """(V or 1, N, T)"""
+
+    def rows(self, rows: Tensor, view: int = 0) -> tuple[Tensor, Tensor]:
+        """Float32 unit embeddings (B, T) of images and texts of rows (B,) at one view."""
+        pick = rows.to(self.image.device)
+        return tuple(F.normalize(x[view % len(x), pick].float(), dim=-1) for x in self)
+
+
+class Point(NamedTuple):
+    """What the RDMs of one rate keep."""
+
+    rate: float
+    accuracy: float
+    """Top-1 of held-out captions among N, both embeddings reconstructed."""
+    bits: dict[str, float]
+    distortion: dict[str, float]
+
+
+def main(argv: list[str]) -> int:
+    """Train the sweep, read the rates off its curve, and write them."""
+    args = _parse(argv)
+    _, device = start_processes(args)
+    directory = Path(args.teacher_cache)
+    teacher = read_config(directory)["teacher"]
+    shards = find_shards(directory, args.train_data)
+    pairs = read_pairs(directory, shards, args.samples, args.seed)
+    training, held_out = split(pairs.image.shape[1], args.held_out, args.among, args.seed)
+    among = min(args.among, len(held_out))
+    print(
+        f"{directory}: {len(training):,} pairs to train on, {len(held_out):,} held out, "
+        f"{len(args.sweep)} rates in {args.steps} steps of {args.batch_size}",
+        flush=True,
+    )
+    pairs = Pairs(*(x.to(device) for x in pairs))
+    bank = train_sweep(args, pairs, training, teacher).eval()
+    own, curve = measure(bank, *pairs.rows(held_out), among)
+    shares = [point.accuracy / own for point in curve] if own else [math.nan] * len(curve)
+    print(f"image → text top-1 among {among} held-out pairs: the teacher {100 * own:.1f} %")
+    for point, share in zip(curve, shares):
+        bits = ", ".join(f"{v:.0f} bits per {m}" for m, v in point.bits.items())
+        print(f"  R = {point.rate:<8g} {100 * point.accuracy:5.1f} %, share {share:.3f}, {bits}")
+    if own < 3 / among:
+        raise UsageError(
+            f"--teacher-cache '{directory}': the teacher finds {100 * own:.1f} % of the captions "
+            f"among {among}, hardly more than chance: there is no accuracy to keep a share of"
+        )
+    rates = rates_for(args.shares, [point.rate for point in curve], shares)
+    flags = f"--rates {' '.join(f'{rate:g}' for rate in rates)}"
+    write(args, rates, flags, own, curve, shares, shards)
+    print(f"keeping {' '.join(f'{k:g}' for k in args.shares)}: {flags}")
+    return 0
+
+
+def find_shards(directory: Path, train_data: str | None) -> list[str]:
+    """Names of a cache's shards: those of a data set, or all.
+
+    Raises:
+        UsageError: a shard of the data set is not in the cache, or there is none.
+    """
+    there = sorted(path.stem for path in directory.glob("*.json") if path.stem != "config")
+    there = [name for name in there if (directory / f"{name}.image.npy").is_file()]
+    if train_data:
+        wanted = [shard_name(shard) for shard in index_shards(train_data).shards]
+        if missing := set(wanted) - set(there):
+            raise UsageError(
+                f"--teacher-cache '{directory}' lacks {len(missing)} of {len(wanted)} shards of "
+                f"--train-data (one is {min(missing)}); run `python -m training.cache_teacher`"
+            )
+        return wanted
+    if not there:
+        raise UsageError(
+            f"--teacher-cache '{directory}' holds no finished shard; run "
+            "`python -m training.cache_teacher`"
+        )
+    return there
+
+
+def read_pairs(directory: Path, shards: list[str], most: int, seed: int) -> Pairs:
+    """At most ``most`` usable samples, spread over all shards, each in all its views."""
+    arrays = {
+        m: [np.load(directory / f"{s}.{m}.npy", mmap_mode="r") for s in shards] for m in MODALITIES
+    }
+    usable = [~np.isnan(a[:, :, 0]).any(axis=0) for a in arrays["image"]]
+    shard_of = np.repeat(np.arange(len(shards)), [len(u) for u in usable])
+    place = np.concatenate([np.arange(len(u)) for u in usable])
+    rows = np.flatnonzero(np.concatenate(usable))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "calibrate", "samples"))
+    rows = np.sort(rows[torch.randperm(len(rows), generator=generator)[:most].numpy()])
+    taken = [(n, place[rows[shard_of[rows] == n]]) for n in range(len(shards))]
+    return Pairs(
+        *(
+            torch.from_numpy(np.concatenate([arrays[m][n][:, p] for n, p in taken], axis=1))
+            for m in MODALITIES
+        )
+    )
+
+
+def split(samples: int, held_out: int, among: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to train on and held-out rows, a whole number of groups of ``among`` where possible.
+
+    Raises:
+        UsageError: too few samples.
+    """
+    held = min(held_out, samples // 5)
+    held -= held % among if held >= among else 0
+    if held < 20:
+        raise UsageError(
+            f"--teacher-cache holds {samples} usable samples; calibration needs a few hundred"
+        )
+    generator = torch.Generator().manual_seed(derive_seed(seed, "calibrate", "held out"))
+    order = torch.randperm(samples, generator=generator)
+    return order[held:], order[:held]
+
+
+def train_sweep(args: Namespace, pairs: Pairs, rows: Tensor, teacher: dict) -> RDMBank:
+    """One bank with all rates of the sweep, trained as stage 1 trains."""
+    device = pairs.image.device
+    generator = torch.Generator().manual_seed(derive_seed(args.seed, "bank"))
+    bank = RDMBank(
+        teacher, args.sweep, teacher["dim"], args.rdm_hidden, args.rdm_channels, generator
+    )
+    task = RDMTask(bank).to(device).train()
+    optimizer = make_optimizer(args, task)
+    schedule = make_schedule(args, optimizer, args.steps)
+    size = min(args.batch_size, len(rows))
+    steps = tqdm(range(args.steps), "the sweep", unit="step", disable=None, dynamic_ncols=True)
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step) * group["lr_scale"]
+        draws = torch.Generator().manual_seed(derive_seed(args.seed, "calibrate", step))
+        batch = rows[torch.randint(len(rows), (size,), generator=draws)]
+        losses, _ = bank(*pairs.rows(batch, step), Noise(args.seed, step))
+        optimizer.zero_grad(set_to_none=True)
+        loss = sum(losses.values())
+        loss.backward()
+        optimizer.step()
+    if not math.isfinite(loss.item()):
+        raise NonFinite(f"the sweep's loss is {loss.item()} after {args.steps} steps; lower --lr")
+    return bank
+
+
+@torch.no_grad()
+def measure(bank: RDMBank, images: Tensor, texts: Tensor, among: int) -> tuple[float, list[Point]]:
+    """The teacher's top-1 on held-out pairs (N, T), and what each rate's RDMs keep.
+
+    Args:
+        bank: in evaluation mode: rounding in place of noise, as in stage 2.
+        images, texts: unit teacher embeddings.
+        among: captions that each image chooses from.
+    """
+    groups = list(zip(images.split(among), texts.split(among)))
+    hits = torch.zeros(1 + len(bank.rates), dtype=torch.float64)
+    report: dict[str, Tensor] = {}
+    for image, text in groups:
+        same = torch.cdist(text, text, compute_mode="donot_use_mm_for_euclid_dist") < 1e-3
+        spaces = [(image, text), *zip(bank.image.reconstruct(image), bank.text.reconstruct(text))]
+        for k, (x, y) in enumerate(spaces):
+            hits[k] += top1_hits(x, y, same)
+        for name, value in bank(image, text, None)[1].items():
+            report[name] = report.get(name, 0) + value.double().cpu() * len(image)
+    accuracy = (hits / len(images)).tolist()
+    means = {name: (value / len(images)).tolist() for name, value in report.items()}
+    points = [
+        Point(
+            rate,
+            accuracy[1 + k],
+            {m: means[f"{m}/bits"][k] for m in MODALITIES},
+            {m: means[f"{m}/distortion"][k] for m in MODALITIES},
+        )
+        for k, rate in enumerate(bank.rates)
+    ]
+    return accuracy[0], points
+
+
+def top1_hits(images: Tensor, texts: Tensor, same: Tensor) -> int:
+    """How many images (N, T) have their own caption (N, T) nearest.
+
+    Args:
+        same: (N, N) captions that are equal in the teacher's space count as one's own. A tie with
+            another caption is a miss, so that what maps everything to one point knows nothing.
+    """
+    scores = images.double() @ texts.double().T
+    own = scores.masked_fill(~same, -torch.inf).amax(dim=1)
+    other = scores.masked_fill(same, -torch.inf).amax(dim=1)
+    return int((own > other + 1e-9).sum())
+
+
+def rates_for(wanted: list[float], sweep: list[float], shares: list[float]) -> list[float]:
+    """The rate of each wanted share: read off the monotone curve, three significant digits.
+
+    Args:
+        wanted: shares of the teacher's accuracy.
+        sweep: ascending rates.
+        shares: what was measured at them, noise included.
+
+    Raises:
+        UsageError: a share is outside of what the sweep reaches.
+    """
+    fitted, x = isotonic_regression(shares), np.log(sweep)
+    rates = []
+    for share in wanted:
+        if share > fitted[-1]:
+            raise UsageError(
+                f"--shares {share:g} can't be reached: the largest rate, R = {sweep[-1]:g}, keeps "
+                f"{fitted[-1]:.3f}; extend --sweep upwards, raise --steps, or ask for less"
+            )
+        if share < fitted[0]:
+            raise UsageError(
+                f"--shares {share:g} can't be reached: the smallest rate, R = {sweep[0]:g}, still "
+                f"keeps {fitted[0]:.3f}; extend --sweep downwards, or ask for more"
+            )
+        i = max(1, int(np.searchsorted(fitted, share)))
+        step = fitted[i] - fitted[i - 1]
+        part = (share - fitted[i - 1]) / step if step else 0.0
+        rates.append(float(f"{math.exp(x[i - 1] + part * (x[i] - x[i - 1])):.3g}"))
+    return rates
+
+
+def write(args: Namespace, rates, flags: str, own: float, curve, shares, shards) -> None:
+    """The JSON with provenance, and the flag file."""
+    directory, out = Path(args.teacher_cache), Path(args.out)
+    names = (
+        "seed",
+        "steps",
+        "batch_size",
+        "lr",
+        "wd",
+        "density_lr",
+        "among",
+        "held_out",
+        "samples",
+    )
+    content = {
+        "shares": args.shares,
+        "rates": rates,
+        "teacher_accuracy": own,
+        "curve": [{**p._asdict(), "share": s} for p, s in zip(curve, shares)],
+        "settings": {name: getattr(args, name) for name in names},
+        "cache": {
+            **read_config(directory),
+            "shards": {name: file_hash(directory / f"{name}.json")[:16] for name in shards},
+        },
+        "environment": environment(),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=2) + "\n")
+    out.with_suffix(".args").write_text(f"# training.calibrate, see {out.name}\n{flags}\n")
+    print(f"{out}, {out.with_suffix('.args')}")
+
+
+def _parse(argv: list[str]) -> Namespace:
+    p = parser()
+    p.prog, p.description = "python -m training.calibrate", __doc__
+    p.usage = (
+        "python -m training.calibrate [@recipe.args] --teacher-cache DIR --shares X [X ...]\n"
+        "           [--sweep R R ...] [--steps N] [--out FILE.json] [flags]"
+    )
+    g = p.add_argument_group("calibration")
+    g.add_argument(
+        "--shares", type=float, nargs="+", help="of the teacher's accuracy, such as 0.95 0.85 0.7"
+    )
+    g.add_argument(
+        "--sweep", type=float, nargs="+", default=SWEEP, metavar="R", help="rates to measure"
+    )
+    g.add_argument("--steps", type=int, default=2000, help="of the sweep's training")
+    g.add_argument("--among", type=int, default=1000, help="captions an image chooses from")
+    g.add_argument("--held-out", type=int, default=5000, help="pairs, at most a fifth of all")
+    g.add_argument("--samples", type=int, default=200_000, help="pairs read into memory, at most")
+    g.add_argument("--out", default="calibration.json", metavar="FILE.json", help="result")
+    p.set_defaults(batch_size=1024)
+    args = p.parse_args(argv)
+    if not args.teacher_cache or "," in args.teacher_cache:
+        raise UsageError("--teacher-cache DIR is needed: the cache of one teacher")
+    if not args.shares or not all(0 < share < 1 for share in args.shares):
+        raise UsageError("--shares needs numbers between 0 and 1, such as --shares 0.95 0.85 0.7")
+    args.sweep = sorted(set(args.sweep))
+    if len(args.sweep) < 2 or args.sweep[0] <= 0:
+        raise UsageError("--sweep needs two positive rates or more")
+    for flag in ("steps", "among", "held_out", "samples", "batch_size"):
+        if getattr(args, flag) < 1:
+            raise UsageError(f"--{flag.replace('_', '-')} must be at least 1")
+    if not args.out.endswith(".json"):
+        raise UsageError(f"--out '{args.out}': expected a name that ends in .json")
+    _defaults(args)
+    args.epochs = 1  # of --steps steps
+    args.batch_size = getattr(args, "global_batch", None) or args.batch_size
+    return args
+
+
+if __name__ == "__main__":
+    cli(main)
