@@ -317,7 +317,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", type=int, default=256)
     add("--workers", type=int, default=4, help="processes that decode images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--part", type=part, default=(1, 1), help="I/N: the I-th N-th of the evaluations")
+    add("--part", type=part, default=(1, 1), help="I/N: the I-th of N parts of the evaluations")
     return parser.parse_args(argv)
 
 

@@ -176,7 +176,9 @@ def open_folder(root: Path, name: str, split: str) -> Folder:
     path = next((p for p in tries if (p / split / "nshards.txt").is_file()), None)
     try:
         folder = _webdataset(name, path, split) if path else _built(name, root / name, split)
-    except (OSError, ValueError, tarfile.TarError) as error:
+    except LookupError as error:
+        raise Gap(f"an annotation file lacks {error}") from error
+    except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
         raise Gap(" ".join(str(error).split())) from error
     _check(folder)
     return folder
@@ -245,6 +247,8 @@ def _samples(shard: Path, label: str) -> list[Sample]:
                 images[key] = (shard, member.offset_data, member.size)
             elif extension.lower() == label:
                 text = tar.extractfile(member).read().decode("utf-8")
+                if label == "cls" and not text.strip().isdecimal():
+                    raise Gap(f"sample '{key}' of '{shard.name}' has class '{text}', not a number")
                 targets[key] = int(text) if label == "cls" else text.splitlines()
     if odd := images.keys() ^ targets.keys():
         raise Gap(f"sample '{min(odd)}' of '{shard.name}' needs an image and a .{label}")

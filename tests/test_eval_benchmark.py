@@ -303,6 +303,28 @@ def test_a_known_set_without_class_names_takes_clip_benchmarks(tmp_path):
     assert folder.classnames[0] == "tench"
 
 
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        ("cat", r"sample '00001' of '0\.tar' has class 'cat', not a number"),
+        ("2", "sample '00001' has class 2 of 2 classes"),
+    ],
+)
+def test_a_label_that_is_no_class_is_a_gap(label, reason, tmp_path):
+    classification_set(tmp_path / "x", ["a", "b"], tiny_images(2), [0, label])
+    with pytest.raises(datasets.Gap, match=reason):
+        datasets.open_folder(tmp_path, "x", "test")
+
+
+def test_an_image_without_a_label_is_a_gap(tmp_path):
+    alone = {"alone.webp": tiny_images(1)[0]}
+    classification_set(tmp_path / "x", ["a", "b"], tiny_images(2), [0, 1], alone)
+    with pytest.raises(
+        datasets.Gap, match=r"sample 'alone' of '0\.tar' needs an image and a \.cls"
+    ):
+        datasets.open_folder(tmp_path, "x", "test")
+
+
 def test_a_truncated_set_is_a_gap(tmp_path):
     classification_set(tmp_path / "x", ["a", "b"], tiny_images(2), [0, 1])
     (tmp_path / "x" / "test" / "nshards.txt").write_text("2")
