@@ -87,10 +87,10 @@ class Trainer:
         self.model: nn.Module = stage.task
         if self.overlap:
             ids = [device.index] if device.type == "cuda" else None
+            self.model = DistributedDataParallel(stage.task, device_ids=ids)
             # Buffers are rank 0's where they are read: in its checkpoints and in `validate`.
-            self.model = DistributedDataParallel(
-                stage.task, device_ids=ids, broadcast_buffers=False
-            )
+            # (Set here: the argument's name changes between versions of torch.)
+            self.model.broadcast_buffers = False
         self.bad_streak = torch.zeros((), device=device)
         self.bad_total = torch.zeros((), device=device)
         self.bad_terms: Tensor | None = None
