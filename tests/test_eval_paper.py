@@ -1,0 +1,270 @@
+"""The paper's tables: printed figures as printed, ours where their configuration puts them."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from eval import paper, report, sources
+
+TEXT = Path(__file__).resolve().parents[2] / "shared/paper/cifd.txt"
+L14 = {"distill_model": "ViT-L-14", "distill_pretrained": "datacomp_xl_s13b_b90k"}
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def clip_run(logs, name, method, acc1, seed=0, student="RN50", rates=(100.0,), **config):
+    """A run of training.main with an ImageNet result."""
+    run = logs / name
+    teacher = {} if method == "none" else L14
+    flags = {"distill": method, "model": student, "seed": seed, "name": name, **teacher, **config}
+    write(run / "config.json", {**flags, "rates": list(rates)})
+    write(run / "finished.json", {"samples": 96_000_000})
+    result = {
+        "dataset": "imagenet1k", "model": name, "task": "zeroshot_classification",
+        "metrics": {"acc1": acc1, "acc5": None},
+        "provenance": {"weights": f"{name}-weights", "split": "test", "precision": "fp32"},
+    }  # fmt: skip
+    write(run / "results" / "r.json", result)
+    return run
+
+
+def classifier(student, method, acc1, seed=0, teacher="cnn10", rates=(), ibm=True, **more):
+    """A result of training.classify."""
+    return {
+        "task": "classification", "dataset": "cifar100", "student": student, "method": method,
+        "teacher": None if method == "none" else teacher, "rates": list(rates), "ibm": ibm,
+        "seed": seed, "metrics": {"acc1": acc1, "acc5": 0.9}, "train_metrics": {"acc1": 0.99},
+        "provenance": {"settings": {"seed": seed, "name": f"{method}-{student}-seed{seed}"}},
+        **more,
+    }  # fmt: skip
+
+
+def study(folder, results):
+    for number, result in enumerate(results):
+        write(folder / "runs" / f"{number}.json", result)
+    return folder
+
+
+def tables(*paths):
+    found = [source for path in paths for source in sources.read_source(path)]
+    return {table.number: table for table in paper.place(sources.rows(found))}
+
+
+def ours(table, label, model=None):
+    """Our lines under a printed row: cells by column."""
+    return [
+        dict(zip(table.columns, line.cells))
+        for line in table.lines
+        if line.who != "printed" and line.label == label and model in (None, line.model)
+    ]
+
+
+def readings(line):
+    """A line's figures; two that the paper prints without their point are read with it."""
+    line = line.replace("7020", "70.20").replace("7386", "73.86")
+    return [float(x) for x in re.findall(r"(?<![\w.])\d+\.\d+(?!\.?\d)", line)]
+
+
+@pytest.mark.skipif(not TEXT.is_file(), reason="needs the paper's text in ../shared/paper")
+def test_every_printed_figure_stands_in_the_paper_so():
+    lines = list(map(readings, TEXT.read_text().splitlines()))
+    for table in paper.printed()["tables"]:
+        for row in table["rows"]:
+            wanted = [v for v in row["printed"] if v is not None]
+            n = len(wanted)
+            there = any(
+                wanted == line[i : i + n] for line in lines for i in range(len(line) - n + 1)
+            )
+            assert there, f"Table {table['number']}, {row['label']}: {wanted} in no line"
+
+
+def test_the_misprints_are_noted():
+    notes = {t["number"]: " ".join(t["notes"]) for t in paper.printed()["tables"]}
+    assert "7386" in notes["13"] and "7386" in notes["15"] and "7020" in notes["15"]
+    assert "64.43" in notes["4"] and "64.33" in notes["14"]
+    assert "0.95" in notes["3"], "the text's gains are not the table's"
+
+
+def test_a_run_finds_its_row_by_its_configuration_not_by_its_name(tmp_path):
+    misnamed = clip_run(tmp_path, "clipkd-ViT-S-16", "cifd", 0.48)
+    found = tables(misnamed)
+    assert set(found) == {"4", "14"}
+    (cells,) = ours(found["4"], "CIFD (1 RDM)", "RN50")
+    assert cells["IN top-1"].difference == pytest.approx(48.0 - 47.36)
+    assert not ours(found["4"], "CLIPKD")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"distill_model": "ViT-B-16"},
+        {"distill_pretrained": "laion2b_s32b_b82k"},
+        {"rates": (100.0, 10.0)},
+        {"no_ibm": True},
+        {"pretrained": "openai"},
+        {"student": "RN101"},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_a_run_of_another_setting_is_in_no_row(tmp_path, other):
+    assert not tables(clip_run(tmp_path, "run", "cifd", 0.48, **other))
+
+
+def test_the_number_of_rdms_is_the_banks_and_not_that_of_an_unused_flag(tmp_path):
+    bank = tmp_path / "bank" / "bank"
+    write(bank / "config.json", {"rates": [1.0, 2.0, 3.0], "hidden": 8, "channels": 8})
+    given = {"rdm_bank": str(bank), "student": "ViT-S-16", "distill_model": "ViT-B-16"}
+    found = tables(clip_run(tmp_path, "run", "cifd", 0.5, rates=(1.0,), **given))
+    assert ours(found["5"], "CIFD (3 RDM)") and not ours(found["5"], "CIFD (1 RDM)")
+
+
+def test_a_bank_that_is_gone_is_said_to_be_unknown(tmp_path):
+    run = clip_run(tmp_path, "run", "cifd", 0.5, rdm_bank="gone/bank")
+    (row,) = sources.rows(sources.read_source(run))
+    assert row.method == "cifd (? RDM)" and not tables(run)
+
+
+def test_both_teachers_of_mobileclip_are_asked_for(tmp_path):
+    both = {"distill_model": "ViT-L-14,ViT-L-14-quickgelu",
+            "distill_pretrained": "datacomp_xl_s13b_b90k,openai"}  # fmt: skip
+    assert ours(tables(clip_run(tmp_path, "a", "mobileclip", 0.3, **both))["14"], "MobileCLIP")
+    assert not tables(clip_run(tmp_path, "b", "mobileclip", 0.3))
+
+
+def test_seeds_of_one_setting_are_one_line_with_mean_and_deviation(tmp_path):
+    runs = [clip_run(tmp_path, f"cifd-seed{s}", "cifd", a, s)
+            for s, a in enumerate((0.46, 0.47, 0.48))]  # fmt: skip
+    table = tables(*runs)["4"]
+    (cells,) = ours(table, "CIFD (1 RDM)", "RN50")
+    cell = cells["IN top-1"]
+    assert (cell.mean, cell.deviation, cell.runs) == pytest.approx((47.0, 1.0, 3))
+    assert str(cell) == "47.00 ± 1.00"
+    assert "ours, n = 3: cifd" in [line.who for line in table.lines]
+    assert any("seeds 0, 1, 2; 96,000,000 samples seen" in note for note in table.notes)
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_pooled(tmp_path):
+    runs = [clip_run(tmp_path, f"run{i}", "cifd", 0.4 + i / 10, i, lambda_i=10.0**-i)
+            for i in range(2)]  # fmt: skip
+    lines = ours(tables(*runs)["4"], "CIFD (1 RDM)", "RN50")
+    assert [cells["IN top-1"].mean for cells in lines] == pytest.approx([40.0, 50.0])
+
+
+def test_a_seed_counts_once(tmp_path):
+    one = clip_run(tmp_path, "one", "cifd", 0.4, seed=0)
+    again = clip_run(tmp_path, "again", "cifd", 0.4, seed=0)
+    lines = ours(tables(one, again, one)["4"], "CIFD (1 RDM)", "RN50")
+    assert [cells["IN top-1"].runs for cells in lines] == [1, 1]
+
+
+def test_what_is_missing_is_named(tmp_path):
+    run = clip_run(tmp_path, "run", "cifd", 0.48)
+    gap = {"dataset": "objectnet", "model": "run", "gap": "no folder"}
+    write(run / "results" / "gaps" / "g.json", gap)
+    table = tables(run)["4"]
+    (cells,) = ours(table, "CIFD (1 RDM)", "RN50")
+    assert cells["ObjNet top-1"] == "gap: no folder"
+    assert cells["Flickr30k T→I R@1"] == "gap: not evaluated"
+    (lacking,) = [note for note in table.notes if note.startswith("No result of ours")]
+    assert "CLIPKD RN50" in lacking and "CIFD (1 RDM) ViT-B-16" in lacking
+    assert "CIFD (1 RDM) RN50" not in lacking
+
+
+def test_released_weights_are_the_teachers_row(tmp_path):
+    for name in ("ViT-L-14:datacomp_xl_s13b_b90k", "ViT-L-14-quickgelu:openai", "RN50:cc12m"):
+        result = {
+            "dataset": "imagenet1k", "model": name, "task": "zeroshot_classification",
+            "metrics": {"acc1": 0.79}, "provenance": {"source": name, "weights": name},
+        }  # fmt: skip
+        write(tmp_path / "results" / f"{name}.json", result)
+    table = tables(tmp_path / "results")["14"]
+    for label in ("Teacher", "Teacher-2", "Student"):
+        assert len(ours(table, label)) == 1, label
+
+
+def test_the_gain_over_clipkd_is_ours_where_both_are(tmp_path):
+    runs = [clip_run(tmp_path, m, m, acc, student="ViT-S-16")
+            for m, acc in (("cifd", 0.45), ("clipkd", 0.40))]  # fmt: skip
+    (cells,) = ours(tables(*runs)["12"], "Δ (CIFD − CLIPKD)")
+    assert cells["IN top-1"].mean == pytest.approx(5.0)
+    assert cells["IN top-1"].difference == pytest.approx(5.0 - 3.37)
+    assert not ours(tables(runs[0])["12"], "Δ (CIFD − CLIPKD)")
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """Two seeds of Tables 1 and 6, and a bank."""
+    results = []
+    for seed in (0, 1):
+        bump = seed / 100
+        results += [
+            classifier("cnn10", "none", 0.54 + bump, seed),
+            classifier("cnn2", "none", 0.44 + bump, seed),
+            classifier("cnn2", "kd", 0.45 + bump, seed),
+            classifier("cnn2", "takd", 0.445, seed, assistants=["cnn8", "cnn6", "cnn4"]),
+            *(
+                classifier("cnn2", "cifd", 0.46 + k / 100, seed, rates=range(1, k + 1), ibm=ibm)
+                for k in (0, 1, 3)
+                for ibm in (True, False)
+            ),
+            *(
+                classifier("cnn10", "rdm", 0.5 + r / 1000, seed, role="rdm", rate=float(r))
+                for r in (1, 10)
+            ),
+        ]
+    return study(tmp_path / "cifar100", results)
+
+
+def test_a_folder_of_classifier_results_makes_tables_1_and_6(cifar):
+    found = tables(cifar)
+    assert set(found) == {"1", "6"}
+    expected = {"Teacher": 54.5, "Student": 44.5, "KD": 45.5, "TAKD (3 TA)": 44.5,
+                "CIFD (1 RDM)": 47.0, "CIFD (3 RDM)": 49.0}  # fmt: skip
+    for label, mean in expected.items():
+        (cells,) = ours(found["1"], label)
+        assert (cells["top-1"].mean, cells["top-1"].runs) == pytest.approx((mean, 2)), label
+    assert not ours(found["1"], "CIFD (5 RDM)")
+    assert any("DGKD (3 TA); CIFD (5 RDM)" in note for note in found["1"].notes)
+
+
+def test_the_ablation_is_by_column(cifar):
+    table = tables(cifar)["6"]
+    (cells,) = ours(table, "3 RDM", "CIFAR-100, 10 → 2 layers")
+    assert cells["with IBM"].mean == cells["without IBM"].mean == pytest.approx(49.0)
+    kd, cifd = ours(table, "No RDM")  # two ways to say plain KD
+    assert (kd["with IBM"].mean, kd["without IBM"].mean) == pytest.approx((46.0, 45.5))
+    assert cifd["with IBM"] is None and cifd["without IBM"].mean == pytest.approx(46.0)
+    assert not ours(table, "3 RDM", "ImageNet, ResNet-34 → ResNet-18")
+
+
+def test_the_report_of_a_study_has_its_tables_and_figure_5_and_the_gap_to_training(cifar, tmp_path):
+    out = tmp_path / "out" / "r.html"
+    report.main([str(cifar), "--out", str(out)])
+    page, text = out.read_text(), out.with_suffix(".md").read_text()
+    for heading in ("Table 1.", "Table 6.", "Figure 5: RDMs of cnn10 on cifar100"):
+        assert heading in page
+    assert "## Table 1." in text and "| R = 10 | 2 | 51.00 ± 0.00 |" in text
+    assert "cifar100 (train) top-1" in text and "| 99.0 ± 0.0 |" in text
+    with open(out.with_suffix(".paper.csv")) as file:
+        rows = [row for row in csv.DictReader(file) if row["ours"] and row["table"] == "1"]
+    (kd,) = [row for row in rows if row["method"] == "KD"]
+    assert (kd["printed"], kd["ours"], kd["n"]) == ("44.76", "45.5000", "2")
+    with open(out.with_suffix(".csv")) as file:
+        seeds = [row["seed"] for row in csv.DictReader(file)]
+    assert seeds.count("0") == seeds.count("1") == 10, "one line for each run"
+
+
+def test_a_classifier_whose_test_split_was_not_looked_at_is_a_named_gap(tmp_path):
+    tuned = classifier("cnn2", "kd", 0.5, holdout_metrics={"acc1": 0.44})
+    tuned["metrics"] = None
+    final = classifier("cnn2", "none", 0.5)
+    out = tmp_path / "r.html"
+    report.main([str(study(tmp_path / "s", [tuned, final])), "--out", str(out)])
+    text = out.with_suffix(".md").read_text()
+    assert "gap: the test split was not looked at" in text and "cifar100 (held out)" in text
