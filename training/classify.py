@@ -84,7 +84,7 @@ def run(args: Namespace, directory: RunDirectory) -> bool:
     """
     device = torch.device(args.device)
     teachers = [load_teacher("--teacher", Path(path)) for path in args.teacher]
-    table = load_cifar100(args.data, "train").to(device)
+    table = load_cifar100(args.data, "train").subset(args.subset).to(device)
     _check_teachers(args, teachers, table)
     rows, held_out = split_rows(len(table), args.holdout)
     batches = Batches(table, rows, args.augment, args.seed, args.batch_size)
