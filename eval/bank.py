@@ -72,7 +72,7 @@ def load(path: Path, teacher: str | None, out: Path | None, device: torch.device
         UsageError: no bank, no name of a teacher, or another teacher than the bank's.
     """
     folder = find(path)
-    run = folder.resolve().parent
+    run = folder.absolute().parent
     config = run / "config.json"
     config = json.loads(config.read_text()) if config.is_file() else {}
     if out is None and not config:

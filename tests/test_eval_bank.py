@@ -1,0 +1,142 @@
+"""``python -m eval.bank``: what is measured is what teaches in stage 2, and the report draws it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifd_clip import RDMBank
+from cifd_clip.losses import Features
+from cifd_clip.teacher import assistants
+from eval import bank, benchmark, datasets, metrics, models, report
+from training.errors import UsageError
+
+CPU = torch.device("cpu")
+SETS = ("digits", "digit_scenes")
+
+
+@pytest.fixture(scope="module")
+def measured(bank_run, scenes, tmp_path_factory):
+    """Results of the bank on both sets, and the command."""
+    out = tmp_path_factory.mktemp("measured")
+    command = [str(bank_run), "--data-root", str(scenes / "benchmark"), "--workers=0"]
+    command += ["--device=cpu", "--datasets"]
+    assert bank.main([*command, *SETS, "--out", str(out)]) == 0
+    found = [json.loads(path.read_text()) for path in sorted((out / "bank").glob("*.json"))]
+    return {result["dataset"]: result for result in found}, out, command
+
+
+@pytest.fixture(scope="module")
+def bank_run(request):
+    return request.getfixturevalue("bank").parent
+
+
+def test_the_teachers_figures_are_those_of_the_benchmark(measured, teacher, scenes, tmp_path):
+    found, _, _ = measured
+    command = [teacher, "--data-root", str(scenes / "benchmark"), "--workers=0", "--device=cpu"]
+    assert benchmark.main([*command, "--datasets", *SETS, "--out", str(tmp_path)]) == 0
+    for path in tmp_path.glob("*.json"):
+        result = json.loads(path.read_text())
+        assert found[result["dataset"]]["teacher"]["metrics"] == result["metrics"]
+
+
+def test_an_assistant_is_measured_as_it_teaches(measured, teacher, bank_run, scenes):
+    found, _, _ = measured
+    model = models.load(teacher, CPU)
+    folder = datasets.open_folder(scenes / "benchmark", "digit_scenes", "test")
+    captions = folder.captions()
+    pixels = torch.stack(list(folder.images(model.transform)))
+    with torch.no_grad():
+        images = model.encode_image(pixels)
+        texts = model.encode_text([c for some in captions for c in some], CPU)
+    image_of = torch.tensor([i for i, some in enumerate(captions) for _ in some])
+    loaded = RDMBank.load(bank_run / "bank", {"model": "", "weights": model.weights})
+    of_images = assistants(loaded, Features(images, images, torch.tensor(1.0)))
+    of_texts = assistants(loaded, Features(texts, texts, torch.tensor(1.0)))
+    for k, one in enumerate(found["digit_scenes"]["assistants"]):
+        wanted = metrics.retrieval_metrics(of_images[k].image, of_texts[k].text, image_of)
+        assert one["metrics"] == pytest.approx(wanted), f"R = {one['rate']}"
+        assert one["rate"] == loaded.rates[k]
+
+
+def test_bits_are_those_of_the_density(measured, teacher, bank_run, scenes):
+    found, _, _ = measured
+    model = models.load(teacher, CPU)
+    folder = datasets.open_folder(scenes / "benchmark", "digits", "test")
+    with torch.no_grad():
+        images = model.encode_image(torch.stack(list(folder.images(model.transform))))
+        loaded = RDMBank.load(bank_run / "bank", {"model": "", "weights": model.weights})
+        bits = loaded(images, images, None)[1]["image/bits"].tolist()
+    assert [a["bits"]["image"] for a in found["digits"]["assistants"]] == pytest.approx(bits)
+
+
+def test_the_map_has_a_point_for_each_image_in_every_space(measured):
+    found, _, _ = measured
+    drawn = found["digits"]["map"]
+    assert drawn["points"].keys() == {"teacher", "300", "30"}
+    assert 2 <= len(drawn["classes"]) <= bank.CLASSES
+    assert set(drawn["labels"]) == set(range(len(drawn["classes"])))
+    for points in drawn["points"].values():
+        assert torch.tensor(points).shape == (len(drawn["labels"]), 2)
+        assert torch.tensor(points).isfinite().all()
+
+
+def test_a_repeated_measurement_is_skipped_and_a_fresh_one_is_the_same(
+    measured, tmp_path, capsys, bank_run
+):
+    _, out, command = measured
+    assert bank.main([*command, "digits", "--out", str(out)]) == 0
+    assert "measured already, skipped" in capsys.readouterr().out
+    assert bank.main([*command, "digits", "--out", str(tmp_path)]) == 0
+    (again,) = (tmp_path / "bank").glob("*.json")
+    assert again.read_bytes() == (out / "bank" / again.name).read_bytes()
+
+
+def test_a_missing_set_is_a_named_gap_and_the_others_are_measured(measured, tmp_path, capsys):
+    _, _, command = measured
+    assert bank.main([*command, "nowhere", "digit_scenes", "--out", str(tmp_path)]) == 1
+    assert "bank on nowhere: not evaluated: no folder" in capsys.readouterr().err
+    (gap,) = (tmp_path / "gaps").glob("*.json")
+    assert json.loads(gap.read_text())["dataset"] == "nowhere"
+    assert len(list((tmp_path / "bank").glob("*.json"))) == 1
+
+
+def test_another_teacher_is_refused(measured, teacher, flags, tmp_path):
+    from training.main import main as train
+
+    other = [*flags, "--model", "tiny-teacher", "--seed", "5", "--name", "other"]
+    assert train([*other, "--logs", str(tmp_path)]) == 0
+    _, _, command = measured
+    with pytest.raises(UsageError, match="was trained on"):
+        bank.main([*command, "digits", "--teacher", str(tmp_path / "other")])
+
+
+def test_a_bank_that_names_no_teacher_asks_for_one(bank_run, tmp_path, scenes):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "bank").symlink_to(bank_run / "bank")
+    (run / "config.json").write_text(json.dumps({"distill": "rdm", "teacher_cache": "c"}))
+    command = [str(run), "--data-root", str(scenes / "benchmark"), "--datasets", "digits"]
+    with pytest.raises(UsageError, match="--teacher NAME:WEIGHTS"):
+        bank.main([*command, "--device=cpu"])
+
+
+def test_a_folder_without_a_bank_is_one_sentence(tmp_path, scenes):
+    command = ["--data-root", str(scenes / "benchmark"), "--datasets", "digits", "--device=cpu"]
+    with pytest.raises(UsageError, match=re.escape("bank.safetensors")):
+        bank.main([str(tmp_path), *command])
+
+
+def test_the_report_draws_what_the_bank_did_and_twice_the_same(measured, bank_run, tmp_path):
+    _, out, _ = measured
+    pages = []
+    for name in ("a", "b"):
+        report.main([str(bank_run), str(out), "--out", str(tmp_path / name / "r.html")])
+        pages.append((tmp_path / name / "r.html").read_bytes())
+    assert pages[0] == pages[1]
+    page = pages[0].decode()
+    assert page.count("what the assistants still know") == 2 and "t-SNE of image embeddings" in page
+    text = Path(tmp_path / "a" / "r.md").read_text()
+    assert "## The bank on digits: bank" in text and "| R = 300 |" in text
