@@ -4,7 +4,6 @@ Two stages, one loop: ``--method rdm`` trains a teacher's assistants, ``--method
 under both. Teachers are run directories of earlier runs.
 """
 
-import json
 import logging
 import math
 import time
@@ -40,7 +39,7 @@ from training.classify_data import (
     load_cifar100,
     split_rows,
 )
-from training.classify_params import parse_args
+from training.classify_params import parse_args, run_config
 from training.classify_teachers import (
     EVALUATION_BATCH,
     CachedTeachers,
@@ -67,9 +66,8 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s | %(message)s", datefmt="%H:%M:%S", force=True
     )
-    config = json.loads(json.dumps({**vars(args), "data": None, "classes": CLASSES}))
-    config["global_batch"] = args.batch_size
-    directory = RunDirectory(Path(args.logs) / args.name, config, args.resume == "latest")
+    path = Path(args.logs) / args.name
+    directory = RunDirectory(path, run_config(args), args.resume == "latest")
     if directory.finished:
         log.info("%s is finished already", directory.path)
         return 0
@@ -93,6 +91,7 @@ def run(args: Namespace, directory: RunDirectory) -> bool:
 
     directory.open()
     _record_data(args, directory, table)
+    start = (time.monotonic(), time.process_time())
     live, source, task = assemble(args, teachers, table)
     trainer = Trainer(args, task, batches.per_epoch, device)
     checkpoints = Checkpoints(directory.checkpoints, args.keep)
@@ -100,6 +99,9 @@ def run(args: Namespace, directory: RunDirectory) -> bool:
     if found is not None:
         trainer.load(found[1])
         log.info("resumed from %s at step %d", found[0].name, trainer.step_number)
+    else:  # a resumed run has counted its teachers' answers already
+        trainer.seconds = time.monotonic() - start[0]
+        trainer.cpu_seconds = time.process_time() - start[1]
     sinks = Sinks(directory.path, step=trainer.step_number)
     stop = StopFlag(World())
     validation = (table, torch.from_numpy(held_out).to(device)) if args.holdout else None
@@ -134,9 +136,7 @@ def assemble(
         live = LiveTeachers([t.model for t in chosen], rdms, picked, lambdas, wanted).to(
             device, memory_format=torch.channels_last
         )
-        start = time.monotonic()
         source = CachedTeachers(live, table, args.augment) if VIEWS[args.augment] else live
-        log.info("teachers ready in %.0f s", time.monotonic() - start)
     weights = Weights(
         ce=args.lambda_ce,
         kl=args.lambda_kl,
@@ -408,6 +408,7 @@ def finish(
         "provenance": {
             "environment": environment(),
             "settings": {k: v for k, v in directory.config.items() if k not in ("logs", "resume")},
+            "teachers": [t.hash for t in teachers],
             "data": data,
             "steps": trainer.total,
             "seconds": trainer.seconds,

@@ -1,12 +1,14 @@
 """The command line of `training.classify`."""
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from cifd_clip.classification.losses import EMBEDDING_LOSSES
 from cifd_clip.classification.models import SIMPLE_CNNS
 from cifd_clip.classification.rdm import FORMS
-from training.classify_data import AUGMENTATIONS
+from training.classify_data import AUGMENTATIONS, CLASSES
 from training.errors import UsageError
 from training.params import _Help, _Parser
 
@@ -166,6 +168,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.name is None:
         args.name = f"{args.method}_{args.model or 'bank'}_s{args.seed}"
     return args
+
+
+def run_config(args: argparse.Namespace) -> dict[str, Any]:
+    """What makes two runs the same run; where the data lie does not (their hash is compared)."""
+    config = {**vars(args), "data": None, "classes": CLASSES, "global_batch": args.batch_size}
+    return json.loads(json.dumps(config))
 
 
 def _check(args: argparse.Namespace) -> None:
