@@ -328,6 +328,14 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=100)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type, "NAME")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line: flags of `training.main` that cost depends on, and the machine's."""
     p = _Parser(
@@ -335,6 +343,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__.partition("\n\n")[2],
         usage="python -m eval.cost [@recipe.args] [flags of training.main] [flags]",
         fromfile_prefix_chars="@",
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     recipe_flags(
@@ -433,6 +442,11 @@ def _checked(args: Namespace) -> Namespace:
             "--train-num-samples is missing: the samples of an epoch, which a run takes from its "
             "shards"
         )
+    for flag in ("tflops", "mfu", "gpus"):
+        if getattr(args, flag) <= 0:
+            raise UsageError(f"--{flag} must be positive, got {getattr(args, flag)}")
+    if args.sweep_views and args.distill == "none":
+        raise UsageError("--sweep-views compares caches of a teacher, but --distill is none")
     if args.dataset_samples is None:
         args.dataset_samples = args.train_num_samples
     if args.teacher_cache and not args.views:
@@ -477,6 +491,7 @@ def main(argv: list[str]) -> int:
         text, found = views_report(args) if args.sweep_views else run_report(args)
     print(text, end="")
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({**found, "environment": environment()}, indent=1, sort_keys=True)
         Path(args.json).write_text(content + "\n")
     return 0

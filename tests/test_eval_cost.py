@@ -77,9 +77,9 @@ def test_every_stage_has_its_hours_and_bytes_as_one_json_object(capsys):
     assert found["disk_bytes"]["cache"] == 3_000_000 * 3 * 768 * 2
 
 
-@pytest.mark.parametrize("name, tolerance", [("RN50", 0.03), ("ViT-S-16", 0.02)])
-def test_training_costs_three_forwards_as_autograd_counts_them(name, tolerance):
+def test_training_costs_three_forwards_as_autograd_counts_them():
     """The first layer needs no gradient of its input, so three is a little too many."""
+    name = "ViT-S-16"
     model = macs.build_clip(name)
     with torch.device("meta"):
         student = Student(model)
@@ -94,7 +94,7 @@ def test_training_costs_three_forwards_as_autograd_counts_them(name, tolerance):
                     sum(losses.values()).backward()
             counted.append(counter.get_total_flops())
     forward, trained = counted
-    assert trained == pytest.approx(cost.TRAINED * forward, rel=tolerance)
+    assert trained == pytest.approx(cost.TRAINED * forward, rel=0.005)
     assert trained < cost.TRAINED * forward
     clip = macs.clip(name)
     parts = clip.macs + macs.head("cifd", name, (768,), 4, 3).macs
@@ -187,12 +187,34 @@ def test_assistants_have_to_lie_between_teacher_and_student():
         (["--train-num-samples", "9", "--distill", "crd"], "--distill 'crd': expected"),
         (["--train-num-samples", "9", "--model", "RN-50"], "--model 'RN-50' could not be made"),
         ([RECIPE, "--teacher-cache", "x"], "x' is not written yet"),
+        ([RECIPE, "--mfu", "0"], "--mfu must be positive"),
         (["@no.args"], "@no.args: no such flag file"),
     ],
 )
 def test_wrong_input_ends_in_one_sentence(flags, message):
     with pytest.raises(UsageError, match=message):
         cost.gpu_hours(flags)
+
+
+def test_a_sweep_over_caches_needs_a_teacher():
+    with pytest.raises(UsageError, match="--sweep-views compares caches of a teacher"):
+        cost.main(["--train-num-samples", "9", "--sweep-views", "1", "2"])
+
+
+def test_a_sweep_over_caches_says_what_each_saves(tmp_path, capsys):
+    flags = [RECIPE, "--sweep-views", "1", "39", "--json", str(tmp_path / "views.json")]
+    assert cost.main(flags) == 0
+    found = json.loads((tmp_path / "views.json").read_text())
+    hours = {
+        w: sum(s["gpu_hours"] for s in run) for w, run in found["students"]["ViT-S-16"].items()
+    }
+    # 32 + 7 epochs: as many views as the live teacher sees save nothing
+    assert hours["39"] == pytest.approx(hours["live"])
+    spared = cost.Hardware().hours(38 * 3_000_000 * macs.clip("ViT-L-14").macs)
+    assert hours["39"] - hours["1"] == pytest.approx(spared)
+    row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")]
+    assert row[1] == "ViT-S-16" and row[-2] == "1.000"
+    assert found["environment"]["commit"]
 
 
 def test_a_chain_of_classifiers_by_hand():
