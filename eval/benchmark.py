@@ -333,10 +333,12 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--device '{device}': no GPU is to be seen here; use --device cpu")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
-    # torchrun stops all processes when one of them ends with an error: they wait for the last
-    wait = place.size > 1 and dist.is_torchelastic_launched()
+    # torchrun, and srun --wait, end the others soon after one has ended: all wait for the last
+    wait = place.size > 1 and "MASTER_ADDR" in os.environ
     if wait:
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        dist.init_process_group(
+            "gloo", rank=place.rank, world_size=place.size, timeout=timedelta(days=30)
+        )
     gaps = run(args, device, place)
     if gaps:
         print(f"{len(gaps)} of the evaluations asked for are gaps", file=sys.stderr)
