@@ -8,12 +8,14 @@ when one of our results belongs to it. Rows and figures that we lack are named.
 import csv
 import io
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from html import escape
 from importlib.resources import files
+from itertools import groupby
 
 from eval.tables import Row, difference, markdown
 
@@ -33,7 +35,12 @@ class Ours:
         return None if self.printed is None else self.mean - self.printed
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f}" + (f" ± {self.deviation:.2f}" if self.deviation else "")
+        return f"{self.mean:.2f}{self.spread}"
+
+    @property
+    def spread(self) -> str:
+        """`` ± 0.20``, of two runs and more."""
+        return "" if self.deviation is None else f" ± {self.deviation:.2f}"
 
 
 @dataclass
@@ -55,6 +62,8 @@ class Table:
     columns: list[str]
     lines: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
+    """Whose figures ours are."""
 
 
 @cache
@@ -94,7 +103,7 @@ def _filled(table: dict, rows: list[Row]) -> Table:
     made.notes = [*table["notes"]]
     if lacking:
         made.notes.append("No result of ours: " + "; ".join(dict.fromkeys(lacking)) + ".")
-    made.notes += [f"Ours: {_told(row)}." for row in used.values()]
+    made.runs = [_told(row) for row in used.values()]
     return made
 
 
@@ -213,8 +222,8 @@ def _told(row: Row) -> str:
 
 def unplaced(rows: Iterable[Row], tables: list[Table]) -> list[str]:
     """Rows of ours that are in none of the tables."""
-    told = {note for table in tables for note in table.notes}
-    return [row.name for row in rows if row.setting and f"Ours: {_told(row)}." not in told]
+    placed = {run for table in tables for run in table.runs}
+    return [row.name for row in rows if row.setting and _told(row) not in placed]
 
 
 def _text(cell: float | Ours | str | None, own_line: bool) -> str:
@@ -236,37 +245,57 @@ def to_markdown(table: Table) -> str:
         own = line.who != "printed"
         cells = [_text(cell, own) for cell in line.cells]
         lines.append(["" if own else line.label, "" if own else line.model, line.who, *cells])
-    notes = "".join(f"- {note}\n" for note in table.notes)
+    told = [*table.notes, *(f"Ours: {run}." for run in table.runs)]
+    notes = "".join(f"- {note}\n" for note in told)
     return f"## Table {table.number}. {table.title}\n\n{markdown(lines)}\n{notes}"
 
 
 def to_html(table: Table) -> str:
-    """The table and its notes."""
-    head = "".join(f"<th>{escape(label)}</th>" for label in ("", "", *table.columns))
+    """The table, its notes, and whose figures ours are."""
     body = ""
     for line in table.lines:
         own = line.who != "printed"
-        first = line.who if own else f"{line.label} "
-        model = "" if own or not line.model else f'<small class="soft">{escape(line.model)}</small>'
-        cells = "".join(_html_cell(cell, own) for cell in line.cells)
+        first = escape(line.who if own else line.label)
+        if line.model and not own:
+            first += f' <small class="soft">{escape(line.model)}</small>'
         kind = "ours" if own else "printed"
-        body += f'<tr class="{kind}"><td>{escape(first)}{model}</td>'
-        body += f"<td>{'' if own else 'printed'}</td>{cells}</tr>"
+        body += f'<tr class="{kind}"><td>{first}</td>{_html_cells(line.cells, own)}</tr>'
     notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
+    runs = "".join(f"<li>{escape(run)}</li>" for run in table.runs)
     return (
         f"<h3>Table {table.number}. {escape(table.title)}</h3>"
-        f'<div class="scroll"><table class="paper"><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table class="paper"><thead>{_html_head(table.columns)}</thead>'
         f'<tbody>{body}</tbody></table></div><ul class="notes">{notes}</ul>'
+        f'<details class="runs"><summary>Our runs</summary><ul class="notes">{runs}</ul></details>'
     )
 
 
-def _html_cell(cell: float | Ours | str | None, own_line: bool) -> str:
-    if isinstance(cell, str):
-        return f'<td class="gap">{escape(cell)}</td>'
-    if isinstance(cell, Ours):
-        beside = "" if cell.difference is None else difference(cell.difference, 2)
-        return f"<td>{cell}{beside}</td>"
-    return f"<td>{_text(cell, own_line)}</td>"
+def _html_head(columns: list[str]) -> str:
+    """``IN top-1``, ``IN top-5``: a group with two columns; other labels as they are."""
+    split = [re.fullmatch(r"(.+) (top-\d|R@\d+)", label) for label in columns]
+    leaves = "".join(f"<th>{escape(m[2] if m else c)}</th>" for m, c in zip(split, columns))
+    groups = [(name, len(list(some))) for name, some in groupby(m[1] if m else "" for m in split)]
+    over = "".join(f'<th class="group" colspan="{n}">{escape(name)}</th>' for name, n in groups)
+    upper = f"<tr><th></th>{over}</tr>" if any(name for name, _ in groups) else ""
+    return f"{upper}<tr><th></th>{leaves}</tr>"
+
+
+def _html_cells(cells: list, own_line: bool) -> str:
+    """Cells; neighbours that lack a figure for the same reason share one."""
+    made = ""
+    for cell, some in groupby(cells, key=lambda c: c if isinstance(c, str) else id(c)):
+        some = list(some)
+        if isinstance(cell, str):
+            made += f'<td class="gap" colspan="{len(some)}">{escape(cell)}</td>'
+            continue
+        for one in some:
+            if isinstance(one, Ours):
+                beside = "" if one.difference is None else difference(one.difference, 2)
+                spread = f'<small class="soft">{one.spread}</small>' if one.spread else ""
+                made += f"<td>{one.mean:.2f}{spread}{beside}</td>"
+            else:
+                made += f"<td>{_text(one, own_line)}</td>"
+    return made
 
 
 def to_csv(tables: list[Table]) -> str:

@@ -39,8 +39,9 @@ def paper_section(sources: list[Source]) -> str:
     if not placed:
         return ""
     note = (
-        "Percent; a small figure is ours minus the printed one, in points. Ours is the mean over n "
-        "seeds ± their sample standard deviation. A run finds its row by its configuration."
+        "Percent; grey is printed. Ours beneath is the mean over n seeds ± their sample standard "
+        "deviation, the small figure ours minus the printed one. A run finds its row by its "
+        "configuration."
     )
     rest = paper.unplaced(found, placed)
     outside = f"<p>In none of these rows: {html.escape(', '.join(rest))}.</p>" if rest else ""

@@ -11,6 +11,9 @@ from training.rundir import FREE_TO_CHANGE
 #: What may differ between the runs of one setting besides what may differ within one run.
 SEEDED = FREE_TO_CHANGE | {"seed", "view_seed", "name", "rdm_bank", "teacher", "paraphraser"}
 
+#: In the order of their lines.
+METHODS = ("none", "kd", "ft", "takd", "dgkd", "cifd")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -148,7 +151,16 @@ def rows(sources: list[Source], pooled: bool = True) -> list[Row]:
             row.gaps[gap["dataset"]] = gap["gap"]
     for row in found:
         row.name = common_name(row.names) or row.name
-    return found
+    return sorted(found, key=_place)
+
+
+def _place(row: Row) -> tuple:
+    """Classifiers of a study by method; what else there is stays in the order it was given."""
+    setting = row.setting
+    if setting is None or setting.dataset is None:
+        return (0,)
+    method = METHODS.index(setting.method) if setting.method in METHODS else len(METHODS)
+    return 1, setting.dataset, method, setting.student, setting.rdms or 0, setting.ibm
 
 
 def _row_of(found: list[Row], source: Source, result: dict, pooled: bool) -> tuple[Row, Run]:

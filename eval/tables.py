@@ -217,11 +217,20 @@ def _html_row(row: Row, cols, shown, many: bool, baseline: Row | None, swatch) -
             told.add(dataset)
             continue
         extra = ""
-        comparable = baseline and row is not baseline and row.parameters == baseline.parameters
-        if comparable and column in baseline.values:
+        if (
+            baseline
+            and row is not baseline
+            and _same_student(row, baseline)
+            and column in baseline.values
+        ):
             extra = difference(row.mean(column) - baseline.mean(column))
         cells.append(f"<td>{cell(row, column)}{extra}</td>")
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def _same_student(row: Row, other: Row) -> bool:
+    students = [one.setting.student if one.setting else one.name for one in (row, other)]
+    return students[0] == students[1] and row.parameters == other.parameters
 
 
 def difference(points: float, digits: int = 1) -> str:

@@ -146,7 +146,7 @@ def test_seeds_of_one_setting_are_one_line_with_mean_and_deviation(tmp_path):
     assert (cell.mean, cell.deviation, cell.runs) == pytest.approx((47.0, 1.0, 3))
     assert str(cell) == "47.00 ± 1.00"
     assert "ours, n = 3: cifd" in [line.who for line in table.lines]
-    assert any("seeds 0, 1, 2; 96,000,000 samples seen" in note for note in table.notes)
+    assert any("seeds 0, 1, 2; 96,000,000 samples seen" in run for run in table.runs)
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_not_pooled(tmp_path):
