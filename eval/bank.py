@@ -164,8 +164,8 @@ def embedding_map(
     points, start = {}, "pca"
     for name, vectors in zip(names, embeddings):
         points[name] = tsne(vectors[rows.to(vectors.device)].cpu().numpy(), start)
-        if name == "teacher":
-            start = (points[name] / points[name][:, 0].std() * 1e-4).astype(np.float32)
+        if name == "teacher" and (spread := points[name][:, 0].std()):
+            start = (points[name] / spread * 1e-4).astype(np.float32)  # as sklearn scales its own
     return {
         "classes": [classnames[int(c)] for c in chosen],
         "labels": [place[int(c)] for c in labels[rows]],
@@ -176,7 +176,7 @@ def embedding_map(
 def tsne(vectors: np.ndarray, start) -> np.ndarray:
     """Points (N, 2) of unit vectors (N, D)."""
     perplexity = min(30.0, max(1.0, (len(vectors) - 1) / 3))
-    if isinstance(start, str) and not np.ptp(vectors, axis=0).any():
+    if not np.ptp(vectors, axis=0).any():  # collapsed to one point
         return np.zeros((len(vectors), 2))
     made = TSNE(perplexity=perplexity, init=start, metric="cosine", random_state=0)
     return made.fit_transform(vectors.astype(np.float64))

@@ -11,11 +11,7 @@ from eval.sources import Source
 from eval.tables import TASKS, markdown
 
 #: What is drawn and tabulated of a data set, of the metrics that it has.
-SHOWN = {
-    "acc1": "top-1",
-    "image_retrieval_recall@1": "T→I R@1",
-    "text_retrieval_recall@1": "I→T R@1",
-}
+SHOWN = ("acc1", "image_retrieval_recall@1", "text_retrieval_recall@1")
 MAPS = 4
 
 
@@ -30,7 +26,7 @@ def to_html(sources: list[Source]) -> str:
                 for modality, rates in last.items()
             }
             table = html_table(*_rates_table(last))
-            plot = plots.rate_distortion(curves)
+            plot = plots.rate_distortion(curves, f"{source.name}: what the assistants keep")
             parts.append(f'<div class="side"><div class="plot">{plot}</div>{table}</div>')
         parts += map(_measured_html, source.banks)
     parts += [_classifier_html(*found) for found in classifier_banks(sources).items()]
@@ -89,8 +85,8 @@ def _measured_table(bank: dict):
     labels = {k: v for k, v in labels.items() if bank["teacher"]["metrics"][k] is not None}
     bits = [f"bits per {m}" for m in bank["assistants"][0]["bits"]]
     lines = []
-    best = bank["teacher"]
-    shown = [("teacher", best), *((f"R = {a['rate']:g}", a) for a in _by_rate(bank)[::-1])]
+    shown = [(f"R = {a['rate']:g}", a) for a in _by_rate(bank)[::-1]]
+    shown = [("teacher", bank["teacher"]), *shown]
     for name, one in shown:
         rates = [f"{v:.1f}" for v in one.get("bits", {}).values()] or [""] * len(bits)
         lines.append((name, *rates, *(f"{100 * one['metrics'][k]:.1f}" for k in labels)))
@@ -102,25 +98,17 @@ def _by_rate(bank: dict) -> list[dict]:
 
 
 def _measured_html(bank: dict) -> str:
-    found = _by_rate(bank)
+    found, teacher = _by_rate(bank), bank["teacher"]["metrics"]
     rates = [a["rate"] for a in found]
-    lines = [
-        (
-            TASKS[bank["task"]][key],
-            rates,
-            [100 * a["metrics"][key] for a in found],
-            None,
-            100 * teacher,
-        )
-        for key in SHOWN
-        if (teacher := bank["teacher"]["metrics"].get(key)) is not None
-    ]
-    plot = plots.against_rate(f"{bank['dataset']}: what the assistants still know", lines)
-    table = html_table(*_measured_table(bank))
-    side = (
-        f'<div class="side"><div class="plot">{plot}</div><div class="scroll">{table}</div></div>'
-    )
-    return side + (_maps_html(bank) if bank.get("map") else "")
+    lines = []
+    for key in SHOWN:
+        if teacher.get(key) is not None:
+            values = [100 * a["metrics"][key] for a in found]
+            lines.append((TASKS[bank["task"]][key], rates, values, None, 100 * teacher[key]))
+    title = f"{bank['model']} on {bank['dataset']}: what the assistants still know"
+    plot = f'<div class="plot">{plots.against_rate(title, lines)}</div>'
+    table = f'<div class="scroll">{html_table(*_measured_table(bank))}</div>'
+    return f'<div class="side">{plot}{table}</div>' + (_maps_html(bank) if "map" in bank else "")
 
 
 def _maps_html(bank: dict) -> str:

@@ -84,7 +84,7 @@ def bars(groups: Sequence[str], models: Sequence[tuple[str, str, Sequence[float 
         return _svg(figure)
 
 
-def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]]) -> str:
+def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]], title: str) -> str:
     """Rate-distortion curves: modality -> (R, bits, distortion), each point labelled with its R."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
@@ -106,7 +106,7 @@ def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]]) -> 
                     size=9,
                 )
         axis.set(
-            title="What the assistants keep",
+            title=title,
             xlabel="rate (bits per embedding)",
             ylabel="distortion  E‖X − X̂‖²",
         )
