@@ -20,10 +20,12 @@ export MASTER_ADDR MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
 # srun no longer takes this from sbatch by itself (SLURM 22.05)
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
+say() { echo "$(date '+%F %T') | task $TASK | $*"; }
+
 # run COMMAND...: one process per task; then leave, or get back into the queue.
 run() {
     local code=0
-    echo "$(date '+%F %T') | task $TASK on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0} | $*"
+    say "on $SLURM_JOB_NODELIST, port $MASTER_PORT, restart ${SLURM_RESTART_COUNT:-0}: $*"
     # --wait: when a process has ended, the others get 30 s to do so. --kill-on-bad-exit would not
     # let them: the first exit with 75 would kill a rank that is still saving.
     srun --kill-on-bad-exit=0 --wait=30 "$@" &
@@ -45,7 +47,7 @@ run() {
 requeue() {
     local state
     state=$(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format='%T %r')
-    echo "$(date '+%F %T') | task $TASK stopped with exit code $1, state $state"
+    say "stopped with exit code $1, state $state"
     case $state in
         "RUNNING "* | *" TimeLimit") ;;
         *) exit "$1" ;;

@@ -1,0 +1,178 @@
+"""Fetch weights, tokenizers and evaluation sets where there is a network, for jobs that have none.
+
+    python -m training.prefetch ViT-L-14:datacomp_xl_s13b_b90k RN50 \\
+        --datasets imagenetv2 flickr30k --data-root benchmarks
+
+A model is NAME[:PRETRAINED], as `eval.benchmark` takes it. What is here already is not fetched
+again, and nothing counts as here before a process without a network has loaded it. Weights go where
+Hugging Face keeps them (HF_HOME) or to --cache-dir, which training.main must then be given too.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils import get_session
+
+from training.errors import Failure, UsageError, cli
+from training.models import add_model_configs, check_weights, model_config, quiet
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def main(argv: list[str]) -> int:
+    """Fetch what is missing; 1 when something still is, each named."""
+    args = _parser().parse_args(argv)
+    if args.datasets and not args.data_root:
+        raise UsageError("--datasets needs --data-root: the folder that eval.benchmark will read")
+    add_model_configs(args.model_config)
+    if args.offline:
+        forbid_network()
+        for spec in args.models:
+            load(spec, args.cache_dir)
+        return 0
+    specs = [named(spec) for spec in args.models]
+    options = [*(["--cache-dir", args.cache_dir] if args.cache_dir else [])]
+    options += ["--model-config", *args.model_config] if args.model_config else []
+    missing = []
+    for what, fetch in [
+        *((spec, lambda s=spec: fetch_model(s, args.cache_dir, options)) for spec in specs),
+        *((name, lambda n=name: fetch_dataset(n, args.data_root)) for name in args.datasets),
+    ]:
+        try:
+            print(f"{what}: {fetch()}", flush=True)
+        except Failure as failure:
+            print(f"error: {what}: {failure}", file=sys.stderr)
+            missing.append(what)
+    return 1 if missing else 0
+
+
+def fetch_model(spec: str, cache_dir: str | None, options: list[str]) -> str:
+    """Fetch a model's weights and tokenizer; says where they came from.
+
+    Raises:
+        Failure: they can't be fetched, or don't load without a network afterwards.
+    """
+    if loads_offline(spec, options) is None:
+        return "is here"
+    online()
+    load(spec, cache_dir)
+    if trouble := loads_offline(spec, options):
+        raise Failure(f"fetched, but without a network it does not load: {trouble}")
+    return "fetched, and loads without a network"
+
+
+def fetch_dataset(name: str, root: Path) -> str:
+    """Fetch a data set of clip_benchmark's collection into `root`; says where it is."""
+    folder = root / f"wds_{name.replace('/', '-')}"
+    if any((path / "test" / "nshards.txt").is_file() for path in (folder, root / name)):
+        return "is here"
+    online()
+    repository = f"clip-benchmark/{folder.name}"
+    draft = root / f".{folder.name}.draft"
+    try:
+        snapshot_download(
+            repository, repo_type="dataset", local_dir=draft, allow_patterns=["test/*", "*.txt"]
+        )
+    except Exception as error:  # whatever the client and its transport raise
+        raise Failure(f"{repository} can't be fetched: {first_line(error)}") from error
+    if not (draft / "test" / "nshards.txt").is_file():
+        raise Failure(f"{repository} is not laid out as expected: it has no test/nshards.txt")
+    draft.rename(folder)
+    return f"fetched to {folder}"
+
+
+def named(spec: str) -> str:
+    """The model's name, if there is such a model and such weights."""
+    name, pretrained = split(spec)
+    model_config(name, "MODEL")
+    if pretrained:
+        check_weights(name, pretrained, "MODEL")
+    return spec
+
+
+def split(spec: str) -> tuple[str, str | None]:
+    """``NAME:PRETRAINED`` apart; ``local-dir:`` and ``hf-hub:`` belong to the name."""
+    if spec.startswith(("local-dir:", "hf-hub:")):
+        return spec, None
+    name, _, pretrained = spec.partition(":")
+    return name, pretrained or None
+
+
+def load(spec: str, cache_dir: str | None) -> None:
+    """Make the model and its tokenizer, as a job would; with a network, this fetches them.
+
+    Raises:
+        Failure: it can't be made.
+    """
+    name, pretrained = split(spec)
+    try:
+        with quiet():
+            open_clip.create_model(name, pretrained, device="cpu", cache_dir=cache_dir)
+            open_clip.get_tokenizer(name)(["a photo"])
+    except Exception as error:  # whatever the client and its transport raise
+        raise Failure(first_line(error)) from error
+
+
+def loads_offline(spec: str, options: list[str]) -> str | None:
+    """None when a new process without a network can make the model; else its complaint."""
+    command = [sys.executable, "-m", "training.prefetch", "--offline", spec, *options]
+    done = subprocess.run(
+        command, env={**os.environ, **OFFLINE}, capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+
+
+def forbid_network() -> None:
+    """From now on, connecting to anything or resolving a name is an error in this process."""
+
+    def refuse(event: str, arguments: tuple) -> None:
+        if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+            raise PermissionError(f"a job has no network, but {event} was asked for {arguments[1]}")
+
+    sys.addaudithook(refuse)
+
+
+def online() -> None:
+    """Refuse at once where the hub can't be reached, instead of after a client's retries.
+
+    Raises:
+        Failure: see above.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=20)
+    except Exception as error:  # the transport's own, which differs between versions
+        raise Failure(
+            f"not here, and {constants.ENDPOINT} can't be reached ({first_line(error)}): run this "
+            "where there is a network, such as a login node"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, short."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m training.prefetch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("models", nargs="*", metavar="NAME[:PRETRAINED]", help="models to fetch")
+    p.add_argument("--datasets", nargs="+", default=[], metavar="NAME", help="evaluation sets")
+    p.add_argument("--data-root", type=Path, metavar="DIR", help="where evaluation sets go")
+    p.add_argument("--model-config", nargs="+", default=[], metavar="FILE.json")
+    p.add_argument("--cache-dir", metavar="DIR", help="of weights [Hugging Face's]")
+    p.add_argument("--offline", action="store_true", help="only load, with the network forbidden")
+    return p
+
+
+if __name__ == "__main__":
+    cli(main)
