@@ -51,13 +51,19 @@ def run(plan: dict[str, list[str]]) -> dict[str, dict]:
             seen[name]["exit"] = code
         except UsageError as error:
             seen[name] = {"refused": str(error)}
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return seen
+
+
+def keep_the_process_group() -> None:
+    """Let one process group serve all runs: torchrun's store remembers the keys of the first."""
+    join = dist.init_process_group
+    dist.init_process_group = lambda **how: None if dist.is_initialized() else join(**how)
+    dist.destroy_process_group = lambda: None
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    keep_the_process_group()
     file = Path(sys.argv[1])
     results = run(json.loads(file.read_text()))
     (file.parent / f"ranks.{os.environ['RANK']}.json").write_text(json.dumps(results))
