@@ -251,6 +251,8 @@ def running(study: str, site: Site) -> list[str]:
 
 def describe(jobs: list[Job], runs: list[Run], site: Site) -> str:
     """The plan as a table: tasks, GPUs, GPU hours, disk; then what to fetch before."""
+    from eval import datasets  # takes seconds to import
+
     head = f"{'job':14} {'tasks':>5}  {'each':18} {'GPU hours':>9}  {'disk':>9}  waits for"
     out, total_hours, total_disk = [head], 0.0, 0.0
     there = {job.name for job in jobs}
@@ -271,8 +273,9 @@ def describe(jobs: list[Job], runs: list[Run], site: Site) -> str:
     if finished:
         out.append(f"finished already, end at once: {', '.join(finished)}")
     models = [*teachers(runs), *(r.args.model for r in runs if r.args.distill != "rdm")]
+    sets = datasets.names(shlex.split(site["DATASETS"]))
     fetch = ["python", "-m", "training.prefetch", *dict.fromkeys(models)]
-    fetch += ["--datasets", site["DATASETS"], "--data-root", site["DATA_ROOT"]]
+    fetch += ["--datasets", *sets, "--data-root", site["DATA_ROOT"]]
     out.append(f"before, where there is a network: {shlex.join(fetch)}")
     return "\n".join(out)
 
@@ -287,9 +290,13 @@ def cost(job: Job, site: Site) -> tuple[float | None, float | None]:
     hours = disk = 0.0
     for task in job.tasks:
         parts = site.number("CACHE_PARTS") if stage == "cache" else 1
-        method = ["--distill", "kd"] if stage == "cache" else []
+        options = ["--gpus", str(site.ranks)]
+        if stage == "cache":  # its tasks read every shard, whatever an epoch is
+            options += ["--distill", "kd"]
+            if parse_args(task[: task.index("--part")]).train_data == site["TRAIN_DATA"]:
+                options += ["--dataset-samples", site["TRAIN_SAMPLES"]]
         try:
-            found = summary(parse([*task, *method, "--gpus", str(site.ranks)]))
+            found = summary(parse([*task, *options]))
         except UsageError:  # no --train-num-samples: the shards are not counted here
             return None, None
         for name in (stage, "rdm") if stage == "student" else (stage,):

@@ -1,0 +1,66 @@
+"""What was prefetched loads where there is no network; what was not is named in one sentence."""
+
+import os
+import socket
+
+import pytest
+from huggingface_hub import constants
+
+from training import prefetch
+from training.errors import UsageError
+
+NO_PROXY = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"}
+
+
+def test_what_is_here_is_proved_by_a_process_without_a_network(teacher, tmp_path, capsys):
+    models = [teacher, "RN50", "--cache-dir", str(tmp_path)]
+    assert prefetch.main(models) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{teacher}: is here", "RN50: is here"]
+
+
+def test_without_a_network_what_is_missing_is_named_in_a_sentence_and_nothing_is_left_behind(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    for name in NO_PROXY:
+        monkeypatch.delenv(name, raising=False)
+    sets = ["--datasets", "imagenetv2", "--data-root", str(tmp_path / "sets")]
+    assert prefetch.main(["ViT-B-32:laion2b_s34b_b79k", *sets]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2, told
+    for line, name in zip(told, ("ViT-B-32:laion2b_s34b_b79k", "imagenetv2")):
+        assert line.startswith(f"error: {name}: not here") and "network" in line
+    assert not (tmp_path / "sets").exists()
+
+
+def test_a_set_that_is_here_is_not_fetched_again(tmp_path):
+    for folder in ("wds_imagenetv2", "flickr30k"):
+        (tmp_path / folder / "test").mkdir(parents=True)
+        (tmp_path / folder / "test" / "nshards.txt").write_text("1\n")
+    sets = ["--datasets", "imagenetv2", "flickr30k", "--data-root", str(tmp_path)]
+    assert prefetch.main(sets) == 0
+
+
+def test_a_job_that_asks_for_the_network_is_refused():
+    child = os.fork()
+    if child == 0:  # an audit hook stays for good
+        prefetch.forbid_network()
+        try:
+            socket.create_connection(("127.0.0.1", 9))
+        except PermissionError as error:
+            os._exit(0 if "a job has no network" in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_wrong_names_end_before_anything_is_fetched():
+    with pytest.raises(UsageError, match="did you mean ViT-B-16"):
+        prefetch.main(["ViT-B-17"])
+    with pytest.raises(UsageError, match="neither a file nor a tag"):
+        prefetch.main(["ViT-B-16:nothing"])
+    with pytest.raises(UsageError, match="needs --data-root"):
+        prefetch.main(["--datasets", "imagenetv2"])
+    with pytest.raises(UsageError, match="does not exist"):
+        prefetch.main(["local-dir:/nowhere"])

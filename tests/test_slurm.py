@@ -1,0 +1,306 @@
+"""Studies on a real SLURM, as shipped: arrays survive pre-emption, limits and dead nodes."""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from demo.scenes import _write_benchmark, _write_shards, pairs, retrieval
+from runs import CONFIGS, ROOT, assert_bit_equal, final, lines
+from slurm_cluster import cluster, kill_node, why_not
+from training import cache_teacher
+from training.main import main
+
+PATIENCE = 900  # seconds for what takes a few on an idle machine
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[dict[str, str]]:
+    """The environment of a running SLURM; skips, with the reason, where there can't be one."""
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="slurm-") as name:
+        Path(name).chmod(0o755)  # munged runs as a user of its own
+        with cluster(Path(name)) as environment:
+            yield environment
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """96 training scenes in four shards, and a small benchmark."""
+    out = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    _write_shards(out / "train", pairs("train", 96, rng), per_shard=24, digits=5)
+    _write_benchmark(out / "scenes", "test", retrieval("test", 12, rng))
+    (out / "scenes" / "dataset_type.txt").write_text("retrieval\n")
+    return out
+
+
+@pytest.fixture
+def site(slurm, data, tmp_path) -> Path:
+    """A cluster.env for the pretended cluster: a node for each task, no GPUs."""
+    path = tmp_path / "cluster.env"
+    path.write_text(
+        "source slurm/cluster.env\n"
+        "RANKS_PER_NODE=1 CPUS_PER_RANK=16 GRES= CACHE_PARTS=2\n"
+        f"TRAIN_DATA={data}/train DATA_ROOT={data} DATASETS=scenes\n"
+        f"TEACHER_CACHE={tmp_path}/cache LOGS={tmp_path}/logs PYTHON={sys.executable}\n"
+        # what a real site would have in its environment anyway
+        f"SLURM_CONF={slurm['SLURM_CONF']}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def common(tmp_path) -> Path:
+    """Flags of every run."""
+    path = tmp_path / "common.args"
+    path.write_text(
+        f"--model-config {shlex.join(CONFIGS)} --model tiny-student --device cpu\n"
+        "--global-batch 24 --epochs 30 --workers 0 --precision fp32\n"
+        "--log-every-n-steps 1 --save-frequency 0\n"
+    )
+    return path
+
+
+class Cluster:
+    """What a test asks of SLURM."""
+
+    def __init__(self, environment: dict[str, str]):
+        self.environment = environment
+
+    def __call__(self, *command: str | Path) -> str:
+        done = subprocess.run(
+            [str(word) for word in command],
+            env=self.environment, cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{shlex.join(map(str, command))}: {done.stderr}{done.stdout}"
+        return done.stdout
+
+    def job(self, number: str) -> dict[str, str]:
+        """Fields of one job or array task."""
+        text = self("scontrol", "show", "job", "--oneliner", number).splitlines()[0]
+        return dict(re.findall(r"(\w+)=(\S*)", text))
+
+    def state(self, number: str) -> str:
+        return self.job(number)["JobState"]
+
+    def wait(self, numbers: list[str], logs: Path) -> dict[str, str]:
+        """Final states of jobs or array tasks."""
+        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        until(lambda: {self.state(n) for n in numbers} <= over, lambda: self.story(logs), every=1)
+        return {number: self.state(number) for number in numbers}
+
+    def story(self, logs: Path) -> str:
+        """What there is to know when something went wrong."""
+        texts = [f"-- {p.name}\n{p.read_text()[-1500:]}" for p in sorted(logs.rglob("*.log"))]
+        return "\n".join([self("squeue", "--states=all", "--format=%i %j %T %r"), *texts])
+
+
+def until(condition, story=lambda: "", every: float = 0.02) -> None:
+    """Poll; `every` counts in seconds."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"waited {PATIENCE} s\n{story()}"
+        time.sleep(every)
+
+
+def processes(run: Path) -> list[int]:
+    """The training processes of a run."""
+    mine = f"--name\0{run.name}\0".encode(), f"--logs\0{run.parent}\0".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # gone
+            command = path.read_bytes()
+            if not command.startswith(b"srun") and all(words in command for words in mine):
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def catch(run: Path, story) -> int:
+    """Stop a run's (only) process in the middle, and hold it there: its number."""
+
+    def in_the_middle() -> bool:
+        metrics = run / "metrics.jsonl"
+        return metrics.is_file() and len(metrics.read_text().splitlines()) > 4
+
+    until(in_the_middle, story)
+    (process,) = processes(run)
+    os.kill(process, signal.SIGSTOP)
+    assert not (run / "finished.json").exists(), f"{run} was too fast to be caught"
+    return process
+
+
+def let_go_when_signalled(process: int) -> None:
+    """Let a held process go on when a signal waits for it (or SLURM has let it go)."""
+
+    def pending() -> bool:
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+        except OSError:
+            return True
+        masks = re.findall(r"(?:SigPnd|ShdPnd):\s*(\w+)", status)
+        return any(int(mask, 16) for mask in masks) or "(stopped)" not in status
+
+    until(pending)
+    os.kill(process, signal.SIGCONT)
+
+
+def test_a_study_survives_signals_a_time_limit_and_a_dead_node(
+    slurm, data, site, common, teacher, tmp_path
+):
+    ask = Cluster(slurm)
+    grid, study = tmp_path / "chain.grid", tmp_path / "logs" / "chain"
+    runs = {
+        "bank": "--distill rdm --rates 300 30 --epochs 5",
+        "alone": "--distill none",
+        "usr1": "--distill cifd --rates 300 30 --rdm-bank $LOGS/bank/bank",
+        "term": "--distill clipkd",
+        "node": "--distill fd --save-every-n-steps 2",
+        "limit": "--distill none --seed 1",
+        "diverges": "--distill none --lr 1e30 --warmup 1 --max-nonfinite-steps 2",
+    }
+    with_teacher = {
+        n: t if "none" in t else f"{t} --distill-model {teacher}" for n, t in runs.items()
+    }
+    grid.write_text("".join(f"--name {n} @{common} {t}\n" for n, t in with_teacher.items()))
+
+    told = ask("slurm/submit.sh", "--cluster", site, grid)
+    jobs = dict(re.findall(r"([a-z-]+) (\d+)", told.partition(":")[2]))
+    task = {n: f"{jobs['distill']}_{i}" for i, n in enumerate(list(runs)[1:], 1)}
+
+    def story() -> str:
+        return ask.story(study)
+
+    held = {name: catch(study / name, story) for name in ("usr1", "term", "node", "limit")}
+    ask("scontrol", "update", f"JobId={task['limit']}", "EndTime=now+5")
+    ask("scancel", "--batch", "--signal=USR1", task["usr1"])
+    ask("scancel", "--signal=TERM", task["term"])
+    lost = ask.job(task["node"])
+    kill_node(lost["NodeList"], lost["JobId"])
+    ask("scontrol", "update", f"NodeName={lost['NodeList']}", "State=down", "Reason=lost")
+    for name in ("usr1", "term", "limit"):
+        let_go_when_signalled(held[name])
+    until(lambda: ask.job(task["limit"])["Restarts"] != "0", story, every=0.5)
+    ask("scontrol", "update", f"JobId={task['limit']}", "TimeLimit=60")
+
+    states = ask.wait([*task.values(), jobs["eval-teachers"], jobs["report"]], study)
+    restarts = {name: int(ask.job(number)["Restarts"]) for name, number in task.items()}
+    expected = {"alone": 0, "usr1": 1, "term": 1, "node": 1, "limit": 1, "diverges": 0}
+    assert restarts == expected, story()
+    ended = {name: states[number] for name, number in task.items()}
+    assert ended.pop("diverges") == "FAILED", "divergence is final"
+    assert set(ended.values()) == {"COMPLETED"}, story()
+    logs = {
+        n: (study / "slurm" / f"distill-{t.partition('_')[2]}.log").read_text()
+        for n, t in task.items()
+    }
+    for name in ("usr1", "term", "node", "limit"):
+        assert "restart 0" in logs[name] and "restart 1" in logs[name], "a log has every start"
+        assert "resumed from" in logs[name], logs[name]
+
+    # what a failed task leaves undone, and what it doesn't
+    evaluations = [ask.state(f"{jobs['eval']}_{i}") for i in range(1, len(task) + 1)]
+    assert evaluations == ["COMPLETED"] * 5 + ["CANCELLED"], story()
+    assert states[jobs["report"]] == "FAILED"
+    assert "not finished: " in (study / "slurm" / "report-1.log").read_text()
+    page = (study / "report.md").read_text()
+    assert all(name in page for name in ("alone", "usr1", "term", "node", "limit"))
+    assert "diverges" not in page and "student" in page, "students and their teacher"
+
+    # the same commands, undisturbed
+    planned = {
+        job: [
+            shlex.split(line) for line in (study / "plan" / f"{job}.lines").read_text().splitlines()
+        ]
+        for job in ("cache", "rdm", "distill")
+    }
+    apart = str(tmp_path / "undisturbed")
+    moved = [
+        [word.replace(f"{tmp_path}/cache", f"{apart}/cache") for word in flags]
+        for flags in planned["cache"]
+    ]
+    for flags in moved:
+        assert cache_teacher.main(flags) == 0
+    for flags in [*planned["rdm"], *planned["distill"][:-1]]:
+        words = [w.replace(f"{tmp_path}/cache", f"{apart}/cache") for w in flags]
+        words = [w.replace(str(study), f"{apart}/logs") for w in words]
+        assert main(words) == 0
+    for name in ("bank", "alone", "usr1", "term", "node", "limit"):
+        assert_bit_equal(final(study / name), final(Path(apart) / "logs" / name), name)
+        losses, whole = (
+            [row["loss"] for row in lines(where / name)] for where in (study, Path(apart) / "logs")
+        )
+        assert losses == whole, f"{name}: one curve, no gap, nothing twice"
+
+
+def test_eight_tasks_share_a_host_and_a_killed_rank_ends_its_own_within_a_minute(
+    slurm, data, site, common, tmp_path
+):
+    ask = Cluster({**slurm, "CLUSTER": str(site)})
+    logs, file = tmp_path / "logs", tmp_path / "eight.lines"
+    flags = f"--train-data {data}/train @{common} --epochs 10 --save-every-n-steps 2 --logs {logs}"
+    file.write_text("".join(f"--name r{i} --seed {i} {flags}\n" for i in range(1, 9)))
+
+    def start(*options: str) -> str:
+        out = f"--output={logs}/%a.log"
+        script = ("slurm/distill.sbatch", file)
+        return ask("sbatch", "--parsable", "--cpus-per-task=1", out, *options, *script).strip()
+
+    logs.mkdir()
+    number = start("--array=1-8", "--nodelist=n1", "--ntasks=2")
+    tasks = [f"{number}_{i}" for i in range(1, 9)]
+
+    def story() -> str:
+        return ask.story(logs)
+
+    until(lambda: {ask.state(t) for t in tasks} == {"RUNNING"}, story, every=0.5)
+    victim = logs / "r3"
+    until(lambda: (victim / "checkpoints" / "latest.json").exists(), story)
+    os.kill(processes(victim)[-1], signal.SIGKILL)
+    before = time.monotonic()
+    ask.wait(tasks[2:3], logs)
+    assert time.monotonic() - before < 60
+    states = ask.wait(tasks, logs)
+    assert [states[t] for t in tasks] == ["COMPLETED"] * 2 + ["FAILED"] + ["COMPLETED"] * 5, story()
+    assert {ask.job(t)["NodeList"] for t in tasks} == {"n1"}
+    assert {ask.job(t)["Restarts"] for t in tasks} == {"0"}, "a crash is not a pre-emption"
+    ports = [re.search(r"port (\d+)", (logs / f"{i}.log").read_text())[1] for i in range(1, 9)]
+    assert len(set(ports)) == 8
+
+    # it goes on, and its ranks find each other on two nodes
+    again = f"{start('--array=3', '--nodes=2', '--ntasks-per-node=1')}_3"
+    assert ask.wait([again], logs) == {again: "COMPLETED"}, story()
+    assert ask.job(again)["NodeList"] == "n[1-2]"
+    assert "resumed from" in (logs / "3.log").read_text()
+    assert [row["step"] for row in lines(victim)] == list(range(1, 41))
+
+
+def test_a_failed_stage_cancels_what_waits_for_it_and_wrong_input_is_not_tried_again(
+    slurm, site, common, teacher, tmp_path
+):
+    ask = Cluster(slurm)
+    grid, study = tmp_path / "broken.grid", tmp_path / "logs" / "broken"
+    grid.write_text(
+        f"--name bank @{common} --distill rdm --distill-model {teacher} --train-data {tmp_path}\n"
+        f"--name student @{common} --distill cifd --distill-model {teacher} --train-data {tmp_path}"
+        " --rdm-bank $LOGS/bank/bank\n"
+    )
+    site.write_text(site.read_text() + "TEACHER_CACHE=\n")
+    told = ask("slurm/submit.sh", "--cluster", site, grid)
+    jobs = dict(re.findall(r"([a-z-]+) (\d+)", told.partition(":")[2]))
+    states = ask.wait([jobs[n] for n in ("rdm", "distill", "eval", "report")], study)
+    assert [states[jobs[n]] for n in ("rdm", "distill", "eval")] == ["FAILED", *["CANCELLED"] * 2]
+    assert ask.job(jobs["rdm"])["ExitCode"] == "2:0" and ask.job(jobs["rdm"])["Restarts"] == "0"
+    assert "error: --train-data" in (study / "slurm" / "rdm-1.log").read_text()

@@ -1,0 +1,149 @@
+"""Grids and what becomes of them, without a SLURM."""
+
+import shlex
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from runs import ROOT
+from slurm.plan import GRIDS, Site, chain, grid_path, main, read_grid, sbatch
+from training.errors import UsageError
+from training.params import batch_share, parse_args
+
+MILLION = 1_000_000
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def site() -> Site:
+    return Site.read(Path("slurm/cluster.env"))
+
+
+def test_table_4_is_three_students_under_five_methods_with_the_papers_settings(site):
+    runs = read_grid(grid_path("table4"), site, [])
+    students = [run.args for run in runs if run.args.distill != "rdm"]
+    assert len({(a.model, a.distill) for a in students}) == len(students) == 15
+    for args in students:
+        assert args.epochs * args.train_num_samples == 96 * MILLION
+        assert args.global_batch == (6000 if args.distill == "tinyclip" else 1024)
+        assert (args.lr, args.lambda_cl, args.warmup) == (1e-3, 0.005, None), "warm-up is a sixth"
+    (bank,) = (run for run in runs if run.args.distill == "rdm")
+    assert bank.args.epochs * bank.args.train_num_samples == 21 * MILLION
+    assert {run.args.rdm_bank for run in runs} - {None} == {str(bank.path / "bank")}
+    weights = Counter(a.distill_pretrained for a in students)
+    assert weights == {"datacomp_xl_s13b_b90k": 9, "datacomp_xl_s13b_b90k,openai": 3, None: 3}
+
+
+def test_table_5_has_zero_one_and_three_rdms_and_the_search_four_weights(site):
+    runs = [run.args for run in read_grid(grid_path("table5"), site, [])]
+    rates = {a.name: a.rates for a in runs if a.distill == "cifd"}
+    assert [len(r) for r in rates.values()] == [0, 1, 3]
+    banks = {a.name: a.rates for a in runs if a.distill == "rdm"}
+    assert [rates["cifd-1"], rates["cifd-3"]] == [banks["bank-1"], banks["bank-3"]]
+    search = [r.args for r in read_grid(grid_path("lambda_i"), site, []) if r.args.val_data]
+    assert len({a.lambda_i for a in search}) == 4 and {a.model for a in search} == {"RN50"}
+    assert all(a.val_data != a.train_data for a in search)
+
+
+@pytest.mark.parametrize("grid", sorted(path.stem for path in GRIDS.glob("*.grid")))
+def test_every_grid_becomes_jobs_whose_evaluations_follow_their_students(grid, site):
+    jobs = {job.name: job for job in chain(read_grid(grid_path(grid), site, []), site)}
+    numbers = dict(zip(jobs, "123456"))
+    names = [parse_args(task).name for task in jobs["distill"].tasks]
+    assert [Path(task[0]).name for task in jobs["eval"].tasks] == names, "task by task"
+    lines = sbatch(jobs["eval"], grid, Path("logs"), site, numbers)
+    assert f"--dependency=aftercorr:{numbers['distill']}" in lines
+    after = sbatch(jobs["distill"], grid, Path("logs"), site, numbers)
+    assert f"--dependency=afterok:{numbers['cache']},afterok:{numbers['rdm']}" in after
+    assert "--gres=gpu:4" in after and "--ntasks-per-node=4" in after
+    for task in jobs["cache"].tasks:
+        assert task[-2] == "--part" and parse_args(task[:-2]).views == 2
+
+
+def test_teachers_of_an_ensemble_have_a_cache_each_and_share_it_with_other_runs(site):
+    jobs = {job.name: job for job in chain(read_grid(grid_path("table4"), site, []), site)}
+    written = {parse_args(task[:-2]).teacher_cache for task in jobs["cache"].tasks}
+    one, two = "cache/ViT-L-14-datacomp_xl_s13b_b90k", "cache/ViT-L-14-quickgelu-openai"
+    assert written == {one, two}
+    read = {parse_args(task).teacher_cache for task in jobs["distill"].tasks}
+    assert read == {None, one, f"{one},{two}"}
+    live = chain(read_grid(grid_path("table4"), site, []), Site(site, TEACHER_CACHE=""))
+    assert "cache" not in [job.name for job in live]
+
+
+def test_any_number_of_processes_that_divides_it_makes_up_the_global_batch():
+    args = parse_args(["--train-data", "x", "--global-batch", "1024"])
+    assert [batch_share(args, n) for n in (1, 4, 16)] == [1024, 256, 64]
+    with pytest.raises(UsageError, match="--global-batch 1024 can't be shared by 3 processes"):
+        batch_share(args, 3)
+
+
+WRONG = {
+    "--distil none": "unrecognized",
+    "--distill none\n--distill none": "a second run 'none-RN50-seed0'",
+    "--distill cifd --distill-model local-dir:x --rdm-bank $LOGS/b": "neither exists nor",
+    "--distill none --train-data $NOWHERE": "unknown variable 'NOWHERE'",
+    "--global-batch 1022": "can't be shared by 4 processes",
+    "# nothing": "has no runs",
+    "@nowhere.args": "no such flag file",
+    "--name 'a": "No closing quotation",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_line_is_refused_before_anything_is_submitted(text, site, tmp_path):
+    grid = tmp_path / "wrong.grid"
+    grid.write_text(text + "\n")
+    with pytest.raises(UsageError, match=WRONG[text]) as raised:
+        read_grid(grid, site, [])
+    assert str(grid) in str(raised.value)
+
+
+def test_wrong_studies_and_settings_are_named(tmp_path):
+    with pytest.raises(UsageError, match="one of lambda_i, table4, table5"):
+        main(["--dry-run", "table9"])
+    with pytest.raises(UsageError, match="no such file"):
+        main(["--cluster", str(tmp_path / "x.env"), "table4"])
+    wrong = tmp_path / "wrong.env"
+    wrong.write_text("source slurm/cluster.env\nNODES=two\n")
+    with pytest.raises(UsageError, match="NODES='two'"):
+        main(["--cluster", str(wrong), "table4"])
+
+
+def test_a_dry_run_says_what_a_study_would_take_and_submits_nothing(tmp_path):
+    grid, env = tmp_path / "small.grid", tmp_path / "my.env"
+    env.write_text(f"source slurm/cluster.env\nLOGS={tmp_path}/logs\nTEACHER_CACHE={tmp_path}/c\n")
+    teacher = "--distill-model ViT-B-32-quickgelu --distill-pretrained openai --global-batch 64"
+    grid.write_text(
+        f"--name bank --distill rdm {teacher} --rates 300\n"
+        f"--name a --distill cifd {teacher} --rates 300 --rdm-bank $LOGS/bank/bank\n"
+    )
+    command = ["slurm/submit.sh", "--dry-run", "--cluster", env, grid]
+    command += ["--", "--epochs", "20", "--model", "ViT-S-32-alt", "--train-num-samples", "2000000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.strip()}
+    hours = {job: float(rows[job][6]) for job in ("cache", "rdm", "distill")}
+    assert hours["distill"] > 0.1 and hours["cache"] > 0.1 and hours["rdm"] < hours["distill"]
+    assert rows["cache"][1] == "8" and rows["distill"][2:6] == ["4", "GPUs,", "1", "node"]
+    assert "training.prefetch ViT-B-32-quickgelu:openai ViT-S-32-alt" in done.stdout
+    assert "imagenet1k" in done.stdout, "suites are spelled out"
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_tasks_line_reaches_its_command_unchanged(tmp_path):
+    words = ["--train-data", "a b/{0..3}.tar", "--wandb-notes", "it's $HOME; *", ""]
+    (tmp_path / "lines").write_text(f"other\n{shlex.join(words)}\n")
+    common = (ROOT / "slurm" / "common.sh").read_text()
+    reading = common[common.index("arguments() {") :]
+    script = f'{reading}\nSLURM_ARRAY_TASK_ID=2 arguments "$1"; printf "%s\\n" "${{arguments[@]}}"'
+    done = subprocess.run(
+        ["bash", "-c", script, "-", tmp_path / "lines"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[:-1] == words
