@@ -288,6 +288,33 @@ def summary(results: Path) -> str:
     return "\n".join(lines)
 
 
+#: The runs that a student costs besides its teacher.
+CHAINS = {
+    "kd": ("kd",),
+    "takd": ("cnn8_kd", "cnn6_takd", "cnn4_takd", "takd"),
+    "dgkd": ("cnn8_kd", "cnn6_dgkd", "cnn4_dgkd", "dgkd"),
+    **{f"cifd{count}": ("rdm", f"cifd{count}") for count in RATES},
+}
+
+
+def costs(results: Path) -> dict[str, float]:
+    """What each method took besides the teacher, in CPU time, relative to KD (section 4.3).
+
+    A CPU's time does not grow when others use the machine. The bank's is that of all its rates
+    together. Means over seeds; methods with a run missing are left out. `eval.cost` counts MACs.
+    """
+    spent: dict[str, list[float]] = {}
+    for path in sorted((results / "runs").glob("*.json")):
+        result = json.loads(path.read_text())
+        name = path.stem.partition("_R")[0].replace(f"_s{result['seed']}", "")
+        spent.setdefault(name, []).append(result["provenance"]["cpu_seconds"])
+    return {
+        method: sum(mean(spent[name]) for name in chain) / mean(spent["kd"])
+        for method, chain in CHAINS.items()
+        if spent.keys() >= {"kd", *chain}
+    }
+
+
 def main(argv: list[str]) -> int:
     """Make what is missing; exit 0 when everything is there."""
     parser = argparse.ArgumentParser(prog="python -m experiments.cifar100", description=__doc__)
@@ -310,6 +337,7 @@ def main(argv: list[str]) -> int:
         return 0
     done = Queue(todo, args.data, args.logs, args.results, args.jobs).run()
     print(summary(args.results))
+    print("cost, × KD:", ", ".join(f"{k} {v:.2f}" for k, v in costs(args.results).items()))
     return 0 if done else STOPPED_EXIT
 
 

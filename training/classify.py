@@ -30,8 +30,6 @@ from cifd_clip.entropy import FactorizedDensity
 from cifd_clip.noise import Noise, derive_seed
 from training.checkpoint import Checkpoints
 from training.classify_data import (
-    CLASSES,
-    SIDE,
     VIEWS,
     Batch,
     Batches,
@@ -39,6 +37,7 @@ from training.classify_data import (
     load_cifar100,
     split_rows,
 )
+from training.classify_folder import FolderBatches, FolderTable, load_folder
 from training.classify_params import parse_args, run_config
 from training.classify_teachers import (
     EVALUATION_BATCH,
@@ -81,11 +80,14 @@ def run(args: Namespace, directory: RunDirectory) -> bool:
         Whether it is finished; False when a signal stopped it with a checkpoint on disk.
     """
     device = torch.device(args.device)
-    teachers = [load_teacher("--teacher", Path(path)) for path in args.teacher]
-    table = load_cifar100(args.data, "train").subset(args.subset).to(device)
+    teachers = [load_teacher(place, args.dataset) for place in args.teacher]
+    table = load_split(args, "train").subset(args.subset).to(device)
     _check_teachers(args, teachers, table)
     rows, held_out = split_rows(len(table), args.holdout)
-    batches = Batches(table, rows, args.augment, args.seed, args.batch_size)
+    if isinstance(table, FolderTable):
+        batches = FolderBatches(table, rows, args.seed, args.batch_size)
+    else:
+        batches = Batches(table, rows, args.augment, args.seed, args.batch_size)
     if not batches.per_epoch:
         raise UsageError(f"--batch-size {args.batch_size}: there are {len(rows)} training images")
 
@@ -116,11 +118,18 @@ def run(args: Namespace, directory: RunDirectory) -> bool:
     return done
 
 
+def load_split(args: Namespace, split: str) -> Table | FolderTable:
+    """The ``train`` or ``test`` images of ``--data``."""
+    if args.dataset == "imagenet":
+        return load_folder(args.data, "val" if split == "test" else split, args.workers)
+    return load_cifar100(args.data, split)
+
+
 def assemble(
     args: Namespace, teachers: list[Teacher], table: Table
 ) -> tuple[LiveTeachers | None, Source | None, nn.Module]:
     """The teachers, live and as training reads them, and what trains."""
-    device = table.images.device
+    device = table.labels.device
     generator = torch.Generator().manual_seed(derive_seed(args.seed, "init"))
     live = source = None
     rdms, picked = None, []
@@ -136,7 +145,8 @@ def assemble(
         live = LiveTeachers([t.model for t in chosen], rdms, picked, lambdas, wanted).to(
             device, memory_format=torch.channels_last
         )
-        source = CachedTeachers(live, table, args.augment) if VIEWS[args.augment] else live
+        cached = isinstance(table, Table) and VIEWS[args.augment]
+        source = CachedTeachers(live, table, args.augment) if cached else live
     weights = Weights(
         ce=args.lambda_ce,
         kl=args.lambda_kl,
@@ -155,12 +165,12 @@ def assemble(
             task = Paraphraser(width, args.factors or width // 2, scale, generator)
         else:
             modules = ClassifyingRDMs(
-                args.rates, width, CLASSES, args.rdm_form, args.rdm_hidden,
+                args.rates, width, table.classes, args.rdm_form, args.rdm_hidden,
                 scale, teachers[0].hash, generator,
             )  # fmt: skip
             task = RDMTraining(modules, weights)
     else:
-        student = build(args.model, CLASSES, SIDE, generator)
+        student = build(args.model, table.classes, table.side, generator)
         paraphraser = None
         if args.method == "ft":
             paraphraser = load_paraphraser(Path(args.paraphraser), teachers[0])
@@ -177,15 +187,23 @@ def _picked(args: Namespace, rdms: ClassifyingRDMs) -> list[int]:
     return [rdms.rates.index(r) for r in args.rates or rdms.rates]
 
 
-def _embeddings(source: Source, table: Table) -> Tensor:
+def _embeddings(source: Source, table: Table | FolderTable) -> Tensor:
     if isinstance(source, CachedTeachers):
         return source.embedding
-    # A live teacher: the first thousand images tell the scale.
-    return source(table.batch(torch.arange(1000, device=table.images.device)))[0].embedding
+    # A live teacher: some hundred images tell the scale.
+    rows = torch.from_numpy(split_rows(len(table), min(EVALUATION_BATCH, len(table)))[1])
+    return source(next(table.in_order(rows.to(table.labels.device), len(rows))))[0].embedding
 
 
-def _check_teachers(args: Namespace, teachers: list[Teacher], table: Table) -> None:
+def _check_teachers(args: Namespace, teachers: list[Teacher], table: Table | FolderTable) -> None:
     for path, teacher in zip(args.teacher, teachers):
+        if teacher.model.classes != table.classes:
+            raise UsageError(
+                f"--teacher {path} tells {teacher.model.classes} classes apart, --data {args.data} "
+                f"has {table.classes}"
+            )
+        if teacher.data is None:
+            continue
         if teacher.data != table.hash:
             raise UsageError(
                 f"--teacher {path} was trained on other images than --data {args.data}"
@@ -197,12 +215,15 @@ def _check_teachers(args: Namespace, teachers: list[Teacher], table: Table) -> N
             )
 
 
-def _record_data(args: Namespace, directory: RunDirectory, table: Table) -> None:
+def _record_data(args: Namespace, directory: RunDirectory, table: Table | FolderTable) -> None:
     train = {"hash": table.hash, "samples": len(table)}
     before = directory.read_json("data.json", {"train": train})["train"]
     if before["hash"] != train["hash"]:
         raise UsageError(f"{directory.path} was trained on other images than --data {args.data}")
-    directory.write_json("data.json", {"dataset": args.dataset, "train": train})
+    directory.write_json(
+        "data.json",
+        {"dataset": args.dataset, "train": train},
+    )
 
 
 class Trainer:
@@ -299,7 +320,7 @@ def train(
     trainer: Trainer,
     batches: Batches,
     source: Source | None,
-    validation: tuple[Table, Tensor] | None,
+    validation: tuple[Table | FolderTable, Tensor] | None,
     checkpoints: Checkpoints,
     sinks: Sinks,
     stop: StopFlag,
@@ -348,15 +369,14 @@ def train(
 
 @torch.no_grad()
 def evaluate(
-    task: nn.Module, table: Table, rows: Tensor, source: Source | None
+    task: nn.Module, table: Table | FolderTable, rows: Tensor, source: Source | None
 ) -> dict[str, float | list[float]]:
     """Means of the task's `measure` over some rows of a table, without noise or augmentation."""
     task.eval()
     asks = not task.needs_images
     images = task.needs_images or source.needs_images
     meter: dict[str, Tensor] = {}
-    for chunk in rows.split(EVALUATION_BATCH):
-        batch = table.batch(chunk, images)
+    for batch in table.in_order(rows, EVALUATION_BATCH, images):
         measured = task.measure(batch.images, batch.labels, source(batch) if asks else [])
         for name, value in measured.items():
             meter[name] = meter.get(name, 0) + value.sum(-1)
@@ -378,7 +398,7 @@ def finish(
     directory: RunDirectory,
     trainer: Trainer,
     live: LiveTeachers | None,
-    table: Table,
+    table: Table | FolderTable,
     rows,
     held_out,
     teachers: list[Teacher],
@@ -390,7 +410,7 @@ def finish(
         parts["holdout_metrics"] = (table, torch.from_numpy(held_out).to(trainer.device))
     data = {"train": table.hash}
     if args.final:
-        test = load_cifar100(args.data, "test").to(trainer.device)
+        test = load_split(args, "test").to(trainer.device)
         parts["metrics"] = (test, torch.arange(len(test), device=trainer.device))
         data["test"] = test.hash
     measured = {"metrics": None, "holdout_metrics": None}

@@ -45,7 +45,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Table:
-    """All images of a split.
+    """All images of a split of CIFAR-100.
 
     Attributes:
         images: (N, H, W, 3) uint8.
@@ -56,6 +56,7 @@ class Table:
     images: Tensor
     labels: Tensor
     hash: str
+    classes, side = CLASSES, SIDE
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,6 +71,11 @@ class Table:
             return self
         rows = torch.from_numpy(np.sort(draws.permutation(len(self), "classify/subset")[:samples]))
         return Table(self.images[rows], self.labels[rows], self.hash)
+
+    def in_order(self, rows: Tensor, size: int, images: bool = True) -> Iterator[Batch]:
+        """The plain views of some rows, ``size`` at a time."""
+        for chunk in rows.split(size):
+            yield self.batch(chunk, images)
 
     def batch(self, rows: Tensor, images: bool = True) -> Batch:
         """The plain view of some rows."""
@@ -132,10 +138,11 @@ def mirrored(batch: Batch) -> Batch:
     return Batch(batch.rows, torch.ones_like(batch.views), batch.labels, batch.images.flip(3))
 
 
-def normalise(pixels: Tensor) -> Tensor:
+def normalise(
+    pixels: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
+) -> Tensor:
     """(B, H, W, 3) uint8 → (B, 3, H, W) float32 of about zero mean and unit variance."""
-    mean = torch.tensor(MEAN, device=pixels.device) * 255
-    std = torch.tensor(STD, device=pixels.device) * 255
+    mean, std = (255 * torch.tensor(values, device=pixels.device) for values in (mean, std))
     return pixels.float().sub_(mean).div_(std).permute(0, 3, 1, 2)  # channels last as it is
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from cifd_clip.classification.losses import EMBEDDING_LOSSES
-from cifd_clip.classification.models import SIMPLE_CNNS
+from cifd_clip.classification.models import NAMES
 from cifd_clip.classification.rdm import FORMS
-from training.classify_data import AUGMENTATIONS, CLASSES
+from training.classify_data import AUGMENTATIONS
 from training.errors import UsageError
 from training.params import _Help, _Parser
 
 METHODS = ("none", "kd", "takd", "dgkd", "ft", "cifd", "rdm", "paraphraser")
 STAGE1 = ("rdm", "paraphraser")
-DATASETS = ("cifar100",)
+DATASETS = ("cifar100", "imagenet")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,11 +43,12 @@ def _method_flags(g) -> None:
         default="none",
         help="rdm and paraphraser train what cifd and ft use; the others train a classifier",
     )
-    g.add_argument("--model", help=f"what trains: {', '.join(SIMPLE_CNNS)}")
+    g.add_argument("--model", help=f"what trains: {', '.join(NAMES)}")
     g.add_argument(
         "--teacher",
         metavar="RUN[,RUN]",
-        help="finished runs: the teacher, then its assistants from large to small (takd, dgkd)",
+        help="finished runs: the teacher, then its assistants from large to small (takd, dgkd); "
+        "or NAME:FILE, torchvision's or timm's weights of resnet34, resnet50, ...",
     )
     g.add_argument("--rdm-bank", metavar="RUN", help="cifd: a finished run of --method rdm")
     g.add_argument(
@@ -100,17 +101,24 @@ def _weight_flags(g) -> None:
 
 
 def _data_flags(g) -> None:
-    g.add_argument("--dataset", choices=DATASETS, default="cifar100", help="which data")
+    g.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        default="cifar100",
+        help="imagenet: any data in its layout, train/CLASS/*.jpg and val/CLASS/*.jpg",
+    )
     g.add_argument("--data", type=Path, required=True, metavar="DIR", help="where they are")
     g.add_argument(
         "--augment",
         choices=AUGMENTATIONS,
         default="none",
-        help="crop includes flip; with none and flip the teachers look at each view once",
+        help="of CIFAR-100 (ImageNet has random resized crops); crop includes flip; with none "
+        "and flip the teachers look at each view once",
     )
     g.add_argument(
         "--holdout", type=int, default=0, help="training images kept back for validation"
     )
+    g.add_argument("--workers", type=int, default=4, help="imagenet: processes that decode")
     g.add_argument("--subset", type=int, default=0, help="use only so many training images")
     g.add_argument("--final", action="store_true", help="evaluate the test split, once, at the end")
 
@@ -172,7 +180,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def run_config(args: argparse.Namespace) -> dict[str, Any]:
     """What makes two runs the same run; where the data lie does not (their hash is compared)."""
-    config = {**vars(args), "data": None, "classes": CLASSES, "global_batch": args.batch_size}
+    config = {**vars(args), "data": None, "global_batch": args.batch_size}
     return json.loads(json.dumps(config))
 
 
@@ -187,8 +195,8 @@ def _check(args: argparse.Namespace) -> None:
     if (method in STAGE1) == bool(args.model):
         needs = "trains no --model" if method in STAGE1 else "needs --model"
         raise UsageError(f"--method {method} {needs}")
-    if args.model and args.model not in SIMPLE_CNNS:
-        raise UsageError(f"--model {args.model}: there are {', '.join(SIMPLE_CNNS)}")
+    if args.model and args.model not in NAMES:
+        raise UsageError(f"--model {args.model}: there are {', '.join(NAMES)}")
     if args.rdm_bank and method != "cifd":
         raise UsageError(f"--rdm-bank belongs to --method cifd, not {method}")
     if args.rates and method not in ("cifd", "rdm"):

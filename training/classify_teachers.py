@@ -9,13 +9,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cifd_clip.classification.methods import Paraphraser, TeacherOutput
-from cifd_clip.classification.models import Classifier, build
+from cifd_clip.classification.models import STOCK, Classifier, build, stock_state
 from cifd_clip.classification.rdm import ClassifyingRDMs
+from training import classify_data, classify_folder
 from training.cache import file_hash
-from training.classify_data import SIDE, VIEWS, Batch, Table, mirrored
+from training.classify_data import VIEWS, Batch, Table, mirrored
 from training.errors import UsageError
 
 EVALUATION_BATCH = 500
+SIDES = {"cifar100": classify_data.SIDE, "imagenet": classify_folder.SIDE}
 
 
 @dataclass
@@ -26,15 +28,15 @@ class Teacher:
         name: its architecture.
         model: frozen.
         hash: SHA-256 of its weights.
-        holdout: how many training images it has not seen.
-        data: hash of its training images.
+        holdout: how many training images it has not seen; None where that is not recorded.
+        data: hash of its training images; None where that is not recorded.
     """
 
     name: str
     model: Classifier
     hash: str
-    holdout: int
-    data: str
+    holdout: int | None
+    data: str | None
 
 
 def save_weights(directory: Path, name: str, module: nn.Module) -> None:
@@ -44,21 +46,41 @@ def save_weights(directory: Path, name: str, module: nn.Module) -> None:
     (directory / f"{name}.safetensors.tmp").rename(directory / f"{name}.safetensors")
 
 
-def load_teacher(flag: str, run: Path) -> Teacher:
-    """The classifier of a finished run.
+def load_teacher(place: str, dataset: str) -> Teacher:
+    """The classifier of a finished run, or ``NAME:FILE``: a stock model and its weights.
 
     Raises:
-        UsageError: the run is not there, not finished, or trained no classifier.
+        UsageError: there is none, or its run is not finished.
     """
+    name, _, file = place.partition(":")
+    if name in STOCK and file:
+        return _stock_teacher(name, Path(file), dataset)
+    flag, run = "--teacher", Path(place)
     config = _finished(flag, run)
     weights = run / "model.safetensors"
     if not weights.is_file():
         raise UsageError(f"{flag} {run} trained no classifier (--method {config['method']})")
-    model = build(config["model"], config["classes"], SIDE)
-    model.load_state_dict(load_file(weights))
+    state = load_file(weights)
+    model = build(config["model"], len(state["head.weight"]), SIDES[config["dataset"]])
+    model.load_state_dict(state)
     model.requires_grad_(False).eval()
-    data = json.loads((run / "data.json").read_text())["train"]["hash"]
-    return Teacher(config["model"], model, file_hash(weights), config["holdout"], data)
+    seen = json.loads((run / "data.json").read_text())["train"]["hash"]
+    return Teacher(config["model"], model, file_hash(weights), config["holdout"], seen)
+
+
+def _stock_teacher(name: str, file: Path, dataset: str) -> Teacher:
+    if not file.is_file():
+        raise UsageError(f"--teacher {name}:{file}: there is no such file")
+    safe = file.suffix == ".safetensors"
+    state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+    state = stock_state(name, state)
+    try:
+        model = build(name, len(state["head.weight"]), SIDES[dataset])
+        model.load_state_dict(state)
+    except (KeyError, RuntimeError) as problem:
+        raise UsageError(f"--teacher {name}:{file} holds no weights of {name}: {problem}") from None
+    # What it was trained on is not known here.
+    return Teacher(name, model.requires_grad_(False).eval(), file_hash(file), None, None)
 
 
 def load_rdms(run: Path, teacher: Teacher) -> ClassifyingRDMs:

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from cifd_clip.classification import residual
+
 #: Table 8: filters of the 3×3 convolutions, ``M`` for a 2×2 max-pool, and the hidden FC's width.
 SIMPLE_CNNS = {
     "cnn10": ("32 32 M 64 64 M 128 128 M 256 256 256 256 M", 512),
@@ -13,6 +15,16 @@ SIMPLE_CNNS = {
     "cnn4": ("32 32 M 64 64 M", 256),
     "cnn2": ("32 M 32 M", 256),
 }
+
+#: Other libraries' models: which library, and what it calls the last layer. The embedding is that
+#: after the average pooling (A.2).
+STOCK = {
+    **dict.fromkeys(
+        ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), ("torchvision", "fc")
+    ),
+    "mobilenetv1_100": ("timm", "classifier"),
+}
+NAMES = (*SIMPLE_CNNS, *residual.WIDE_RESNETS, *residual.CIFAR_RESNETS, *STOCK)
 
 
 class Classifier(nn.Module):
@@ -97,11 +109,53 @@ def initialise(model: Classifier, generator: torch.Generator | None) -> Classifi
 def build(
     name: str, classes: int, image_size: int, generator: torch.Generator | None = None
 ) -> Classifier:
-    """A classifier by name.
+    """A classifier by name: one of `NAMES`.
+
+    Args:
+        name: which.
+        classes: width of the output.
+        image_size: side of the images in pixels, which only the simple CNNs depend on.
+        generator: draws the initial weights.
 
     Raises:
         ValueError: there is none of that name.
     """
+    if name not in NAMES:
+        raise ValueError(f"no classifier is named '{name}'; there are {', '.join(NAMES)}")
     if name in SIMPLE_CNNS:
         return simple_cnn(name, classes, image_size, generator)
-    raise ValueError(f"no classifier is named '{name}'; there are {', '.join(SIMPLE_CNNS)}")
+    if name in STOCK:
+        body, width = _stock_body(name)
+    else:
+        body, width = residual.body(name)
+    model = Classifier(body, nn.Linear(width, classes))
+    residual.initialise_by_outputs(model.body, generator)
+    with torch.no_grad():
+        model.head.weight.normal_(std=1 / math.sqrt(width), generator=generator)
+        model.head.bias.zero_()
+    return model
+
+
+def stock_state(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's or timm's ``state_dict`` of a model of `STOCK`, by this module's names."""
+    head = STOCK[name][1]
+    return {
+        key.replace(f"{head}.", "head.") if key.startswith(f"{head}.") else f"body.{key}": value
+        for key, value in state.items()
+    }
+
+
+def _stock_body(name: str) -> tuple[nn.Module, int]:
+    library, head = STOCK[name]
+    # Imported when asked for: timm takes seconds.
+    if library == "timm":
+        import timm
+
+        body = timm.create_model(name)
+    else:
+        import torchvision
+
+        body = torchvision.models.get_model(name, weights=None)
+    width = getattr(body, head).in_features
+    setattr(body, head, nn.Identity())
+    return body, width

@@ -1,0 +1,715 @@
+"""Supervised CIFD: its equations recomputed by hand, its draws, its data, its runs."""
+
+import json
+import math
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+import training.classify as classify
+from cifd_clip.classification.losses import factor_loss, kd_dropout_mask, kl_per_sample
+from cifd_clip.classification.methods import (
+    Distillation,
+    Paraphraser,
+    RDMTraining,
+    TeacherOutput,
+    Weights,
+)
+from cifd_clip.classification.models import SIMPLE_CNNS, build, simple_cnn, stock_state
+from cifd_clip.classification.rdm import ClassifyingRDMs, rdm_loss, unit_scale
+from cifd_clip.noise import Noise
+from experiments import cifar100, tune_cifar100
+from training.classify_data import Batches, Table, load_cifar100, mirrored, normalise, split_rows
+from training.classify_folder import FolderBatches, load_folder
+from training.classify_params import parse_args
+from training.classify_teachers import CachedTeachers, LiveTeachers
+from training.errors import UsageError
+
+CIFAR = Path(__file__).parents[2] / "shared" / "data"
+needs_cifar = pytest.mark.skipif(
+    not (CIFAR / "cifar100_train.npz").is_file(), reason="needs CIFAR-100 in ../shared/data"
+)
+BATCH = 6
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    g = generator(seed)
+    return torch.randn(BATCH, 3, 32, 32, generator=g), torch.randint(100, (BATCH,), generator=g)
+
+
+def teacher_outputs(*weights: float) -> list[TeacherOutput]:
+    """A teacher and assistants with spaces of 5, 6, ... dimensions."""
+    g = generator(2)
+    return [
+        TeacherOutput(
+            3 * torch.randn(BATCH, 100, generator=g), torch.randn(BATCH, 5 + i, generator=g), i, w
+        )
+        for i, w in enumerate((1.0, *weights))
+    ]
+
+
+def table(samples: int) -> Table:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (samples, 32, 32, 3), dtype=np.uint8)
+    return Table(torch.from_numpy(images), torch.from_numpy(rng.integers(0, 100, samples)), "h")
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions", "hidden"),
+    [
+        (
+            "cnn10",
+            [(3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128), (128, 256)]
+            + 3 * [(256, 256)],
+            (256 * 2 * 2, 512),
+        ),
+        (
+            "cnn8",
+            [(3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256)],
+            (256 * 2 * 2, 64),
+        ),
+        (
+            "cnn6",
+            [(3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)],
+            (128 * 8 * 8, 256),
+        ),
+        ("cnn4", [(3, 32), (32, 32), (32, 64), (64, 64)], (64 * 8 * 8, 256)),
+        ("cnn2", [(3, 32), (32, 32)], (32 * 8 * 8, 256)),
+    ],
+)
+def test_the_cnns_are_those_of_table_8(name, convolutions, hidden):
+    model = simple_cnn(name)
+    by_hand = sum(9 * i * o + o for i, o in convolutions)
+    by_hand += hidden[0] * hidden[1] + hidden[1] + hidden[1] * 100 + 100
+    assert sum(p.numel() for p in model.parameters()) == by_hand
+    assert model.width == hidden[1]
+    w = model.features(batch()[0])
+    assert w.shape == (BATCH, hidden[1]) and w.min() == 0, "W is the hidden layer after its ReLU"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "mega_macs"),
+    [
+        # RepDistiller's models with 100 classes
+        ("wrn_40_2", 2255156, None),
+        ("wrn_40_1", 569780, None),
+        ("resnet32x4", 7433860, None),
+        ("resnet8x4", 1233540, None),
+        # torchvision's documentation
+        ("resnet18", 11689512, 1814),
+        ("resnet34", 21797672, 3664),
+        ("resnet50", 25557032, 4089),
+        ("resnet101", 44549160, 7801),
+        ("resnet152", 60192808, 11514),
+        # Howard et al. 2017: 569 M mult-adds, 4.2 M parameters
+        ("mobilenetv1_100", 4231976, 569),
+    ],
+)
+def test_standard_models_have_their_published_size(name, parameters, mega_macs):
+    side, classes = (224, 1000) if mega_macs else (32, 100)
+    with torch.device("meta"):
+        model = build(name, classes, side).eval()
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        with FlopCounterMode(display=False) as counter:
+            assert model.features(torch.empty(1, 3, side, side)).shape == (1, model.width)
+            model(torch.empty(1, 3, side, side))
+    if mega_macs:
+        # the features were computed twice
+        macs = (counter.get_total_flops() / 2e6 + model.width * classes / 1e6) / 2
+        assert macs == pytest.approx(mega_macs, rel=1e-3)
+
+
+def test_a_stock_models_weights_make_the_same_model():
+    stock = torchvision.models.resnet18().eval()
+    model = build("resnet18", 1000, 224)
+    model.load_state_dict(stock_state("resnet18", stock.state_dict()))
+    images = batch()[0]
+    torch.testing.assert_close(model.eval()(images), stock(images))
+
+
+def test_every_depth_starts_with_a_signal_at_its_output():
+    for name in SIMPLE_CNNS:
+        spread = simple_cnn(name, generator=generator())(batch()[0]).std()
+        assert 0.2 < spread < 5, f"{name} starts with logits of spread {spread:.3g}"
+
+
+# -- losses and eq. (9) ----------------------------------------------------------------------------
+
+
+def test_kl_is_tau_squared_times_the_divergence_of_softened_distributions():
+    teacher, student = torch.randn(2, 7, generator=generator()).double()
+    tau = 3.0
+    p, q = (teacher / tau).exp(), (student / tau).exp()
+    p, q = p / p.sum(), q / q.sum()
+    expected = tau**2 * (p * (p / q).log()).sum()
+    assert kl_per_sample(teacher.float(), student.float(), tau).item() == pytest.approx(
+        expected.item(), rel=1e-4
+    )
+
+
+def test_the_cifd_loss_is_equation_9():
+    images, labels = batch()
+    weights = Weights(ce=0.7, kl=0.3, embedding=2.0, information=0.05, tau=2.0)
+    student = simple_cnn("cnn2", generator=generator())
+    task = Distillation(student, [5, 6, 7], weights, ibm=True, generator=generator())
+    teachers = teacher_outputs(0.5, 0.25)
+    noise = Noise(seed=3, step=8)
+    losses, _ = task(images, labels, teachers, noise)
+
+    w = student.features(images)
+    w = w + noise.uniform("ibm", BATCH, 256, w.device)
+    logits = student.classify(w)
+    expected = 0.7 * F.cross_entropy(logits, labels)
+    expected += 0.05 * task.bottleneck.density(w).mean()
+    for i, (teacher, weight) in enumerate(zip(teachers, (1.0, 0.5, 0.25))):
+        p, q = (teacher.logits / 2).softmax(-1), (logits / 2).softmax(-1)
+        expected += 0.3 * weight * 4 * (p * (p.log() - q.log())).sum(-1).mean()
+        u = task.projectors[i](w)
+        expected += 2.0 * weight * (u - teacher.embedding).square().mean()
+    assert sum(losses.values()).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_kd_is_cifd_without_assistants_bottleneck_and_embedding_terms():
+    images, labels = batch()
+    task = Distillation(simple_cnn("cnn2", generator=generator()), [], Weights())
+    losses, _ = task(images, labels, teacher_outputs()[:1], Noise(0, 0))
+    assert set(losses) == {"ce_loss", "kl_loss"} and not task.needs_embeddings
+
+
+def test_the_bottleneck_is_there_in_training_only():
+    images, labels = batch()
+    student = simple_cnn("cnn2", generator=generator())
+    task = Distillation(student, [], Weights(information=1.0), ibm=True, generator=generator())
+    clean, _ = task(images, labels, [], None)
+    noisy, _ = task(images, labels, [], Noise(0, 0))
+    assert "rate_loss" not in clean and noisy["rate_loss"] > 0
+    assert clean["ce_loss"].item() == pytest.approx(
+        F.cross_entropy(student(images), labels).item(), rel=1e-6
+    )
+    assert noisy["ce_loss"] != clean["ce_loss"]
+    with torch.no_grad():
+        hits = task.measure(images, labels, [])["acc1"]
+        assert torch.equal(hits, (student(images).argmax(-1) == labels).float())
+
+
+def test_kd_dropout_drops_its_share_for_each_teacher_by_itself():
+    kl = torch.ones(3, 20_000)
+    mask = kd_dropout_mask(Noise(0, 5), kl, 0.25)
+    kept = mask.mean(-1)
+    assert torch.all((kept - 0.75).abs() < 0.015), f"kept {kept.tolist()} of three teachers' terms"
+    both = (mask[0] * mask[1]).mean().item()
+    assert both == pytest.approx(0.75**2, abs=0.02), "teachers are not dropped independently"
+    assert torch.equal(mask, kd_dropout_mask(Noise(0, 5), kl, 0.25))
+    assert not torch.equal(mask, kd_dropout_mask(Noise(0, 6), kl, 0.25))
+    assert kd_dropout_mask(None, kl, 0.25) is None, "nothing is dropped in evaluation"
+
+
+def test_dropout_removes_whole_terms_of_the_sum():
+    images, labels = batch()
+    teachers = teacher_outputs(1.0, 1.0)
+    noise = Noise(1, 1)
+    student = simple_cnn("cnn2", generator=generator())
+    task = Distillation(student, [], Weights(kd_dropout=0.5, tau=1.0))
+    losses, _ = task(images, labels, teachers, noise)
+    terms = torch.stack([kl_per_sample(t.logits, student(images), 1.0) for t in teachers])
+    mask = kd_dropout_mask(noise, terms, 0.5)
+    assert 0 < mask.mean() < 1
+    expected = (terms * mask).sum(0).mean().item()
+    assert losses["kl_loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_factors_are_compared_by_direction():
+    factors = torch.randn(4, 8, generator=generator())
+    assert factor_loss(factors, 3 * factors).item() == pytest.approx(0, abs=1e-7)
+    assert factor_loss(factors, -factors) > 0.3
+
+
+def test_factor_transfer_trains_the_translator_and_not_the_paraphraser():
+    images, labels = batch()
+    paraphraser = Paraphraser(5, 3, 1.0, generator()).requires_grad_(False)
+    student = simple_cnn("cnn2", generator=generator())
+    task = Distillation(student, [5], Weights(kl=0, factor=10.0), paraphraser=paraphraser)
+    losses, _ = task(images, labels, teacher_outputs(), Noise(0, 0))
+    losses["factor_loss"].backward()
+    assert all(p.grad is not None for p in task.translator.parameters())
+    assert student.body[0].weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in paraphraser.parameters())
+
+
+# -- RDMs ------------------------------------------------------------------------------------------
+
+
+def rdms(form: str, rates=(1.0, 10.0), **options) -> ClassifyingRDMs:
+    return ClassifyingRDMs(list(rates), 12, 100, form, generator=generator(), **options)
+
+
+def by_hand(modules: ClassifyingRDMs, k: int, x, noise):
+    """One assistant as plain layers: latents after noise or rounding, and what follows."""
+
+    def layer(i, x):
+        return x @ modules.weights[i][k] + modules.biases[i][k]
+
+    y = layer(1, F.relu(layer(0, x * modules.scale)))
+    noisy = y.round() if noise is None else y + noise[:, k * y.shape[1] : (k + 1) * y.shape[1]]
+    third = F.relu(layer(2, noisy))
+    if modules.form == "classify":
+        return noisy, third, layer(3, third)
+    reconstruction = layer(3, third)
+    return noisy, reconstruction / modules.scale, layer(4, reconstruction)
+
+
+@pytest.mark.parametrize("form", ["classify", "reconstruct"])
+@pytest.mark.parametrize("rounds", [True, False], ids=["rounding", "noise"])
+def test_an_assistant_is_its_layers_and_no_other_assistants(form, rounds):
+    modules = rdms(form, scale=0.5)
+    x = 3 * torch.randn(BATCH, 12, generator=generator())
+    width = 2 * modules.channels
+    noise = None if rounds else Noise(0, 0).uniform("rdm", BATCH, width, x.device)
+    output = modules(x, noise)
+    latents = []
+    for k in range(2):
+        noisy, embedding, logits = by_hand(modules, k, x, noise)
+        torch.testing.assert_close(output.embedding[k], embedding, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.logits[k], logits, rtol=1e-4, atol=1e-4)
+        latents.append(noisy)
+    if rounds:
+        assert all(torch.equal(noisy, noisy.round()) for noisy in latents)
+    nats = modules.density(torch.cat(latents, 1)).view(BATCH, 2, -1).sum(-1).t()
+    torch.testing.assert_close(output.nats, nats, rtol=1e-4, atol=1e-2)
+
+
+def test_the_simple_form_has_the_layers_of_appendix_a11():
+    modules = ClassifyingRDMs([1.0], 512, 100, "classify")
+    shapes = [tuple(w.shape[1:]) for w in modules.weights]
+    assert shapes == [(512, 512), (512, 306), (306, 100), (100, 100)]
+    assert modules.channels == 306 and modules.embedding_dim == 100
+
+
+@pytest.mark.parametrize("form", ["classify", "reconstruct"])
+def test_the_rdm_loss_is_equation_22(form):
+    modules = rdms(form)
+    x = torch.randn(BATCH, 12, generator=generator())
+    teacher = torch.randn(BATCH, 100, generator=generator(5))
+    labels = batch()[1]
+    noise = Noise(0, 1).uniform("rdm", BATCH, 2 * modules.channels, x.device)
+    output = modules(x, noise)
+    terms = rdm_loss(modules, output, x, teacher, labels, lambda_ce=0.9, lambda_kl=0.4, tau=2.0)
+    for k, rate in enumerate(modules.rates):
+        ce = F.cross_entropy(output.logits[k], labels)
+        p, q = (teacher / 2).softmax(-1), (output.logits[k] / 2).softmax(-1)
+        supervised = 0.9 * ce + 0.4 * 4 * (p * (p.log() - q.log())).sum(-1).mean()
+        expected = output.nats[k].mean()
+        if form == "classify":
+            expected = expected + rate * supervised
+        else:
+            distortion = (x - output.embedding[k]).square().sum(-1).mean()
+            expected = expected + supervised + rate * distortion
+        assert sum(t[k] for t in terms.values()).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_rounding_keeps_the_signal_at_the_start():
+    x = 7 * torch.randn(64, 12, generator=generator())
+    modules = rdms("classify", scale=unit_scale(x))
+    output = modules(x, None)
+    distance = (output.logits[:, 1:] - output.logits[:, :-1]).norm(dim=-1)
+    assert distance.min() > 0.1, "rounding makes different embeddings one"
+
+
+def test_rdms_come_back_from_disk_and_refuse_another_teacher(tmp_path):
+    modules = rdms("classify", teacher="a" * 64)
+    modules.save(tmp_path)
+    x = torch.randn(4, 12, generator=generator())
+    again = ClassifyingRDMs.load(tmp_path, "a" * 64)
+    assert torch.equal(again(x, None).logits, modules(x, None).logits)
+    with pytest.raises(ValueError, match="aaaaaaaaaaaa, but the teacher has weights bbbbbbbbbbbb"):
+        ClassifyingRDMs.load(tmp_path, "b" * 64)
+
+
+def test_more_rate_buys_more_accuracy():
+    """Figure 5 in small: separable clusters, a few hundred steps."""
+    g = generator()
+    centres = 2 * torch.randn(20, 12, generator=g)
+    labels = torch.randint(20, (128,), generator=g)
+    x = centres[labels] + 0.3 * torch.randn(128, 12, generator=g)
+    modules = ClassifyingRDMs(
+        [0.01, 100.0], 12, 20, "classify", [32, 8, 32], unit_scale(x), generator=generator()
+    )
+    task = RDMTraining(modules, Weights(kl=0.0))
+    density = {id(p) for p in modules.density.parameters()}
+    rest = [p for p in task.parameters() if id(p) not in density]
+    optimizer = torch.optim.Adam(
+        [{"params": rest, "lr": 6e-3}, {"params": modules.density.parameters(), "lr": 6e-2}]
+    )
+    teachers = [TeacherOutput(F.one_hot(labels, 20).float(), x)]
+    for step in range(120):
+        losses, _ = task(None, labels, teachers, Noise(0, step))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    measured = {k: v.mean(-1) for k, v in task.measure(None, labels, teachers).items()}
+    poor, rich = measured["acc1"].tolist()
+    assert rich > 0.9 > 0.5 > poor
+    assert measured["bits"][0] < measured["bits"][1]
+
+
+# -- data and teachers -----------------------------------------------------------------------------
+
+
+def test_what_is_held_out_does_not_depend_on_the_seed_and_grows_by_adding():
+    train, small = split_rows(1000, 50)
+    _, large = split_rows(1000, 100)
+    assert set(small) <= set(large) and len(small) == 50
+    assert sorted([*train, *small]) == list(range(1000))
+
+
+def test_an_epoch_visits_every_training_row_once_and_the_next_in_another_order():
+    rows, _ = split_rows(64, 16)
+    batches = Batches(table(64), rows, "flip", seed=0, size=8)
+    first = torch.cat([b.rows for b in batches.epoch(0, 0, False)])
+    assert sorted(first.tolist()) == rows.tolist()
+    assert not torch.equal(first, torch.cat([b.rows for b in batches.epoch(1, 0, False)]))
+    late = torch.cat([b.rows for b in batches.epoch(0, 2, False)])
+    assert torch.equal(late, first[16:]), "an epoch resumed in the middle must go on as it was"
+
+
+def test_a_flip_mirrors_and_a_crop_is_a_shifted_window():
+    data = table(32)
+    rows = np.arange(32)
+    for b in Batches(data, rows, "flip", 0, 32).epoch(0, 0, True):
+        assert 0 < b.views.sum() < 32
+        for row, view, image in zip(b.rows, b.views, b.images):
+            plain = data.batch(row[None]).images[0]
+            torch.testing.assert_close(image, plain.flip(2) if view else plain)
+    padded = F.pad(data.images.permute(0, 3, 1, 2), (4, 4, 4, 4))
+    for b in Batches(data, rows, "crop", 0, 32).epoch(0, 0, True):
+        whole = data.batch(b.rows).images
+        assert not torch.equal(b.images, whole)
+        image, view = b.images[0], bool(b.views[0])
+        windows = padded[b.rows[0]].unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 9, 9, 32, 32)
+        windows = windows.permute(1, 2, 3, 4, 0).reshape(81, 32, 32, 3)
+        plain = normalise(windows.flip(2) if view else windows)
+        assert any(torch.allclose(image, window) for window in plain)
+
+
+@pytest.mark.parametrize("form", ["classify", "reconstruct"])
+def test_a_cached_teacher_says_what_the_live_one_says(form):
+    model = simple_cnn("cnn2", generator=generator()).eval()
+    modules = ClassifyingRDMs([1.0, 5.0, 9.0], 256, 100, form, generator=generator())
+    live = LiveTeachers([model], modules, [2, 0], [0.5, 0.25])
+    data = table(24)
+    cached = CachedTeachers(live, data, "flip")
+    for b in Batches(data, np.arange(24), "flip", 0, 8).epoch(0, 0, True):
+        for ours, theirs in zip(cached(b), live(b), strict=True):
+            torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours.embedding, theirs.embedding, rtol=1e-4, atol=1e-4)
+            assert (ours.space, ours.weight) == (theirs.space, theirs.weight)
+    plain = data.batch(torch.tensor([3, 5]))
+    turned = mirrored(plain)
+    assert not torch.allclose(cached(plain)[0].logits, cached(turned)[0].logits)
+    spaces = [o.space for o in cached(plain)]
+    assert spaces == ([0, 0, 0] if form == "reconstruct" else [0, 1, 2])
+    assert live.dims == ([256] if form == "reconstruct" else [256, 100, 100])
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model cnn3", "--model cnn3: there are cnn10"),
+        ("--method kd --model cnn2", "--method kd needs one --teacher RUN, got 0"),
+        ("--method kd --model cnn2 --teacher a,b", "needs one --teacher RUN, got 2"),
+        ("--method none", "--method none needs --model"),
+        ("--method rdm --teacher a --model cnn2", "trains no --model"),
+        ("--model cnn2 --teacher a", "has no --teacher"),
+        ("--method cifd --model cnn2 --teacher a --rates 1", "--rdm-bank RUN, which is missing"),
+        ("--method kd --model cnn2 --teacher a --rdm-bank b", "--rdm-bank belongs to --method"),
+        ("--method ft --model cnn2 --teacher a", "--paraphraser RUN go together"),
+        ("--method kd --model cnn2 --teacher a --kd-dropout 1", "a probability below 1"),
+        ("--model cnn2 --epochs 2 --warmup-epochs 2", "leaves nothing"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, message):
+    with pytest.raises(UsageError, match=message):
+        parse_args(["--data", "x", *flags.split()])
+
+
+def test_the_learning_rate_starts_and_ends_where_it_should():
+    def at(flags: str, step: int) -> float:
+        args = parse_args(["--data", "x", "--model", "cnn2", *flags.split()])
+        return classify.schedule(args, step, 10)
+
+    assert at("--epochs 4", 0) == 1 and at("--epochs 4", 39) < 0.01
+    assert at("--epochs 4", 20) == pytest.approx(0.5)
+    assert at("--epochs 4 --warmup-epochs 1", 4) == pytest.approx(0.5)
+    assert at("--epochs 4 --warmup-epochs 1", 10) == 1
+    multistep = "--epochs 9 --lr-schedule multistep --milestones 2 5"
+    assert [at(multistep, s) for s in (19, 20, 50)] == pytest.approx([1, 0.1, 0.01])
+
+
+@pytest.fixture(scope="module")
+def run_classify():
+    """``training.classify`` in this process on a part of CIFAR-100, which is decoded once."""
+    loaded = classify.load_cifar100
+    classify.load_cifar100 = cache(load_cifar100)
+
+    def go(logs: Path, name: str, *flags: str) -> Path:
+        common = ["--data", str(CIFAR), "--logs", str(logs), "--name", name, "--subset", "256"]
+        assert classify.main([*common, "--batch-size", "32", *flags]) == 0
+        return logs / name
+
+    yield go
+    classify.load_cifar100 = loaded
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, run_classify):
+    """A teacher, its RDMs and a paraphraser."""
+    logs = tmp_path_factory.mktemp("classify")
+    small = ("--epochs", "1", "--holdout", "32")
+    teacher = run_classify(logs, "teacher", "--model", "cnn4", *small)
+    for method in ("rdm", "paraphraser"):
+        run_classify(logs, method, "--method", method, "--teacher", str(teacher), *small)
+    return logs
+
+
+METHODS = {
+    "kd": [],
+    "takd": [],
+    "dgkd": ["--kd-dropout", "0.25"],
+    "ft": ["--paraphraser={home}/paraphraser"],
+    "cifd": ["--rdm-bank={home}/rdm", "--rates", "1", "10", "--augment", "crop"],
+}
+
+
+@needs_cifar
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_on_real_images(method, home, run_classify):
+    teachers = f"{home}/teacher,{home}/teacher" if method == "dgkd" else f"{home}/teacher"
+    flags = [flag.format(home=home) for flag in METHODS[method]]
+    flags += ["--epochs", "1", "--method", method, "--model", "cnn2", "--teacher", teachers]
+    run = run_classify(home, method, *flags, "--holdout", "32")
+    result = json.loads((run / "result.json").read_text())
+    assert result["method"] == method and result["teacher"] == "cnn4"
+    assert result["metrics"] is None, "the test split is looked at with --final alone"
+    assert 0 <= result["holdout_metrics"]["acc1"] <= result["holdout_metrics"]["acc5"] <= 1
+    shipped = load_file(run / "model.safetensors")
+    assert set(shipped) == set(simple_cnn("cnn2").state_dict()), "a student ships nothing else"
+
+
+@needs_cifar
+def test_a_resumed_run_ends_in_the_same_bits(home, run_classify):
+    flags = ["--method=cifd", "--model=cnn2", f"--teacher={home}/teacher", f"--rdm-bank={home}/rdm"]
+    flags += ["--epochs=2", "--kd-dropout=0.25", "--augment=flip", "--holdout=32"]
+    straight = run_classify(home, "straight", *flags)
+    wanted = (straight / "model.safetensors").read_bytes()
+    lines = (straight / "metrics.jsonl").read_text().count("\n")
+    # Back to the end of the first epoch, as a kill would have left it.
+    newest = max((straight / "checkpoints").glob("step_*.pt"))
+    newest.unlink()
+    newest.with_suffix(".json").unlink()
+    for name in ("finished.json", "model.safetensors", "result.json"):
+        (straight / name).unlink()
+    run_classify(home, "straight", *flags, "--resume=latest")
+    assert (straight / "model.safetensors").read_bytes() == wanted
+    assert (straight / "metrics.jsonl").read_text().count("\n") == lines
+
+
+@needs_cifar
+def test_a_teacher_that_has_seen_the_held_out_images_is_refused(home, run_classify):
+    flags = ["--method=kd", "--model=cnn2", f"--teacher={home}/teacher", "--holdout=64"]
+    with pytest.raises(UsageError, match="it has seen what --holdout 64 would keep back"):
+        run_classify(home, "leak", *flags)
+
+
+@needs_cifar
+def test_rdms_leave_one_result_per_rate(home):
+    rates = [1, 3, 10, 30, 100]
+    for rate in rates:
+        result = json.loads((home / "rdm" / f"result_R{rate}.json").read_text())
+        assert result["role"] == "rdm" and result["rate"] == rate
+        assert result["train_metrics"]["bits"] > 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three classes of generated photos in ImageNet's layout."""
+    root = tmp_path_factory.mktemp("imagenet")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for name in ("n01440764", "n01443537", "n01484850"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (6, 7 + i, 3), dtype=np.uint8)
+                image = Image.fromarray(pixels).resize((250, 240))
+                image.save(root / split / name / f"{name}_{i}.JPEG")
+    return root
+
+
+def run_folder(folder: Path, name: str, *flags: str) -> Path:
+    common = ["--dataset=imagenet", f"--data={folder}", f"--logs={folder}/runs", f"--name={name}"]
+    assert classify.main([*common, "--batch-size=6", "--epochs=1", "--workers=1", *flags]) == 0
+    return folder / "runs" / name
+
+
+def test_imagenets_layout_trains_under_a_live_teacher(folder):
+    teacher = run_folder(folder, "teacher", "--model=resnet8x4")
+    under = f"--teacher={teacher}"
+    rates = ["--rdm-form=reconstruct", "--rates=1000", "--embedding-loss=smooth_l1"]
+    rdm = run_folder(folder, "rdm", "--method=rdm", under, *rates)
+    flags = ["--method=cifd", "--model=wrn_40_1", under, f"--rdm-bank={rdm}", "--final"]
+    student = run_folder(folder, "student", *flags)
+    result = json.loads((student / "result.json").read_text())
+    assert result["metrics"]["acc5"] == 1, "with three classes everything is among five"
+    assert load_file(student / "model.safetensors")["head.weight"].shape == (3, 64)
+
+
+def test_a_crop_of_a_photo_is_a_function_of_seed_epoch_and_name(folder):
+    data = load_folder(folder, "train", workers=0)
+    batches = FolderBatches(data, np.arange(len(data)), seed=0, size=6)
+    first, again = (next(batches.epoch(3, 1, True)) for _ in range(2))
+    assert torch.equal(first.images, again.images)
+    other = {r.item(): i for b in batches.epoch(4, 0, True) for r, i in zip(b.rows, b.images)}
+    assert not torch.equal(first.images[0], other[first.rows[0].item()])
+    assert data.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+
+
+def test_stock_weights_of_another_size_are_refused(folder, tmp_path):
+    weights = tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18(num_classes=4).state_dict(), weights)
+    flags = ["--method=kd", "--model=resnet8x4", f"--teacher=resnet18:{weights}"]
+    with pytest.raises(UsageError, match=r"tells 4 classes apart, --data .* has 3"):
+        run_folder(folder, "wrong", *flags)
+    with pytest.raises(UsageError, match="holds no weights of resnet34"):
+        run_folder(folder, "wrong", *flags[:2], f"--teacher=resnet34:{weights}")
+
+
+# -- the experiment --------------------------------------------------------------------------------
+
+
+def test_the_plan_trains_every_run_after_those_it_needs():
+    seen: set[str] = set()
+    runs = cifar100.plan(seed=4)
+    for run in runs:
+        assert seen.issuperset(run.needs), f"{run.name} comes before one of {run.needs}"
+        seen.add(run.name)
+        args = parse_args(run.command(Path("d"), Path("l"))[2:])
+        assert args.seed == 4 and args.final and args.holdout == 0
+    first = cifar100.priorities(runs)
+    assert max(first, key=first.get) == "teacher_s4"
+
+
+def test_a_run_with_a_result_is_repeated_only_for_its_weights(tmp_path):
+    logs, results = tmp_path / "logs", tmp_path / "results"
+    runs = cifar100.plan(seed=0)
+    (results / "runs").mkdir(parents=True)
+    for run in runs:
+        for path in run.kept(results).values():
+            path.write_text(json.dumps({"flags": list(run.flags)}))
+    assert cifar100.outstanding(runs, logs, results) == []
+    (results / "runs" / "cifd3_s0.json").unlink()
+    names = [run.name for run in cifar100.outstanding(runs, logs, results)]
+    assert names == ["teacher_s0", "rdm_s0", "cifd3_s0"]
+    (logs / "teacher_s0").mkdir(parents=True)
+    (logs / "teacher_s0" / "finished.json").write_text("{}")
+    names = [run.name for run in cifar100.outstanding(runs, logs, results)]
+    assert names == ["rdm_s0", "cifd3_s0"]
+    cifar100.check_settings(runs, results)
+    (results / "runs" / "kd_s0.json").write_text(json.dumps({"flags": ["--lr", "9"]}))
+    with pytest.raises(UsageError, match=r"kd_s0.json \(1 results\) were made with other settings"):
+        cifar100.check_settings(runs, results)
+
+
+def test_a_method_costs_what_its_whole_chain_took(tmp_path):
+    for run in [r for seed in (0, 1) for r in cifar100.plan(seed)]:
+        seed = int(run.name[-1])
+        spent = {"provenance": {"cpu_seconds": 10.0 + 2 * seed}, "seed": seed}
+        for path in run.kept(tmp_path).values():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(spent))
+    costs = cifar100.costs(tmp_path)
+    assert costs == pytest.approx(
+        {"kd": 1, "takd": 4, "dgkd": 4, "cifd1": 2, "cifd3": 2, "cifd5": 2}
+    )
+    (tmp_path / "runs" / "cnn4_takd_s0.json").unlink()
+    (tmp_path / "runs" / "cnn4_takd_s1.json").unlink()
+    assert set(cifar100.costs(tmp_path)) == set(costs) - {"takd"}
+
+
+def test_bits_are_nats_in_another_unit():
+    modules = rdms("classify")
+    x = torch.randn(BATCH, 12, generator=generator())
+    measured = RDMTraining(modules, Weights()).measure(
+        None, batch()[1], [TeacherOutput(torch.zeros(BATCH, 100), x)]
+    )
+    nats = modules(x, None).nats
+    torch.testing.assert_close(measured["bits"], nats / math.log(2))
+
+
+# -- recipes and tuning ----------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+MISSING = {
+    "cifar100_teacher": "--model wrn_40_2",
+    "cifar100_rdm": "--teacher t",
+    "cifar100_cifd": "--model resnet8x4 --teacher t --rdm-bank b",
+    "imagenet_rdm_resnet34": "--teacher t",
+    "imagenet_cifd_resnet18": "--teacher t --rdm-bank b",
+}
+
+
+def test_every_recipe_needs_only_what_it_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipes = {path.stem: path for path in Path("slurm/recipes/classify").glob("*.args")}
+    assert set(recipes) == set(MISSING)
+    for name, path in recipes.items():
+        args = parse_args([f"@{path}", "--data", "d", *MISSING[name].split()])
+        assert args.resume == "latest"
+    cifd = parse_args(
+        [f"@{recipes['cifar100_cifd']}", "--data=d", *MISSING["cifar100_cifd"].split()]
+    )
+    assert (cifd.tau, cifd.kd_dropout, cifd.lambda_i, cifd.lambda_emb) == (2.0, 0.25, 0.005, 100.0)
+    assert cifd.ibm and cifd.epochs == 240 and cifd.milestones == [150, 160, 180]
+
+
+@pytest.mark.parametrize("flags", ["--holdout 0", "--holdout 5000 --final"])
+def test_tuning_looks_at_held_out_training_images_alone(flags):
+    run = ["--data", "d", "--model", "cnn2", *flags.split()]
+    with pytest.raises(UsageError, match="held-out training images alone"):
+        tune_cifar100.parse(["--name", "x", "--tune", "lr", "--", *run])
+
+
+def test_tuning_without_optuna_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UsageError, match=r"pip install 'cifd_clip\[tune\]'"):
+        tune_cifar100.main([])
+
+
+@needs_cifar
+def test_a_study_goes_on_where_it_was(tmp_path):
+    pytest.importorskip("optuna", reason="needs the extra `tune`")
+    ours = ["--name=x", "--tune", "lr", "tau", f"--logs={tmp_path}"]
+    run = ["--", f"--data={CIFAR}", "--model=cnn2", "--subset=128", "--holdout=32", "--epochs=1"]
+    run += ["--batch-size=32"]
+    for trials in (1, 2):
+        tune_cifar100.main([*ours, f"--trials={trials}", *run])
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert [t["number"] for t in record["trials"]] == [0, 1]
+    assert record["holdout_acc1"] == max(t["value"] for t in record["trials"])
