@@ -22,6 +22,8 @@ NODES, CPUS = 8, 16
 
 CONFIG = """
 ClusterName=tests
+# two of these on one machine should not give their jobs the same number, hence port
+FirstJobId={first}
 SlurmctldHost={host}({address})
 SlurmctldPort={ports[0]}
 SlurmUser=root
@@ -111,7 +113,7 @@ def write_config(folder: Path, names: list[str]) -> Path:
     bind = "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" if loopback else ""
     text = CONFIG.format(
         host=socket.gethostname().partition(".")[0],
-        address=address(), ports=ports, bind=bind, folder=folder,
+        address=address(), ports=ports, bind=bind, folder=folder, first=1 + secrets.randbelow(20000),
     )  # fmt: skip
     for name, port in zip(names, ports[1:]):
         text += f"NodeName={name} NodeHostname=localhost NodeAddr={address()} Port={port} "

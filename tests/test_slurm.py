@@ -1,6 +1,7 @@
 """Studies on a real SLURM, as shipped: arrays survive pre-emption, limits and dead nodes."""
 
 import contextlib
+import csv
 import os
 import re
 import shlex
@@ -215,9 +216,9 @@ def test_a_study_survives_signals_a_time_limit_and_a_dead_node(
     assert evaluations == ["COMPLETED"] * 5 + ["CANCELLED"], story()
     assert states[jobs["report"]] == "FAILED"
     assert "not finished: " in (study / "slurm" / "report-1.log").read_text()
-    page = (study / "report.md").read_text()
-    assert all(name in page for name in ("alone", "usr1", "term", "node", "limit"))
-    assert "diverges" not in page and "student" in page, "students and their teacher"
+    with open(study / "report.csv") as table:
+        reported = {row["model"] for row in csv.DictReader(table)}
+    assert reported == {"alone", "usr1", "term", "node", "limit", "teacher"}
 
     # the same commands, undisturbed
     planned = {
@@ -245,10 +246,11 @@ def test_a_study_survives_signals_a_time_limit_and_a_dead_node(
         assert losses == whole, f"{name}: one curve, no gap, nothing twice"
 
 
-def test_eight_tasks_share_a_host_and_a_killed_rank_ends_its_own_within_a_minute(
+def test_of_eight_tasks_on_one_host_each_ends_alone_and_a_killed_ranks_within_a_minute(
     slurm, data, site, common, tmp_path
 ):
     ask = Cluster({**slurm, "CLUSTER": str(site)})
+    site.write_text(site.read_text() + "MAX_RESTARTS=0\n")
     logs, file = tmp_path / "logs", tmp_path / "eight.lines"
     flags = f"--train-data {data}/train @{common} --epochs 10 --save-every-n-steps 2 --logs {logs}"
     file.write_text("".join(f"--name r{i} --seed {i} {flags}\n" for i in range(1, 9)))
@@ -270,10 +272,15 @@ def test_eight_tasks_share_a_host_and_a_killed_rank_ends_its_own_within_a_minute
     until(lambda: (victim / "checkpoints" / "latest.json").exists(), story)
     os.kill(processes(victim)[-1], signal.SIGKILL)
     before = time.monotonic()
+    ask("scancel", tasks[3])
+    ask("scancel", "--batch", "--signal=USR1", tasks[4])
     ask.wait(tasks[2:3], logs)
     assert time.monotonic() - before < 60
     states = ask.wait(tasks, logs)
-    assert [states[t] for t in tasks] == ["COMPLETED"] * 2 + ["FAILED"] + ["COMPLETED"] * 5, story()
+    # a rank killed; cancelled for good; stopped, with no restart left (MAX_RESTARTS)
+    expected = ["COMPLETED"] * 2 + ["FAILED", "CANCELLED", "FAILED"] + ["COMPLETED"] * 3
+    assert [states[t] for t in tasks] == expected, story()
+    assert "MAX_RESTARTS" in (logs / "5.log").read_text()
     assert {ask.job(t)["NodeList"] for t in tasks} == {"n1"}
     assert {ask.job(t)["Restarts"] for t in tasks} == {"0"}, "a crash is not a pre-emption"
     ports = [re.search(r"port (\d+)", (logs / f"{i}.log").read_text())[1] for i in range(1, 9)]
