@@ -132,15 +132,23 @@ def rows(sources: list[Source], pooled: bool = True) -> list[Row]:
             set of weights.
     """
     found: list[Row] = []
-    seen = set()
+    seen: dict[tuple, str] = {}
     for source in sources:
         for result in source.results:
-            same = json.dumps(result, sort_keys=True)
-            if result.get("role") or same in seen:  # a part of another run, or a copy
+            if result.get("role"):  # a part of another run
                 continue
-            seen.add(same)
             row, run = _row_of(found, source, result, pooled)
-            add_result(row, result, run)
+            provenance = result.get("provenance", {})
+            what = id(row), run, result["dataset"], provenance.get("split"), result["task"]
+            data = json.dumps(provenance.get("data"))
+            if seen.get(what, data) != data:
+                raise UsageError(
+                    f"'{source.path}': two results of {run.name} on {result['dataset']} are of "
+                    f"different data, {seen[what][:14]} and {data[:14]}; move one of them away"
+                )
+            if what not in seen:  # else a copy
+                add_result(row, result, run)
+            seen[what] = data
             row.trained = trained(source) or row.trained
     for gap in (gap for source in sources for gap in source.gaps):
         of_model = [row for row in found if gap["model"] in row.names]

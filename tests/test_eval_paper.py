@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval import paper, report, sources
+from training.errors import UsageError
 
 TEXT = Path(__file__).resolve().parents[2] / "shared/paper/cifd.txt"
 L14 = {"distill_model": "ViT-L-14", "distill_pretrained": "datacomp_xl_s13b_b90k"}
@@ -268,3 +269,18 @@ def test_a_classifier_whose_test_split_was_not_looked_at_is_a_named_gap(tmp_path
     report.main([str(study(tmp_path / "s", [tuned, final])), "--out", str(out)])
     text = out.with_suffix(".md").read_text()
     assert "gap: the test split was not looked at" in text and "cifar100 (held out)" in text
+
+
+def test_a_copy_of_a_result_is_no_further_sample(tmp_path):
+    result = classifier("cnn2", "kd", 0.5)
+    found = tables(study(tmp_path / "a", [result]), study(tmp_path / "b", [result | {"flags": []}]))
+    assert [line["top-1"].runs for line in ours(found["1"], "KD")] == [1]
+
+
+def test_results_of_one_run_on_two_data_sets_of_one_name_are_refused(tmp_path):
+    run = clip_run(tmp_path, "run", "cifd", 0.4)
+    result = json.loads((run / "results" / "r.json").read_text())
+    result["provenance"]["data"] = "other"
+    write(run / "results" / "s.json", result)
+    with pytest.raises(UsageError, match="different data"):
+        tables(run)
