@@ -113,7 +113,8 @@ def write_config(folder: Path, names: list[str]) -> Path:
     bind = "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" if loopback else ""
     text = CONFIG.format(
         host=socket.gethostname().partition(".")[0],
-        address=address(), ports=ports, bind=bind, folder=folder, first=1 + secrets.randbelow(20000),
+        address=address(), ports=ports, bind=bind, folder=folder,
+        first=1 + secrets.randbelow(20000),
     )  # fmt: skip
     for name, port in zip(names, ports[1:]):
         text += f"NodeName={name} NodeHostname=localhost NodeAddr={address()} Port={port} "
