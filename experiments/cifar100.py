@@ -335,10 +335,11 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         print("\n".join(shlex.join(["python", *r.command(args.data, args.logs)]) for r in todo))
         return 0
-    done = Queue(todo, args.data, args.logs, args.results, args.jobs).run()
+    if not Queue(todo, args.data, args.logs, args.results, args.jobs).run():
+        return STOPPED_EXIT
     print(summary(args.results))
     print("cost, × KD:", ", ".join(f"{k} {v:.2f}" for k, v in costs(args.results).items()))
-    return 0 if done else STOPPED_EXIT
+    return 0
 
 
 if __name__ == "__main__":
