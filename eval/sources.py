@@ -52,6 +52,7 @@ class Source:
     config: dict | None = None
     finished: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
+    taught_by: dict = field(default_factory=dict)
     metrics: list[dict] = field(default_factory=list)
     results: list[dict] = field(default_factory=list)
     banks: list[dict] = field(default_factory=list)
@@ -102,9 +103,10 @@ def read_source(path: Path) -> list[Source]:
 def _read_run(source: Source) -> None:
     path = source.path
     source.config = json.loads((path / "config.json").read_text())
-    for name in ("finished", "data"):
-        if (path / f"{name}.json").is_file():
-            setattr(source, name, json.loads((path / f"{name}.json").read_text()))
+    files = {"finished": "finished.json", "data": "data.json", "taught_by": "teachers.json"}
+    for name, file in files.items():
+        if (path / file).is_file():
+            setattr(source, name, json.loads((path / file).read_text()))
     if (path / "metrics.jsonl").is_file():
         lines = (path / "metrics.jsonl").read_text().splitlines()
         source.metrics = [json.loads(line) for line in lines]
@@ -232,42 +234,30 @@ def _classifier_setting(result: dict) -> Setting:
 def _clip_setting(source: Source) -> Setting:
     config = source.config
     cifd = source.method == "cifd"
-    bank = _bank_config(source) if cifd else {"rates": []}
+    unknown = cifd and not source.taught_by
+    bank = None if unknown else source.taught_by.get("bank") or {"rates": []}
     rest = {k: v for k, v in config.items() if k not in SEEDED}
     student, pretrained = config.get("model", source.name), config.get("pretrained")
     return Setting(
         method=source.method,
         student=f"{student}:{pretrained}" if pretrained else student,
-        teachers=_teacher_names(config),
+        teachers=_teacher_names(source),
         rdms=None if bank is None else len(bank["rates"]),
         ibm=cifd and not config.get("no_ibm", False),
         rest=json.dumps([bank and {**bank, "teacher": None}, rest], sort_keys=True),
     )
 
 
-def _bank_config(source: Source) -> dict | None:
-    """What the bank of a stage 2 says of itself: the run's own, or the one it was given."""
-    given = source.config.get("rdm_bank")
-    own = source.path / "rdm" / "bank"
-    for folder in [own, *([Path(given)] if given else [])]:
-        if (folder / "config.json").is_file():
-            return json.loads((folder / "config.json").read_text())
-    own_rates = not given or Path(given).parts[-3:] == (source.name, "rdm", "bank")
-    return {"rates": source.config.get("rates", [])} if own_rates else None
-
-
-def _teacher_names(config: dict) -> tuple[str, ...]:
-    """``ARCH`` or ``ARCH:WEIGHTS`` of each teacher; a cache alone knows its architecture."""
+def _teacher_names(source: Source) -> tuple[str, ...]:
+    """``ARCH`` or ``ARCH:WEIGHTS`` of each teacher; of a cache's teacher, its architecture."""
+    config = source.config
     named = config.get("distill_model")
-    if not named and config.get("teacher_cache"):
-        files = [Path(folder) / "config.json" for folder in config["teacher_cache"].split(",")]
-        known = [json.loads(file.read_text()) for file in files if file.is_file()]
-        return tuple(cache["teacher"]["model"] for cache in known)
+    if not named:
+        return tuple(teacher["model"] for teacher in source.taught_by.get("teachers", []))
     weights = iter((config.get("distill_pretrained") or "").split(","))
-    names = named.split(",") if named else []
     return tuple(
         name if name.startswith(("local-dir:", "hf-hub:")) else _with_tag(name, next(weights, ""))
-        for name in names
+        for name in named.split(",")
     )
 
 

@@ -25,6 +25,8 @@ def clip_run(logs, name, method, acc1, seed=0, student="RN50", rates=(100.0,), *
     teacher = {} if method == "none" else L14
     flags = {"distill": method, "model": student, "seed": seed, "name": name, **teacher, **config}
     write(run / "config.json", {**flags, "rates": list(rates)})
+    bank = {"rates": list(rates), "hidden": 8, "channels": 8} if method == "cifd" else None
+    write(run / "teachers.json", {"teachers": [], "bank": bank})
     write(run / "finished.json", {"samples": 96_000_000})
     result = {
         "dataset": "imagenet1k", "model": name, "task": "zeroshot_classification",
@@ -118,15 +120,16 @@ def test_a_run_of_another_setting_is_in_no_row(tmp_path, other):
 
 
 def test_the_number_of_rdms_is_the_banks_and_not_that_of_an_unused_flag(tmp_path):
-    bank = tmp_path / "bank" / "bank"
-    write(bank / "config.json", {"rates": [1.0, 2.0, 3.0], "hidden": 8, "channels": 8})
-    given = {"rdm_bank": str(bank), "student": "ViT-S-16", "distill_model": "ViT-B-16"}
-    found = tables(clip_run(tmp_path, "run", "cifd", 0.5, rates=(1.0,), **given))
+    table5 = {"student": "ViT-S-16", "distill_model": "ViT-B-16"}
+    run = clip_run(tmp_path, "run", "cifd", 0.5, rates=(1.0,), rdm_bank="bank", **table5)
+    write(run / "teachers.json", {"teachers": [], "bank": {"rates": [1.0, 2.0, 3.0]}})
+    found = tables(run)
     assert ours(found["5"], "CIFD (3 RDM)") and not ours(found["5"], "CIFD (1 RDM)")
 
 
-def test_a_bank_that_is_gone_is_said_to_be_unknown(tmp_path):
-    run = clip_run(tmp_path, "run", "cifd", 0.5, rdm_bank="gone/bank")
+def test_a_run_that_does_not_record_its_bank_is_in_no_row(tmp_path):
+    run = clip_run(tmp_path, "run", "cifd", 0.5, rdm_bank="bank")
+    (run / "teachers.json").unlink()
     (row,) = sources.rows(sources.read_source(run))
     assert row.method == "cifd (? RDM)" and not tables(run)
 

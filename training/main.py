@@ -218,6 +218,7 @@ def describe(
             f"{fingerprint['hash'][:12]}"
         )
     directory.write_json("data.json", fingerprint)
+    directory.write_json("teachers.json", trainer.stage.taught_by())
     parameters = sum(p.numel() for p in trainer.parameters)
     logging.info(
         "%s | %s | %s samples in %d shards | %d steps of %d | %.1f M parameters train | %s",

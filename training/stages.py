@@ -121,12 +121,18 @@ class Stage:
     inputs: Inputs
     source: LiveTeachers | CachedTeachers
     rates: list[float]
+    bank: RDMBank | None = None
     average: Task | None = None
 
     @property
     def shipped(self) -> Task:
         """What is validated and shipped: the task, or the average of its weights."""
         return self.task if self.average is None else self.average
+
+    def taught_by(self) -> dict[str, Any]:
+        """Who the teachers are, and what the bank is: for the run directory."""
+        bank = None if self.bank is None else self.bank.config()
+        return {"teachers": self.source.identities, "bank": bank}
 
     def student_inputs(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Normalised images and tokens for ``task.encode``."""
