@@ -130,6 +130,7 @@ def process(rank: int, home: Path) -> None:
     results["without contrastive term"] = communication(
         "cifd", [*four, "--lambda-cl", "0"], home, world
     )
+    results["accumulated"] = communication("kd", ACCUMULATED, home, world)
     if rank == 0:
         (home / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
@@ -168,6 +169,10 @@ def test_a_step_says_what_the_formula_says_and_teachers_and_banks_say_nothing(ca
     found = results["communication"][case]
     assert found["counted"] == found["formula"]
     assert found["frozen_in_what_trains"] == 0, "a teacher's or a bank's weights are synchronised"
+
+
+def test_accumulation_says_the_same_once_per_step(results):
+    assert results["accumulated"]["counted"] == results["communication"]["kd"]["counted"]
 
 
 def test_embedding_and_rate_terms_exchange_nothing_but_the_gradient(results):
