@@ -415,6 +415,9 @@ def finish(
         data["test"] = test.hash
     measured = {"metrics": None, "holdout_metrics": None}
     measured |= {name: evaluate(task, *part, live) for name, part in parts.items()}
+    rates = args.rates or []
+    if live is not None and live.rdms is not None:
+        rates = [live.rdms.rates[i] for i in live.picked]
     result = {
         "task": "classification",
         "dataset": args.dataset,
@@ -422,7 +425,7 @@ def finish(
         "assistants": [t.name for t in teachers[1:]],
         "student": args.model,
         "method": args.method,
-        "rates": args.rates or [],
+        "rates": rates,
         "ibm": args.ibm,
         "seed": args.seed,
         "provenance": {
