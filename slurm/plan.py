@@ -292,8 +292,8 @@ def cost(job: Job, site: Site) -> tuple[float | None, float | None]:
         parts = site.number("CACHE_PARTS") if stage == "cache" else 1
         options = ["--gpus", str(site.ranks)]
         if stage == "cache":  # its tasks read every shard, whatever an epoch is
-            options += ["--distill", "kd"]
-            if parse_args(task[: task.index("--part")]).train_data == site["TRAIN_DATA"]:
+            task = task[: task.index("--part")]
+            if parse_args(task).train_data == site["TRAIN_DATA"]:
                 options += ["--dataset-samples", site["TRAIN_SAMPLES"]]
         try:
             found = summary(parse([*task, *options]))

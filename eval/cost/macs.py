@@ -1,0 +1,159 @@
+"""Multiply–accumulates of the models, counted from their architectures without any weights.
+
+Models are built on torch's meta device: shapes and no storage. A MAC is half of what torch's
+``FlopCounterMode`` counts: convolutions and matrix products (attention's among them), as published
+figures have it; biases, norms, activations and look-ups are left out.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cifd_clip import METHODS, RDMBank, Student, World
+from cifd_clip.losses import Features
+from cifd_clip.student import Pooled, embedding_dim
+from training.errors import UsageError
+
+#: Rows of the batches that are counted.
+BATCH = 2
+
+
+class Clip(NamedTuple):
+    """A CLIP model: forward MACs per sample, and parameters of its towers."""
+
+    name: str
+    dim: int
+    image_macs: float
+    text_macs: float
+    image_params: int
+    text_params: int
+
+    @property
+    def macs(self) -> float:
+        """Of an image and a text, forward."""
+        return self.image_macs + self.text_macs
+
+    @property
+    def params(self) -> int:
+        """Of both towers, with the token table and the temperature."""
+        return self.image_params + self.text_params
+
+
+class Count(NamedTuple):
+    """Anything else that runs: forward MACs per sample, and parameters."""
+
+    macs: float
+    params: int
+
+
+def count_macs(function: Callable[..., Any], *inputs: Any) -> float:
+    """Forward MACs of one call."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_total_flops() / 2
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def build_clip(name: str, flag: str = "--model", **options: Any) -> nn.Module:
+    """An OpenCLIP model on the meta device.
+
+    Args:
+        name: of OpenCLIP, of an added config, ``local-dir:`` or ``hf-hub:``.
+        flag: where the name comes from, for the message.
+        options: ``force_*`` arguments of ``open_clip.create_model``.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # OpenCLIP warns of missing weights, which are not wanted
+    try:
+        with torch.device("meta"):
+            return open_clip.create_model(name, device="meta", load_weights=False, **options)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UsageError(f"{flag} '{name}' could not be made: {error}") from error
+    finally:
+        root.setLevel(level)
+
+
+@lru_cache
+def clip(name: str, flag: str = "--model", options: tuple[tuple[str, Any], ...] = ()) -> Clip:
+    """Count a CLIP model; ``options`` as in `build_clip`, as pairs."""
+    model = build_clip(name, flag, **dict(options)).requires_grad_(False)
+    images, texts = _inputs(model, BATCH)
+    image_params = parameters(model.visual)
+    return Clip(
+        name,
+        embedding_dim(model),
+        count_macs(model.encode_image, images) / BATCH,
+        count_macs(model.encode_text, texts) / BATCH,
+        image_params,
+        parameters(model) - image_params,
+    )
+
+
+@lru_cache
+def head(
+    method: str,
+    student: str,
+    teacher_dims: tuple[int, ...],
+    rows: int,
+    rdms: int = 0,
+    options: tuple[tuple[str, Any], ...] = (),
+) -> Count:
+    """What a method adds to the student's towers: projectors, bottlenecks, similarities.
+
+    Args:
+        method: a name of `cifd_clip.METHODS`.
+        student: the student's architecture.
+        teacher_dims: T of each teacher.
+        rows: of the global batch, whose similarities contrastive terms compute.
+        rdms: RDMs beside the first teacher.
+        options: of the student, as in `clip`.
+    """
+    with torch.device("meta"):
+        cut = Student(build_clip(student, **dict(options)).requires_grad_(False))
+        module = METHODS[method](cut, list(teacher_dims)).requires_grad_(False)
+        widths = cut.widths
+        pooled = _pooled(rows, widths)
+        teachers = [_features(rows, dim, space) for space, dim in enumerate(teacher_dims)]
+        teachers += teachers[:1] * rdms
+        macs = count_macs(module, cut, pooled, teachers, World(), None)
+        macs -= count_macs(cut.embed, pooled)  # the towers' own projections, counted with them
+    return Count(macs / rows, parameters(module))
+
+
+@lru_cache
+def bank(rates: int, dim: int, hidden: int | None = None, channels: int | None = None) -> Count:
+    """An RDM bank, both modalities and all rates: forward MACs per pair of embeddings."""
+    with torch.device("meta"):
+        module = RDMBank({}, [1.0] * rates, dim, hidden, channels).requires_grad_(False)
+        embeddings = torch.empty(BATCH, dim)
+        macs = count_macs(module, embeddings, embeddings, None)
+    return Count(macs / BATCH, parameters(module))
+
+
+def _inputs(model: nn.Module, rows: int) -> tuple[Tensor, Tensor]:
+    size = model.visual.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.empty(rows, 3, height, width, device="meta")
+    return images, torch.zeros(rows, model.context_length, dtype=torch.long, device="meta")
+
+
+def _pooled(rows: int, widths: dict[str, int]):
+    return Pooled(*(torch.empty(rows, widths[m]) for m in Pooled._fields))
+
+
+def _features(rows: int, dim: int, space: int) -> Features:
+    return Features(torch.empty(rows, dim), torch.empty(rows, dim), torch.empty(()), None, space)

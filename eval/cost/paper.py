@@ -1,0 +1,172 @@
+"""The paper's arithmetic, counted again: appendix D.2, Figure 1(b) and Table 1's costs.
+
+Settings that the paper does not print are inferred; docs/cost.md says which and why.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torchvision
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from cifd_clip.classification.models import SIMPLE_CNNS, simple_cnn
+from cifd_clip.classification.rdm import ClassifyingRDMs
+from eval.cost import macs
+from eval.cost.macs import Count
+from eval.cost.stages import FROZEN, TRAINED
+
+#: Appendix D.2's settings.
+IMAGES, RDM_EPOCHS, STUDENT_EPOCHS, KD_EPOCHS = 1_280_000, 30, 88, 100
+#: Figure 1(b), relative to KD, and Table 1's costs (section 4.3), relative to CIFD.
+FIGURE_1B = {"kd": 1.0, "cifd": 1.08, "takd": 3.5, "dgkd": 4.5}
+TABLE_1 = {"takd": 2, "dgkd": 5}
+#: Blocks per stage of ResNets between ResNet-18 and ResNet-34, possible assistants.
+RESNETS = {
+    "resnet20": [2, 2, 3, 2],
+    "resnet22": [2, 3, 3, 2],
+    "resnet24": [2, 3, 4, 2],
+    "resnet26": [3, 3, 3, 3],
+    "resnet28": [3, 3, 4, 3],
+    "resnet30": [3, 4, 4, 3],
+    "resnet32": [3, 4, 5, 3],
+}
+
+
+@lru_cache
+def classifier(name: str, size: int) -> Count:
+    """A classifier: forward MACs of an image of ``size`` × ``size`` pixels.
+
+    Args:
+        name: of torchvision, ``resnetN`` of `RESNETS`, or a CNN of the paper's Table 8.
+        size: in pixels.
+    """
+    with torch.device("meta"):
+        if name in SIMPLE_CNNS:
+            model = simple_cnn(name)
+        elif name in RESNETS:
+            model = ResNet(BasicBlock, RESNETS[name])
+        else:
+            model = torchvision.models.get_model(name)
+        forward = macs.count_macs(model.eval().requires_grad_(False), torch.empty(1, 3, size, size))
+    return Count(forward, macs.parameters(model))
+
+
+@lru_cache
+def classifying_rdm(dim: int, classes: int, form: str) -> Count:
+    """One RDM with its classifier: forward MACs per embedding."""
+    with torch.device("meta"):
+        module = ClassifyingRDMs([1.0], dim, classes, form).requires_grad_(False)
+        forward = macs.count_macs(module, torch.empty(1, dim), None)
+    return Count(forward, macs.parameters(module))
+
+
+def chain_macs(
+    models: Sequence[float],
+    rdm: float = 0,
+    rdm_epochs: float = 0,
+    passes: int = FROZEN,
+    live: bool = True,
+) -> dict[str, float]:
+    """MACs per image of an epoch, by method; every model is trained for the same epochs.
+
+    Args:
+        models: forward MACs of teacher, assistants and student.
+        rdm: forward MACs of all RDMs.
+        rdm_epochs: of stage 1, as a share of the student's.
+        passes: forwards' worth of what trains: 3 with the backward, 1 without.
+        live: whether frozen models run on every image, or their outputs are stored.
+    """
+    teacher, student = live * models[0], passes * models[-1]
+    pairs = [(models[:i], passes * models[i]) for i in range(1, len(models))]
+    return {
+        "kd": teacher + student,
+        "cifd": teacher + live * rdm + student + rdm_epochs * (teacher + passes * rdm),
+        "takd": sum(live * larger[-1] + trained for larger, trained in pairs),
+        "dgkd": sum(live * sum(larger) + trained for larger, trained in pairs),
+    }
+
+
+def ffcv_pixels(epoch: int) -> int:
+    """Side of FFCV's training images, its ``rn18_88_epochs.yaml`` (the paper's [62])."""
+    ramp = min(max((epoch - 65) / (76 - 65), 0), 1)
+    return round((160 + ramp * (192 - 160)) / 32) * 32
+
+
+def appendix_d2() -> list[tuple[str, str, float, float]]:
+    """Appendix D.2: quantity, how it is counted, MACs as printed, MACs as counted."""
+    teacher, student = (classifier(n, 224).macs for n in ("resnet34", "resnet18"))
+    rdm = classifying_rdm(512, 1000, "reconstruct").macs
+    stage1, stage2 = RDM_EPOCHS * IMAGES, STUDENT_EPOCHS * IMAGES
+    ffcv = sum(
+        classifier(name, ffcv_pixels(epoch)).macs * IMAGES
+        for name in ("resnet34", "resnet18")
+        for epoch in range(STUDENT_EPOCHS)
+    )
+    fitting = 3 * 5 * 512**2  # what 1.31 M per RDM amounts to
+    both = chain_macs([teacher, student], 3 * rdm, RDM_EPOCHS / STUDENT_EPOCHS, TRAINED)["cifd"]
+    return [
+        ("an RDM, an image", "512-512-512-512-512 and 1000 classes", 1.31e6, rdm),
+        ("", "five layers of 512 × 512", 1.31e6, fitting / 3),
+        ("three RDMs, stage 1", "those, forward only", 151e12, fitting * stage1),
+        ("", "with classifier and backward", 151e12, 3 * TRAINED * rdm * stage1),
+        ("teacher, stage 1", "30 epochs of 1.28 M images at 224 px", 142e15, teacher * stage1),
+        ("", "one epoch, then cached", 4.7e15, teacher * IMAGES),
+        ("RDMs, stage 2", "those, 88 epochs", 0.38e15, fitting * stage2),
+        ("stage 2", "forward only, 88 epochs, 224 px", 619e15, (teacher + student) * stage2),
+        ("", "and the student's backward", 619e15, (teacher + TRAINED * student) * stage2),
+        ("", "forward only, at FFCV's 160 and 192 px", 619e15, ffcv),
+        (
+            "total",
+            "forward only",
+            762e15,
+            (teacher + fitting) * stage1 + (teacher + student + fitting) * stage2,
+        ),
+        ("", "with classifier and backward", 762e15, both * stage2),
+    ]
+
+
+def figure_1b() -> dict[str, dict[str, float]]:
+    """Figure 1(b), relative to KD: ``{way of counting: {method: cost}}``; one ResNet-26 assists."""
+    sizes = [classifier(n, 224).macs for n in ("resnet34", "resnet26", "resnet18")]
+    rdm = 3 * classifying_rdm(512, 1000, "reconstruct").macs
+    forward = chain_macs(sizes, rdm, RDM_EPOCHS / STUDENT_EPOCHS)
+    backward = chain_macs(sizes, rdm, RDM_EPOCHS / STUDENT_EPOCHS, TRAINED)
+    spared = (RDM_EPOCHS - 1) / STUDENT_EPOCHS * sizes[0]
+    ways = {
+        "printed": FIGURE_1B,
+        "forward, KD for 100 epochs": {
+            "kd": forward["kd"] * KD_EPOCHS / STUDENT_EPOCHS,
+            "cifd": forward["cifd"],
+        },
+        "forward, equal epochs": forward,
+        "with backward": backward,
+        "and stage 1 cached": {**backward, "cifd": backward["cifd"] - spared},
+    }
+    return {way: {m: v / found["kd"] for m, v in found.items()} for way, found in ways.items()}
+
+
+def assistants_that_fit() -> list[str]:
+    """Which single assistant, trained for how long, gives the 3.5 and 4.5 of Figure 1(b)."""
+    teacher, student = (classifier(n, 224).macs for n in ("resnet34", "resnet18"))
+    found = []
+    for name in (*RESNETS, "resnet34"):
+        costs = chain_macs([teacher, classifier(name, 224).macs, student])
+        for epochs in range(80, 260, 10):
+            scale = epochs / KD_EPOCHS / costs["kd"]
+            if all(abs(costs[m] * scale - FIGURE_1B[m]) < 0.05 for m in ("takd", "dgkd")):
+                found.append(f"{name} for {epochs} epochs")
+    return found
+
+
+def table_1() -> dict[str, dict[str, float]]:
+    """Costs of Table 1's methods, relative to CIFD with one RDM: ``{way: {method: cost}}``."""
+    models = [classifier(f"cnn{n}", 32).macs for n in (10, 8, 6, 4, 2)]
+    rdm = classifying_rdm(512, 100, "classify").macs
+    ways = {
+        "printed": {"cifd": 1.0, **TABLE_1},
+        "forward": chain_macs(models, rdm, 1.0),
+        "with backward": chain_macs(models, rdm, 1.0, TRAINED),
+        "and frozen models cached": chain_macs(models, rdm, 1.0, TRAINED, live=False),
+    }
+    return {way: {m: v / found["cifd"] for m, v in found.items()} for way, found in ways.items()}
