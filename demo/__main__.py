@@ -74,12 +74,11 @@ def demo(out: Path, quick: bool, record: Path | None = None) -> None:
         cifd=["--distill=cifd", *distill, f"--rdm-bank={logs}/bank/bank", *student],
     )
 
-    # 5. Zero-shot classification and retrieval on handwriting that no model has seen.
+    # 5. Zero-shot classification and retrieval on handwriting that no model has seen, by the models
+    # and by what the assistants keep of their teacher.
     models = [f"{logs}/{name}" for name in ("teacher", "none", "clipkd", "cifd")]
-    call([
-        "eval.benchmark", *models, f"--data-root={data}/benchmark",
-        "--datasets", "digits", "digit_scenes", "--workers=0",
-    ])  # fmt: skip
+    where = [f"--data-root={data}/benchmark", "--datasets", "digits", "digit_scenes", "--workers=0"]
+    call(["eval.benchmark", *models, *where], ["eval.bank", f"{logs}/bank", *where])
 
     # 6. The report.
     report = out / "report.html"
