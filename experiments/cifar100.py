@@ -8,20 +8,26 @@ when another run needs its weights and they are not in ``--logs``.
 
 import argparse
 import json
-import os
 import shlex
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from experiments.runs import (
+    Queue,
+    Run,
+    check_settings,
+    curve,
+    is_finished,
+    outstanding,
+    priorities,
+    write_json,
+)
 from training.classify_params import parse_args, run_config
-from training.control import SIGNALS, STOPPED_EXIT
-from training.errors import Failure, UsageError, cli
+from training.control import STOPPED_EXIT
+from training.errors import cli
 from training.rundir import RunDirectory
+
+__all__ = ["check_settings", "costs", "keep_results", "outstanding", "plan", "priorities"]
 
 TEACHER, STUDENT = "cnn10", "cnn2"
 #: The RDMs of a student with one, three and five of them; the bank has all of these rates.
@@ -45,36 +51,7 @@ SETTINGS = {
 MODELS = {"cnn10": "", "cnn8": "", "cnn6": "", "cnn4": "", "cnn2": ""}
 #: About how long a run takes, in any unit: its model's training MACs (M) per image.
 COST = {"cnn10": 45, "cnn8": 31, "cnn6": 33, "cnn4": 15, "cnn2": 3.5}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One command of ``training.classify``.
-
-    Attributes:
-        name: its run directory and its result's file.
-        flags: without data and directories; other runs are named as ``{name}``.
-        needs: the runs whose weights it reads.
-        results: the files of results it leaves.
-        cost: about how long it takes.
-    """
-
-    name: str
-    flags: tuple[str, ...]
-    needs: tuple[str, ...]
-    results: tuple[str, ...]
-    cost: float
-
-    def command(self, data: Path, logs: Path) -> list[str]:
-        """The command line after ``python``."""
-        places = {name: str(logs / name) for name in self.needs}
-        flags = [flag.format(**places) for flag in self.flags]
-        where = [f"--data={data}", f"--logs={logs}", f"--name={self.name}"]
-        return ["-m", "training.classify", *where, *flags, "--resume=latest"]
-
-    def kept(self, results: Path) -> dict[str, Path]:
-        """Its result files by the name they are kept under."""
-        return {file: results / "runs" / f"{self.name}{file[6:]}" for file in self.results}
+WHERE = ("--data={data}", "--logs={logs}", "--name={name}", "--resume=latest")
 
 
 def plan(seed: int, epochs: int | None = None, subset: int = 0) -> list[Run]:
@@ -102,7 +79,9 @@ def plan(seed: int, epochs: int | None = None, subset: int = 0) -> list[Run]:
         needs = (*teachers, *other.get("needs", ()))
         name = f"{name}_s{seed}"
         cost = COST.get(model, 1)
-        runs.append(Run(name, (*made, *flags), needs, results, cost))
+        runs.append(
+            Run(name, "training.classify", (*made, *flags), needs, results, cost, where=WHERE)
+        )
         return name
 
     teacher = add("teacher", "none", TEACHER, [])
@@ -128,150 +107,21 @@ def plan(seed: int, epochs: int | None = None, subset: int = 0) -> list[Run]:
     return runs
 
 
-def outstanding(runs: list[Run], logs: Path, results: Path) -> list[Run]:
-    """The runs to make: those without a result, and those whose weights they need."""
-    by_name = {run.name: run for run in runs}
-    todo: dict[str, Run] = {}
-
-    def want(run: Run) -> None:
-        if run.name not in todo and not (logs / run.name / "finished.json").is_file():
-            todo[run.name] = run
-            for name in run.needs:
-                want(by_name[name])
-
-    for run in runs:
-        if run.results and not all(path.is_file() for path in run.kept(results).values()):
-            want(run)
-    return [run for run in runs if run.name in todo]
-
-
-def check_settings(runs: list[Run], results: Path) -> None:
-    """Refuse results that were made with other settings than these.
-
-    Raises:
-        UsageError: naming them.
-    """
-    stale = [
-        path
-        for run in runs
-        for path in run.kept(results).values()
-        if path.is_file() and json.loads(path.read_text())["flags"] != list(run.flags)
-    ]
-    if stale:
-        raise UsageError(
-            f"{', '.join(map(str, stale[:3]))}{' ...' * (len(stale) > 3)} ({len(stale)} results) "
-            "were made with other settings than experiments/cifar100.py has now: move them away, "
-            "and their runs in --logs, to make them again"
-        )
-
-
 def keep_results(run: Run, data: Path, logs: Path, results: Path) -> None:
     """Copy a finished run's results, with its flags and the essence of its log.
 
     Raises:
         UsageError: its run directory was made with other settings.
     """
-    directory = logs / run.name
-    if not (directory / "finished.json").is_file():
+    if not is_finished(run, logs):
         return
+    directory = logs / run.name
     RunDirectory(directory, run_config(parse_args(run.command(data, logs)[2:])), resume=True)
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    train = [line for line in lines if line["kind"] == "train"]
-    curve = {key: [line.get(key) for line in train] for key in ("step", "loss", "acc1")}
     for file, kept in run.kept(results).items():
-        if kept.is_file():
-            continue
-        result = json.loads((directory / file).read_text())
-        result |= {"flags": list(run.flags), "curve": {k: v for k, v in curve.items() if any(v)}}
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-        temporary.rename(kept)
-
-
-def priorities(runs: list[Run]) -> dict[str, float]:
-    """How long what waits for a run takes, itself included: those with most come first."""
-    longest: dict[str, float] = {}
-    for run in reversed(runs):
-        after = [longest[r.name] for r in runs if run.name in r.needs]
-        longest[run.name] = run.cost + max(after, default=0)
-    return longest
-
-
-class Queue:
-    """Runs as processes of one thread each, some at a time, in the order they depend on.
-
-    Args:
-        runs: what to make.
-        data, logs, results: directories.
-        jobs: how many at a time.
-    """
-
-    def __init__(self, runs: list[Run], data: Path, logs: Path, results: Path, jobs: int):
-        self.waiting = sorted(runs, key=lambda run: -priorities(runs)[run.name])
-        self.total = len(runs)
-        self.data, self.logs, self.results, self.jobs = data, logs, results, jobs
-        self.active: dict[subprocess.Popen, Run] = {}
-        self.stopped = False
-
-    def run(self) -> bool:
-        """Make them all.
-
-        Returns:
-            Whether all are finished; False after a signal.
-
-        Raises:
-            Failure: one failed; the others under way were stopped with a checkpoint.
-        """
-        previous = {s: signal.signal(s, self._stop) for s in (*SIGNALS, signal.SIGINT)}
-        try:
-            while (self.waiting and not self.stopped) or self.active:
-                self._start_ready()
-                time.sleep(0.5)
-                for process in [p for p in self.active if p.poll() is not None]:
-                    self._ended(process, self.active.pop(process))
-        except Failure:
-            self._stop()
-            for process in self.active:
-                process.wait()
-            raise
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        return not self.waiting
-
-    def _stop(self, *_) -> None:
-        self.stopped = True
-        for process in self.active:
-            process.terminate()
-
-    def _start_ready(self) -> None:
-        undone = {run.name for run in [*self.waiting, *self.active.values()]}
-        for run in [r for r in self.waiting if undone.isdisjoint(r.needs)]:
-            if self.stopped or len(self.active) >= self.jobs:
-                return
-            self.waiting.remove(run)
-            command = [sys.executable, *run.command(self.data, self.logs)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            self.logs.mkdir(parents=True, exist_ok=True)
-            with open(self.logs / f"{run.name}.err", "w") as errors:
-                # A group of its own: Ctrl-C reaches it through us, once.
-                process = subprocess.Popen(
-                    command, stdout=errors, stderr=errors, env=environment, process_group=0
-                )
-            self.active[process] = run
-
-    def _ended(self, process: subprocess.Popen, run: Run) -> None:
-        if process.returncode == STOPPED_EXIT or (process.returncode and self.stopped):
-            self.waiting.append(run)
-            self.stopped = True
-            return
-        if process.returncode:
-            said = (self.logs / f"{run.name}.err").read_text().splitlines()
-            raise Failure(f"{run.name} failed: {said[-1] if said else process.returncode}")
-        keep_results(run, self.data, self.logs, self.results)
-        left = len(self.waiting) + len(self.active)
-        print(f"{time.strftime('%H:%M')} {run.name} is finished; {left} to go", flush=True)
+        if not kept.is_file():
+            result = json.loads((directory / file).read_text())
+            added = {"flags": run.depends, "curve": curve(directory, ("step", "loss", "acc1"))}
+            write_json(kept, result | added)
 
 
 def summary(results: Path) -> str:
@@ -329,13 +179,17 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     runs = [run for seed in args.seeds for run in plan(seed, args.epochs, args.subset)]
     check_settings(runs, args.results)
-    for run in runs:
+
+    def keep(run: Run) -> None:
         keep_results(run, args.data, args.logs, args.results)
+
+    for run in runs:
+        keep(run)
     todo = outstanding(runs, args.logs, args.results)
     if args.dry_run:
         print("\n".join(shlex.join(["python", *r.command(args.data, args.logs)]) for r in todo))
         return 0
-    if not Queue(todo, args.data, args.logs, args.results, args.jobs).run():
+    if not Queue(todo, args.data, args.logs, args.jobs, keep).run():
         return STOPPED_EXIT
     print(summary(args.results))
     print("cost, × KD:", ", ".join(f"{k} {v:.2f}" for k, v in costs(args.results).items()))
