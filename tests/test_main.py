@@ -289,5 +289,6 @@ RECIPES = {path.stem: path for path in (ROOT / "slurm" / "recipes").glob("*.args
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_every_recipe_parses(recipe):
-    args = parse_args([f"@{RECIPES[recipe]}", "--train-data", "shards"])
+    method = ["--distill", "clipkd"] if recipe.startswith("teacher_") else []
+    args = parse_args([f"@{RECIPES[recipe]}", "--train-data", "shards", *method])
     assert args.epochs * args.train_num_samples == 96_000_000, "samples seen, as in the paper"
