@@ -21,7 +21,7 @@ BUSIEST = "cifd"
 
 def table() -> dict[tuple[str, str], str]:
     """(row, column) → mark, of the cells that say something."""
-    text = DOCUMENT.read_text().partition("## What goes with what")[2]
+    text = DOCUMENT.read_text().partition("## What goes with what")[2].partition("\n## ")[0]
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     header = cells[0][1:]
