@@ -50,7 +50,7 @@ from training.classify_teachers import (
     save_paraphraser,
     save_weights,
 )
-from training.control import STOPPED_EXIT, StopFlag
+from training.control import STOPPED_EXIT, StopFlag, flush_denormals
 from training.errors import NonFinite, UsageError, cli
 from training.metrics import Meter, Sinks
 from training.rundir import RunDirectory, environment
@@ -62,6 +62,7 @@ Source = LiveTeachers | CachedTeachers
 def main(argv: list[str]) -> int:
     """Run what the command line says; the exit code is 0 only when all of it is finished."""
     args = parse_args(argv)
+    flush_denormals()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s | %(message)s", datefmt="%H:%M:%S", force=True
     )
