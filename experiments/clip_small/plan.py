@@ -1,0 +1,354 @@
+"""What is run: teachers, caches, banks, and students under every method.
+
+All students of a study see the same views of the same pairs for the same number of steps, with one
+optimizer and schedule; the teachers' embeddings of those views are computed once.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments.clip_small.data import Sizes
+from experiments.runs import Run
+
+MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
+STUDENTS = ("gap10", "gap3")
+#: Tuning and choices are made with this student.
+PROBE = "gap10"
+DATASETS = ("cifar100", "cifar100_seen", "flickr8k", "flickr8k_seen")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is.
+
+    Attributes:
+        models: prefix of the model configurations.
+        sizes: of the data.
+        samples: pairs of an epoch.
+        batch: pairs of a step.
+        teacher, student, probe, bank: epochs; ``probe``: of tuning and of the choices.
+        upsample: how much more often a photo of Flickr8k is drawn than its share.
+        calibrate: flags of `training.calibrate` beside its cache, or None.
+        workers: loader processes of a training run; 0: it reads by itself.
+        minutes: of a core (or GPU) per epoch of a model's training, of a bank's, of caching a view
+            of a teacher, of an evaluation and of a calibration.
+    """
+
+    models: str
+    sizes: Sizes
+    samples: int
+    batch: int
+    teacher: int
+    student: int
+    probe: int
+    bank: int
+    upsample: float
+    calibrate: str | None
+    workers: int
+    minutes: dict[str, float]
+
+
+#: Of one core; declared from a few steps of each model (PyTorch 2, one thread).
+CPU_MINUTES = {
+    "teacher": 4.5, "gap3": 1.6, "gap10": 0.9, "gap10-vit": 1.6,
+    "bank": 0.3, "view": 2.0, "eval": 1.0, "calibrate": 15.0,
+}  # fmt: skip
+SCALES = {
+    "cpu": Scale(
+        "small", Sizes(), 51_200, 256, 16, 10, 5, 7, 3.0,
+        "--steps 1000 --batch-size 512", 0, CPU_MINUTES,
+    ),
+    "gpu": Scale(
+        "mid", Sizes(), 51_200, 512, 40, 30, 15, 20, 3.0,
+        "--steps 2000 --batch-size 1024", 8, {k: 0.2 for k in CPU_MINUTES},
+    ),
+    "trial": Scale(
+        "tiny", Sizes(200, 100, 100, 60, 20, 20), 64, 32, 1, 1, 1, 1, 3.0,
+        None, 0, {k: 0.1 for k in CPU_MINUTES},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        distill: ``--distill``.
+        flags: beside those every student has.
+        teachers: how many.
+        rates: of its bank, if it has one.
+        weight: the one weight that is tuned: its flag and the values; none where it has no weight.
+    """
+
+    distill: str
+    flags: tuple[str, ...] = ()
+    teachers: int = 1
+    rates: tuple[float, ...] = ()
+    weight: tuple[str, tuple[float, ...]] | None = None
+
+
+THREE = (1000.0, 300.0, 100.0)
+LAMBDA_CL = ("lambda-cl", (0.0005, 0.005, 0.05))
+METHODS = {
+    "none": Method("none", teachers=0),
+    "kd": Method("kd"),
+    "fd": Method("fd"),
+    "tinyclip": Method("tinyclip"),
+    "mobileclip": Method("mobileclip", teachers=2, weight=("lambda-kd", (0.5, 0.8, 1.0))),
+    "clipkd": Method("clipkd", weight=("lambda-fd", (200.0, 2000.0, 20000.0))),
+    "cifd1": Method("cifd", rates=(300.0,), weight=LAMBDA_CL),
+    "cifd3": Method("cifd", rates=THREE, weight=LAMBDA_CL),
+    "cifd3-noibm": Method("cifd", ("--no-ibm",), rates=THREE, weight=LAMBDA_CL),
+}
+#: One learning rate for everybody: the one that is best for these on average.
+RATES_OF_LEARNING = (5e-4, 1e-3, 2e-3)
+JUDGES = ("none", "clipkd", "cifd3")
+#: Open choices of docs/paper.md: question → answers, each as flags of cifd3 and, for the rates, as
+#: a bank. The first of a question is the default. Where the bottleneck sits is asked of a student
+#: whose image tower has a projection to sit before, which a ResNet's attention pool is not.
+CHOICES: dict[str, tuple[str, dict[str, str]]] = {
+    "λ_I": (PROBE, {f"{v:g}": f"--lambda-i={v:g}" for v in (1e-4, 1e-5, 1e-3, 1e-2)}),
+    "λ_CL": (PROBE, {"0.005": "--lambda-cl=0.005", "0.0005": "--lambda-cl=0.0005"}),
+    "IBM": (
+        "gap10-vit",
+        {
+            f"{site}, {branch}": f"--ibm-site={site} --ibm-branch={branch}"
+            for site in ("projection", "embedding")
+            for branch in ("all", "distill")
+        },
+    ),
+}
+CHOICE_RATES = (THREE, (3000.0, 1000.0, 300.0), (300.0, 100.0, 30.0), (100.0,))
+SHARES = "0.95 0.85 0.7"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found: the learning rate of all, and the weight of each method that has one."""
+
+    lr: float = 1e-3
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def flags(self, method: str) -> tuple[str, ...]:
+        """A method's tuned weight as a flag; nothing where it has none or keeps its default."""
+        weight = METHODS[method].weight
+        known = weight and method in self.weights
+        return (f"--{weight[0]}={self.weights[method]:g}",) if known else ()
+
+
+class Plan:
+    """Runs, each named once, in an order in which every run comes after those it needs.
+
+    Args:
+        scale: how large.
+        device: of every command.
+    """
+
+    def __init__(self, scale: Scale, device: str = "cpu"):
+        self.scale, self.device = scale, device
+        self.by_name: dict[str, Run] = {}
+
+    @property
+    def runs(self) -> list[Run]:
+        """Everything added so far."""
+        return list(self.by_name.values())
+
+    def _add(self, run: Run) -> str:
+        self.by_name.setdefault(run.name, run)
+        return run.name
+
+    def _seen(self, seed: int, epochs: int, lr: float) -> tuple[str, ...]:
+        """What every training run has in common."""
+        scale = self.scale
+        return (
+            f"--seed={seed}", f"--epochs={epochs}", f"--lr={lr:g}", "--wd=0.1",
+            f"--batch-size={scale.batch}", f"--train-num-samples={scale.samples}",
+            f"--train-data-upsampling-factors=1::{scale.upsample:g}",
+            *self._data(), "--precision=fp32",
+            f"--log-every-n-steps={max(1, scale.samples // scale.batch // 4)}",
+            "--model-config",
+            *(f"{MODELS}/{scale.models}-{m}.json" for m in ("teacher", *STUDENTS, "gap10-vit")),
+        )  # fmt: skip
+
+    def _data(self) -> tuple[str, ...]:
+        return ("--captions=all", "--view-seed=0", "--aug-cfg", "scale=[0.6,1.0]")
+
+    def _train(self, name: str, flags: tuple[str, ...], needs: tuple[str, ...], cost: float) -> str:
+        where = (
+            "--train-data={data}/cifar100::{data}/flickr8k", "--logs={logs}", "--name={name}",
+            "--resume=latest", "--keep=1", f"--workers={self.scale.workers}",
+            f"--device={self.device}",
+        )  # fmt: skip
+        return self._add(Run(name, "training.main", flags, needs, (), cost, where))
+
+    def teacher(self, seed: int) -> str:
+        """A plain CLIP that sees a new view each time."""
+        scale = self.scale
+        model = f"--model={scale.models}-teacher"
+        flags = (*self._seen(seed, scale.teacher, 1e-3), "--distill=none", model)
+        cost = scale.teacher * scale.minutes["teacher"]
+        return self._train(f"teacher{seed}", flags, (), cost)
+
+    def cache(self, seed: int) -> str:
+        """The embeddings of four views by a teacher."""
+        teacher = self.teacher(seed)
+        flags = (
+            f"--distill-model=local-dir:{{{teacher}}}/student", "--views=4", *self._data(),
+            "--precision=fp32", f"--batch-size={self.scale.batch}",
+        )  # fmt: skip
+        where = (
+            "--train-data={data}/cifar100::{data}/flickr8k", "--teacher-cache={here}/cache",
+            f"--workers={self.scale.workers}", f"--device={self.device}",
+        )  # fmt: skip
+        cost = 4 * self.scale.minutes["view"]
+        return self._add(
+            Run(f"cache{seed}", "training.cache_teacher", flags, (teacher,), (), cost, where)
+        )
+
+    def calibration(self) -> str:
+        """Rates whose RDMs keep given shares of the teacher."""
+        cache = self.cache(0)
+        flags = (
+            f"--teacher-cache={{{cache}}}/cache", *self.scale.calibrate.split(),
+            "--shares", *SHARES.split(), "--lr=1e-3",
+        )  # fmt: skip
+        where = ("--out={here}/rates.json", f"--device={self.device}")
+        cost = self.scale.minutes["calibrate"]
+        return self._add(Run("calibration", "training.calibrate", flags, (cache,), (), cost, where))
+
+    def bank(self, rates: tuple[float, ...] | None, seed: int, lr: float) -> str:
+        """A bank of a student's seed; without rates, of those that calibration finds."""
+        needs = [self.cache(0)]
+        if rates is None:
+            needs.append(self.calibration())
+            picked = [f"@{{{needs[-1]}}}/rates.args"]
+        else:
+            picked = ["--rates", *(f"{rate:g}" for rate in rates)]
+        flags = (
+            *self._seen(seed, self.scale.bank, lr), "--views=4", "--distill=rdm", *picked,
+            f"--teacher-cache={{{needs[0]}}}/cache",
+        )  # fmt: skip
+        label = "calibrated" if rates is None else "-".join(f"{rate:g}" for rate in rates)
+        cost = self.scale.bank * self.scale.minutes["bank"]
+        return self._train(f"bank_{label}_s{seed}_lr{lr:g}", flags, tuple(needs), cost)
+
+    def student(
+        self,
+        name: str,
+        method: str,
+        model: str,
+        seed: int,
+        lr: float,
+        *flags: str,
+        split: str = "test",
+        rates: tuple[float, ...] | None = (),
+        **about,
+    ) -> str:
+        """A student and its evaluation.
+
+        Args:
+            name: of the run; its evaluation is ``NAME_SPLIT``.
+            method: a row of `METHODS`.
+            model: a student's name.
+            seed, lr: of the student, and of its bank.
+            flags: beside the method's own.
+            split: what it is evaluated on: ``val``, of what was held out of training, or ``test``.
+            rates: of another bank than the method's; None: of a calibrated one.
+            about: kept with its result.
+        """
+        row, scale = METHODS[method], self.scale
+        caches = [self.cache(number) for number in range(row.teachers)]
+        epochs = scale.student if split == "test" else scale.probe
+        made = [
+            *self._seen(seed, epochs, lr), "--views=4", f"--distill={row.distill}",
+            f"--model={scale.models}-{model}", *row.flags, *flags,
+        ]  # fmt: skip
+        if caches:
+            made.append("--teacher-cache=" + ",".join(f"{{{cache}}}/cache" for cache in caches))
+        needs = list(caches)
+        if row.rates:
+            needs.append(self.bank(row.rates if rates == () else rates, seed, lr))
+            made.append(f"--rdm-bank={{{needs[-1]}}}/bank")
+        self._train(name, tuple(made), tuple(needs), epochs * scale.minutes[model])
+        about = {"method": method, "student": model, "seed": seed, "lr": lr, **about}
+        return self.evaluation(name, split, **about)
+
+    def evaluation(self, name: str, split: str, **about) -> str:
+        """Zero-shot classification and retrieval of a run's student."""
+        flags = (
+            f"{{{name}}}", "--datasets", *DATASETS, f"--split={split}", "--precision=fp32",
+            "--batch-size=256",
+        )  # fmt: skip
+        where = ("--data-root={data}/benchmark", "--workers=0", f"--device={self.device}")
+        chain = [self.by_name[need] for need in self.chain(name)]
+        settings = tuple(" ".join([run.module, *run.flags]) for run in chain)
+        run = Run(
+            f"{name}_{split}", "eval.benchmark", flags, (name,), ("result.json",),
+            self.scale.minutes["eval"], where,
+            (*settings, " ".join(["eval.benchmark", *flags])), {"run": name, **about},
+        )  # fmt: skip
+        return self._add(run)
+
+    def chain(self, name: str) -> list[str]:
+        """A run and everything that it needs, what is needed first."""
+        found: dict[str, None] = {}
+        for need in self.by_name[name].needs:
+            found |= dict.fromkeys(self.chain(need))
+        return [*found, name]
+
+
+def tune_lr(plan: Plan) -> None:
+    """The judges at every learning rate."""
+    for lr in RATES_OF_LEARNING:
+        for method in JUDGES:
+            name = f"tune_{method}_lr{lr:g}"
+            plan.student(name, method, PROBE, 0, lr, split="val", stage="tune lr")
+
+
+def tune_weights(plan: Plan, lr: float) -> None:
+    """Every weight at every value."""
+    for method, row in METHODS.items():
+        flag, values = row.weight or ("", ())
+        for value in values:
+            name = f"tune_{method}_{flag}{value:g}_lr{lr:g}"
+            weight = f"--{flag}={value:g}"
+            about = {"stage": "tune weight", "weight": value}
+            plan.student(name, method, PROBE, 0, lr, weight, split="val", **about)
+
+
+def students(plan: Plan, tuned: Tuned, seeds: list[int]) -> None:
+    """Every method, student and seed, and the teachers themselves."""
+    for number in (0, 1):
+        teacher = plan.teacher(number)
+        about = {"method": "teacher", "student": "teacher", "seed": number, "stage": "students"}
+        plan.evaluation(teacher, "test", **about)
+    for seed in seeds:
+        for model in STUDENTS:
+            for method in METHODS:
+                name = f"{method}_{model}_s{seed}"
+                flags = tuned.flags(method)
+                plan.student(name, method, model, seed, tuned.lr, *flags, stage="students")
+
+
+def choices(plan: Plan, tuned: Tuned, seeds: list[int]) -> None:
+    """The open choices, each answer beside the others of its question."""
+    for seed in seeds:
+
+        def ask(question: str, answer: str, model: str, *flags: str, rates=(), seed=seed) -> None:
+            about = {"stage": "choices", "question": question, "answer": answer}
+            slug = f"{question}_{answer}".replace(", ", "-").replace(" ", "-")
+            name = f"choice_{slug}_s{seed}".replace("λ", "lambda")
+            flags = (*tuned.flags("cifd3"), *flags)  # later flags win
+            plan.student(
+                name, "cifd3", model, seed, tuned.lr, *flags, split="val", rates=rates, **about
+            )
+
+        for question, (model, answers) in CHOICES.items():
+            for answer, flags in answers.items():
+                ask(question, answer, model, *flags.split())
+        for rates in CHOICE_RATES:
+            ask("rates", " ".join(f"{rate:g}" for rate in rates), PROBE, rates=rates)
+        if plan.scale.calibrate:
+            ask("rates", f"keeping {SHARES}", PROBE, rates=None)
