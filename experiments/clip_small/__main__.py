@@ -111,8 +111,9 @@ class Study:
         return text
 
     def write_report(self) -> None:
-        """The page of curves and results of what lies in the logs."""
-        names = [k["about"]["run"] for k in read_results(self.results)]
+        """The page of curves and results of the students that lie in the logs."""
+        kept = read_results(self.results)
+        names = [k["about"]["run"] for k in kept if k["about"]["stage"] == "students"]
         runs = [str(self.logs / name) for name in names if (self.logs / name).is_dir()]
         if runs:
             report([*runs, f"--out={self.logs / 'report.html'}", "--title=CIFAR-100 and Flickr8k"])

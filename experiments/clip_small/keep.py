@@ -1,6 +1,7 @@
 """What is kept of a run: its figures, and everything they depend on."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def keep_result(plan: Plan, run: Run, data: Path, logs: Path, results: Path) -> 
     content = {
         "flags": run.depends,
         "about": run.about,
-        "commands": [entry["command"] for entry in made[-1:]],
+        "commands": [shlex.join(["python", *one.command(data, logs)]) for one in (trained, run)],
         "commits": sorted({str(entry["commit"]) for entry in made}),
         "environment": made[-1],
         "data": _read(directory / "data.json"),

@@ -49,10 +49,10 @@ class Scale:
     minutes: dict[str, float]
 
 
-#: Of one core; declared from a few steps of each model (PyTorch 2, one thread).
+#: Of an idle core; training from the processor time of a few steps, the rest declared.
 CPU_MINUTES = {
-    "teacher": 4.5, "gap3": 1.6, "gap10": 0.9, "gap10-vit": 1.6,
-    "bank": 0.3, "view": 2.0, "eval": 1.0, "calibrate": 15.0,
+    "teacher": 5.4, "gap3": 1.2, "gap10": 0.7, "gap10-vit": 2.3,
+    "bank": 0.2, "view": 2.0, "eval": 0.5, "calibrate": 10.0,
 }  # fmt: skip
 SCALES = {
     "cpu": Scale(

@@ -1,0 +1,269 @@
+"""The CLIP study: equal treatment, tuning away from test data, going on, and its arithmetic."""
+
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from eval.datasets import open_folder
+from eval.models import count_parameters
+from experiments.clip_small import __main__ as study
+from experiments.clip_small import plan as plans
+from experiments.clip_small import table
+from experiments.clip_small.data import TEMPLATES, Sizes, prepare
+from experiments.clip_small.keep import figures, score
+from experiments.clip_small.plan import METHODS, MODELS, SCALES, Plan, Tuned
+from experiments.runs import Queue, Run
+from shards import FLICKR, needs_flickr
+from training.data.index import index_shards
+from training.errors import Failure, UsageError
+from training.params import parse_args
+
+CIFAR = Path(__file__).parents[2] / "shared" / "data"
+needs_cifar = pytest.mark.skipif(
+    not (CIFAR / "cifar100_train.npz").is_file(), reason="needs CIFAR-100 in ../shared/data"
+)
+
+
+# -- what is run -----------------------------------------------------------------------------------
+
+
+def towers(name: str) -> int:
+    """Parameters of both towers without the token table."""
+    open_clip.add_model_config(MODELS / f"{name}.json")
+    with torch.device("meta"):
+        model = open_clip.create_model(name, device="meta", load_weights=False)
+    counts = count_parameters(model)
+    return counts["image"] + counts["text"]
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_students_are_a_third_and_a_tenth_of_their_teacher(scale):
+    models = SCALES[scale].models
+    teacher = towers(f"{models}-teacher")
+    assert teacher / towers(f"{models}-gap3") == pytest.approx(3, rel=0.1)
+    assert teacher / towers(f"{models}-gap10") == pytest.approx(10, rel=0.1)
+    assert teacher / towers(f"{models}-gap10-vit") == pytest.approx(10, rel=0.15)
+
+
+def whole_plan() -> Plan:
+    plan, tuned = Plan(SCALES["cpu"]), Tuned(2e-3, {"clipkd": 200.0, "cifd3": 0.05})
+    plans.tune_lr(plan)
+    plans.tune_weights(plan, tuned.lr)
+    plans.students(plan, tuned, [0, 1, 2])
+    plans.choices(plan, tuned, [0, 1, 2])
+    return plan
+
+
+def test_every_run_comes_after_those_it_needs_and_its_command_is_valid(monkeypatch, tmp_path):
+    plan, seen = whole_plan(), set()
+    rates = tmp_path / "calibration" / "rates.args"
+    rates.parent.mkdir()
+    rates.write_text("--rates 900 90\n")
+    for run in plan.runs:
+        assert seen.issuperset(run.needs), f"{run.name} comes before one of {run.needs}"
+        seen.add(run.name)
+        command = run.command(Path("d"), tmp_path)
+        assert not any("{" in word for word in command), f"{run.name}: a place is left open"
+        if run.module == "training.main":
+            args = parse_args(command[2:])
+            assert args.name == run.name and args.resume == "latest"
+    calibrated = [run for run in plan.runs if run.name.startswith("bank_calibrated_s0")]
+    assert parse_args(calibrated[0].command(Path("d"), tmp_path)[2:]).rates == [900.0, 90.0]
+
+
+#: What may differ between the methods of one student and seed.
+OWN = {"distill", "teacher_cache", "rdm_bank", "no_ibm", "name"}
+OWN |= {row.weight[0].replace("-", "_") for row in METHODS.values() if row.weight}
+
+
+def test_methods_of_one_student_and_seed_differ_in_nothing_but_the_method():
+    plan = whole_plan()
+    for model in plans.STUDENTS:
+        runs = [plan.by_name[f"{method}_{model}_s1"] for method in METHODS]
+        settings = [vars(parse_args(run.command(Path("d"), Path("l"))[2:])) for run in runs]
+        for run, one in zip(runs, settings):
+            other = {k for k, v in one.items() if v != settings[0][k]} - OWN
+            assert not other, f"{run.name} differs from plain CLIP in {other}"
+
+
+def test_nothing_is_tuned_or_chosen_on_test_data():
+    for run in whole_plan().runs:
+        if run.module == "eval.benchmark":
+            split = "test" if run.about["stage"] == "students" else "val"
+            assert f"--split={split}" in run.flags, run.name
+
+
+def test_a_result_is_tied_to_the_settings_of_its_whole_chain():
+    names = {}
+    for lr in (1e-3, 2e-3):
+        plan = Plan(SCALES["cpu"])
+        plan.student("x", "cifd3", "gap10", 0, lr, stage="students")
+        names[lr] = plan.by_name["x_test"].depends
+    assert len(names[1e-3]) == 5, "teacher, cache, bank, student, evaluation"
+    changed = [a.split()[0] for a, b in zip(*names.values()) if a != b]
+    assert changed == ["training.main"] * 2, "the bank and the student have the learning rate"
+
+
+def test_a_dry_run_says_what_is_left_and_what_it_costs(tmp_path, capsys):
+    where = [f"--logs={tmp_path}/logs", f"--results={tmp_path}/results"]
+    assert study.main(["--cifar100=c", "--flickr8k=f", *where, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not list(tmp_path.iterdir())
+    runs = [line for line in lines if line.startswith("python -m ")]
+    assert lines[-1].startswith(f"# {len(runs)} runs, about ") and "core-minutes" in lines[-1]
+
+
+# -- the queue -------------------------------------------------------------------------------------
+
+
+def timed(name: str, code: str, *needs: str) -> Run:
+    return Run(name, "timeit", ("-n1", "-r1", code), needs)
+
+
+def test_a_queue_makes_what_is_needed_first_and_stops_at_a_failure(tmp_path):
+    made: list[str] = []
+    write = f"import pathlib; p = pathlib.Path({str(tmp_path)!r}, 'needed')"
+    runs = [timed("a", f"{write}; p.touch()"), timed("b", f"{write}; assert p.exists()", "a")]
+    assert Queue(runs, tmp_path, tmp_path, 2, lambda run: made.append(run.name)).run()
+    assert made == ["a", "b"]
+    assert json.loads((tmp_path / "a" / "finished.json").read_text())["seconds"] > 0
+    with pytest.raises(Failure, match="c failed: ZeroDivisionError"):
+        Queue([timed("c", "1 / 0")], tmp_path, tmp_path, 2, made.append).run()
+    assert not (tmp_path / "c").exists()
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+SIZES = Sizes(150, 200, 100, 40, 30, 20)
+
+
+@needs_cifar
+@needs_flickr
+def test_data_are_held_out_and_lie_in_both_layouts(tmp_path):
+    prepare(tmp_path / "data", CIFAR, FLICKR.parent, SIZES)
+    pairs = {}
+    for name, count in {"cifar100": 150, "flickr8k": 40}.items():
+        sources = index_shards(str(tmp_path / "data" / name))
+        assert sources.num_samples == count and not sources.skipped
+        pairs[name] = images_of(tmp_path / "data" / name)
+        folders = {
+            (kind, split): open_folder(tmp_path / "data" / "benchmark", f"{name}{kind}", split)
+            for kind in ("", "_seen")
+            for split in ("val", "test")
+        }
+        for (kind, split), folder in folders.items():
+            shown = images_of(folder.path / split)
+            common = len(shown & pairs[name])
+            # CIFAR-100 holds a few images twice
+            assert common == len(shown) if kind else common <= 1, f"{folder.name} ({split})"
+        assert not images_of(folders["", "val"].path / "val") & images_of(
+            folders["", "test"].path / "test"
+        )
+    held = open_folder(tmp_path / "data" / "benchmark", "cifar100", "val")
+    assert held.labels().bincount().tolist() == [2] * 100, "each class equally often"
+    assert held.templates == TEMPLATES and "aquarium fish" in held.classnames
+    with pytest.raises(UsageError, match="holds data of other sizes"):
+        prepare(tmp_path / "data", CIFAR, FLICKR.parent, Sizes())
+
+
+def images_of(folder: Path) -> set[bytes]:
+    found = set()
+    for shard in folder.glob("*.tar"):
+        with tarfile.open(shard) as tar:
+            members = [m for m in tar if m.name.endswith(("jpg", "webp"))]
+            found |= {tar.extractfile(m).read() for m in members}
+    return found
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def made(method: str, seed: int, top1: float, recall: float, seen: float = 0.5) -> dict:
+    """A kept result of a student with these figures."""
+    ways = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)]
+    figures = {"flickr8k": dict.fromkeys(ways, recall), "cifar100": {"acc1": top1}}
+    seen_figures = {"flickr8k_seen": dict.fromkeys(ways, seen), "cifar100_seen": {"acc1": seen}}
+    run = f"{method}_gap10_s{seed}"
+    return {
+        "about": {
+            "stage": "students", "method": method, "student": "gap10", "seed": seed, "run": run,
+        },
+        "results": {k: {"metrics": v} for k, v in {**figures, **seen_figures}.items()},
+        "seconds": {run: 60.0, "cache0": 30.0},
+        "data": {"hash": "abc"}, "commits": ["f00"], "commands": [f"python {run}"],
+    }  # fmt: skip
+
+
+def test_differences_are_paired_by_seed():
+    kept = [made("clipkd", s, 0.10 * s, 0.2) for s in (1, 2, 3)]
+    kept += [made("cifd3", s, 0.10 * s + d, 0.2) for s, d in ((1, 0.01), (2, 0.02), (3, 0.03))]
+    rows = {row["method"]: row for row in table.summaries(kept, SCALES["cpu"])}
+    top1 = rows["cifd3"]["figures"]["top1"]
+    assert (top1["mean"], top1["sd"]) == (pytest.approx(22), pytest.approx(11))
+    minus = rows["cifd3"]["minus_clipkd"]["top1"]
+    assert minus["n"] == 3 and minus["mean"] == pytest.approx(2)
+    assert minus["se"] == pytest.approx(1 / 3**0.5), "not the spread between seeds"
+    assert rows["cifd3"]["figures"]["gap_top1"]["mean"] == pytest.approx(28)
+    cost = rows["cifd3"]["cost"]
+    assert cost["live"] > cost["cached"] > 1
+    text = table.to_markdown(list(rows.values()), [], None)
+    assert "| gap10 | cifd3 | 3 | 22.00 ± 11.00 | +2.00 ± 0.58 |" in text
+
+
+def test_tuning_weighs_classification_and_retrieval_alike():
+    kept = made("kd", 0, top1=0.4, recall=0.2)
+    assert score(kept) == pytest.approx(30)
+    assert figures(kept)["recall"] == pytest.approx(20)
+
+
+# -- all of it, very small -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def smaller(monkeypatch):
+    """The trial with one student, three methods, one weight to tune and one open choice."""
+    for method in METHODS.keys() - set(plans.JUDGES):
+        monkeypatch.delitem(METHODS, method)
+    monkeypatch.setitem(METHODS, "clipkd", replace(METHODS["clipkd"], weight=None))
+    for question in plans.CHOICES.keys() - {"λ_CL"}:
+        monkeypatch.delitem(plans.CHOICES, question)
+    monkeypatch.setattr(plans, "STUDENTS", ("gap10",))
+    monkeypatch.setattr(plans, "RATES_OF_LEARNING", (2e-3,))
+    monkeypatch.setattr(plans, "CHOICE_RATES", ())
+
+
+@needs_cifar
+@needs_flickr
+def test_the_study_tunes_trains_compares_and_goes_on(smaller, tmp_path, capsys):
+    results = tmp_path / "results"
+    command = [f"--cifar100={CIFAR}", f"--flickr8k={FLICKR.parent}", "--trial", "--jobs=0"]
+    command += [f"--logs={tmp_path}/logs", f"--results={results}"]
+    assert study.main([*command, "--seeds", "0", "--stage", "tune", "students"]) == 0
+    tuned = json.loads((results / "tuned.json").read_text())
+    tried = {t["weight"]: t["score"] for t in tuned["tried"] if t["stage"] == "tune weight"}
+    assert len(tried) == 3 and tried[tuned["weights"]["cifd3"]] == max(tried.values())
+    student = json.loads((results / "runs" / "cifd3_gap10_s0_test.json").read_text())
+    assert f"--lambda-cl={tuned['weights']['cifd3']:g}" in student["commands"][0].split()
+    assert len(student["taught_by"]["bank"]["rates"]) == 3
+    assert student["results"]["cifar100"]["provenance"]["held"]["images"] == 100
+
+    before = {p: p.stat().st_mtime_ns for p in (results / "runs").iterdir()}
+    assert study.main([*command, "--seeds", "0", "1", "--stage", "students", "choices"]) == 0
+    assert all(p.stat().st_mtime_ns == time for p, time in before.items()), "made again"
+    content = json.loads((results / "table.json").read_text())
+    rows = {(r["student"], r["method"]): r for r in content["students"]}
+    assert set(rows) == {("teacher", "teacher"), *(("gap10", m) for m in plans.JUDGES)}
+    assert rows["gap10", "cifd3"]["seeds"] == [0, 1]
+    assert rows["gap10", "cifd3"]["minus_clipkd"]["top1"]["n"] == 2
+    assert [(r["question"], len(r["seeds"])) for r in content["choices"]] == [("λ_CL", 2)] * 2
+    assert (tmp_path / "logs" / "report.html").is_file()
+
+    kept = results / "runs" / "none_gap10_s0_test.json"
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"flags": ["--lr=9"]}))
+    with pytest.raises(UsageError, match=r"none_gap10_s0_test.json .* other settings"):
+        study.main([*command, "--stage", "students"])
