@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 
+from eval import benchmark
 from eval.datasets import open_folder
 from eval.models import count_parameters
 from experiments.clip_small import __main__ as study
@@ -19,6 +20,7 @@ from experiments.clip_small.keep import figures, score
 from experiments.clip_small.plan import METHODS, MODELS, SCALES, Plan, Tuned
 from experiments.runs import Queue, Run
 from shards import FLICKR, needs_flickr
+from training import cache_teacher, calibrate
 from training.data.index import index_shards
 from training.errors import Failure, UsageError
 from training.params import parse_args
@@ -56,10 +58,19 @@ def whole_plan() -> Plan:
     plans.tune_weights(plan, tuned.lr)
     plans.students(plan, tuned, [0, 1, 2])
     plans.choices(plan, tuned, [0, 1, 2])
+    plans.calibrated(plan, tuned, [0, 1, 2])
     return plan
 
 
-def test_every_run_comes_after_those_it_needs_and_its_command_is_valid(monkeypatch, tmp_path):
+PARSERS = {
+    "training.main": parse_args,
+    "training.cache_teacher": cache_teacher._parse,
+    "training.calibrate": calibrate._parse,
+    "eval.benchmark": benchmark.parse,
+}
+
+
+def test_every_run_comes_after_those_it_needs_and_its_command_is_valid(tmp_path):
     plan, seen = whole_plan(), set()
     rates = tmp_path / "calibration" / "rates.args"
     rates.parent.mkdir()
@@ -69,8 +80,8 @@ def test_every_run_comes_after_those_it_needs_and_its_command_is_valid(monkeypat
         seen.add(run.name)
         command = run.command(Path("d"), tmp_path)
         assert not any("{" in word for word in command), f"{run.name}: a place is left open"
+        args = PARSERS[run.module](command[2:])
         if run.module == "training.main":
-            args = parse_args(command[2:])
             assert args.name == run.name and args.resume == "latest"
     calibrated = [run for run in plan.runs if run.name.startswith("bank_calibrated_s0")]
     assert parse_args(calibrated[0].command(Path("d"), tmp_path)[2:]).rates == [900.0, 90.0]
@@ -195,7 +206,7 @@ def made(method: str, seed: int, top1: float, recall: float, seen: float = 0.5) 
         },
         "results": {k: {"metrics": v} for k, v in {**figures, **seen_figures}.items()},
         "seconds": {run: 60.0, "cache0": 30.0},
-        "data": {"hash": "abc"}, "commits": ["f00"], "commands": [f"python {run}"],
+        "data": {"hash": "abc", "usable": 51_500}, "commits": ["f00"], "commands": [f"python {run}"],
     }  # fmt: skip
 
 

@@ -71,7 +71,11 @@ class Study:
 
     def choices(self) -> bool:
         """What the paper leaves open."""
-        return self._make(self._planned(plans.choices, self._tuned(), self.args.seeds))
+        tuned, seeds = self._tuned(), self.args.seeds
+        return all(
+            self._make(self._planned(ask, tuned, seeds))
+            for ask in (plans.choices, plans.calibrated)
+        )
 
     def dry_run(self) -> None:
         """Print the commands that are left, and about how long they take."""
@@ -81,7 +85,10 @@ class Study:
         steps = {
             "tune": lambda: (plans.tune_lr(plan), plans.tune_weights(plan, tuned.lr)),
             "students": lambda: plans.students(plan, tuned, seeds),
-            "choices": lambda: plans.choices(plan, tuned, seeds),
+            "choices": lambda: (
+                plans.choices(plan, tuned, seeds),
+                plans.calibrated(plan, tuned, seeds),
+            ),
         }
         for stage in self.args.stage:
             steps[stage]()

@@ -335,20 +335,27 @@ def students(plan: Plan, tuned: Tuned, seeds: list[int]) -> None:
 def choices(plan: Plan, tuned: Tuned, seeds: list[int]) -> None:
     """The open choices, each answer beside the others of its question."""
     for seed in seeds:
-
-        def ask(question: str, answer: str, model: str, *flags: str, rates=(), seed=seed) -> None:
-            about = {"stage": "choices", "question": question, "answer": answer}
-            slug = f"{question}_{answer}".replace(", ", "-").replace(" ", "-")
-            name = f"choice_{slug}_s{seed}".replace("λ", "lambda")
-            flags = (*tuned.flags("cifd3"), *flags)  # later flags win
-            plan.student(
-                name, "cifd3", model, seed, tuned.lr, *flags, split="val", rates=rates, **about
-            )
-
         for question, (model, answers) in CHOICES.items():
             for answer, flags in answers.items():
-                ask(question, answer, model, *flags.split())
+                _ask(plan, tuned, seed, question, answer, model, *flags.split())
         for rates in CHOICE_RATES:
-            ask("rates", " ".join(f"{rate:g}" for rate in rates), PROBE, rates=rates)
-        if plan.scale.calibrate:
-            ask("rates", f"keeping {SHARES}", PROBE, rates=None)
+            answer = " ".join(f"{rate:g}" for rate in rates)
+            _ask(plan, tuned, seed, "rates", answer, PROBE, rates=rates)
+
+
+def calibrated(plan: Plan, tuned: Tuned, seeds: list[int]) -> None:
+    """One more answer to the rates: those whose RDMs keep given shares of the teacher.
+
+    By itself, after the others: a teacher may not have a rate for every share.
+    """
+    for seed in seeds if plan.scale.calibrate else ():
+        _ask(plan, tuned, seed, "rates", f"keeping {SHARES}", PROBE, rates=None)
+
+
+def _ask(plan: Plan, tuned: Tuned, seed: int, question: str, answer: str, model: str, *flags: str,
+         rates: tuple[float, ...] | None = ()) -> None:  # fmt: skip
+    about = {"stage": "choices", "question": question, "answer": answer}
+    slug = f"{question}_{answer}".replace(", ", "-").replace(" ", "-").replace("λ", "lambda")
+    flags = (*tuned.flags("cifd3"), *flags)  # later flags win
+    name = f"choice_{slug}_s{seed}"
+    plan.student(name, "cifd3", model, seed, tuned.lr, *flags, split="val", rates=rates, **about)

@@ -67,7 +67,7 @@ def summaries(kept: Iterable[Kept], scale: Scale) -> list[dict[str, Any]]:
                 "commands": [c for _, one in sorted(runs.items()) for c in one["commands"]],
             }
             if model != "teacher":
-                row["cost"] = costs(scale, method, model)
+                row["cost"] = costs(scale, method, model, runs[min(runs)]["data"]["usable"])
                 row[f"minus_{BASELINE}"] = {
                     name: paired(_of(values, name), _of(of_baseline, name)) for name in COMPARED
                 }
@@ -75,17 +75,19 @@ def summaries(kept: Iterable[Kept], scale: Scale) -> list[dict[str, Any]]:
     return rows
 
 
-def costs(scale: Scale, method: str, model: str) -> dict[str, float]:
+def costs(scale: Scale, method: str, model: str, pairs: int) -> dict[str, float]:
     """Counted training cost beside the teacher's own, relative to plain CLIP's.
 
     ``live``: every teacher runs on every batch; ``cached``: each runs once on four views of the
-    data, the run included. Stage 1 of CIFD is counted in both.
+    data (``pairs`` training pairs), that pass included. Stage 1 of CIFD is counted in both.
     """
-    plain = sum(gpu_hours(_recipe(scale, "none", model, False)).values())
-    return {
-        way: sum(gpu_hours(_recipe(scale, method, model, way == "cached")).values()) / plain
-        for way in ("live", "cached")
-    }
+
+    def hours(method: str, cached: bool) -> float:
+        flags = [*_recipe(scale, method, model, cached), f"--dataset-samples={pairs}"]
+        return sum(gpu_hours(flags).values())
+
+    plain = hours("none", False)
+    return {way: hours(method, way == "cached") / plain for way in ("live", "cached")}
 
 
 def _recipe(scale: Scale, method: str, model: str, cached: bool) -> list[str]:
@@ -96,7 +98,6 @@ def _recipe(scale: Scale, method: str, model: str, cached: bool) -> list[str]:
         f"--distill={row.distill}", f"--model={scale.models}-{model}", *row.flags, "--views=4",
         f"--batch-size={scale.batch}", f"--train-num-samples={scale.samples}", "--captions=all",
         f"--epochs={scale.student}", f"--rdm-epochs={scale.bank}",
-        f"--dataset-samples={_pairs(scale)}",
         "--model-config", *(f"{MODELS}/{scale.models}-{name}.json" for name in ("teacher", model)),
     ]  # fmt: skip
     if row.rates:
@@ -106,14 +107,6 @@ def _recipe(scale: Scale, method: str, model: str, cached: bool) -> list[str]:
         flag = "--teacher-cache" if cached else "--distill-pretrained"
         flags.append(f"{flag}=" + ",".join("any" for _ in teachers))
     return flags
-
-
-def _pairs(scale: Scale) -> int:
-    """Training pairs that a cache covers."""
-    sizes = scale.sizes
-    return (sizes.cifar_train or 50_000 - sizes.cifar_val) + (
-        sizes.flickr_train or 7_091 - sizes.flickr_val
-    )
 
 
 def _by_seed(runs: dict[int, Kept]) -> dict[int, dict[str, float]]:
