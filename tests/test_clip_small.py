@@ -206,7 +206,8 @@ def made(method: str, seed: int, top1: float, recall: float, seen: float = 0.5) 
         },
         "results": {k: {"metrics": v} for k, v in {**figures, **seen_figures}.items()},
         "seconds": {run: 60.0, "cache0": 30.0},
-        "data": {"hash": "abc", "usable": 51_500}, "commits": ["f00"], "commands": [f"python {run}"],
+        "data": {"hash": "abc", "usable": 51_500},
+        "commits": ["f00"], "commands": [f"python {run}"],
     }  # fmt: skip
 
 
