@@ -292,3 +292,8 @@ def test_every_recipe_parses(recipe):
     method = ["--distill", "clipkd"] if recipe.startswith("teacher_") else []
     args = parse_args([f"@{RECIPES[recipe]}", "--train-data", "shards", *method])
     assert args.epochs * args.train_num_samples == 96_000_000, "samples seen, as in the paper"
+
+
+def test_tuples_on_the_command_line_are_what_a_cache_recorded_of_them():
+    args = parse_args(["--train-data", "shards", "--aug-cfg", "scale=(0.5, 1.0)"])
+    assert json.loads(json.dumps(args.aug_cfg)) == args.aug_cfg == {"scale": [0.5, 1.0]}

@@ -80,7 +80,9 @@ class _KeyValues(argparse.Action):
             if not sign:
                 raise UsageError(f"{option_string} '{item}': expected key=value")
             try:
-                pairs[key] = ast.literal_eval(value)
+                literal = ast.literal_eval(value)
+                # as JSON keeps it, so that a run and a cache find their own values again
+                pairs[key] = list(literal) if isinstance(literal, tuple) else literal
             except (ValueError, SyntaxError):
                 pairs[key] = value
         setattr(namespace, self.dest, pairs)
