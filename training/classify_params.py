@@ -50,6 +50,12 @@ def _method_flags(g) -> None:
         help="finished runs: the teacher, then its assistants from large to small (takd, dgkd); "
         "or NAME:FILE, torchvision's or timm's weights of resnet34, resnet50, ...",
     )
+    g.add_argument(
+        "--teacher-cache",
+        type=Path,
+        metavar="DIR",
+        help="keep what teachers say about each view here, for other runs (--augment none, flip)",
+    )
     g.add_argument("--rdm-bank", metavar="RUN", help="cifd: a finished run of --method rdm")
     g.add_argument(
         "--rates",
@@ -180,7 +186,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def run_config(args: argparse.Namespace) -> dict[str, Any]:
     """What makes two runs the same run; where the data lie does not (their hash is compared)."""
-    config = {**vars(args), "data": None, "global_batch": args.batch_size}
+    config = {**vars(args), "data": None, "teacher_cache": None, "global_batch": args.batch_size}
     return json.loads(json.dumps(config))
 
 
