@@ -413,7 +413,7 @@ def test_a_cached_teacher_says_what_the_live_one_says(form):
     modules = ClassifyingRDMs([1.0, 5.0, 9.0], 256, 100, form, generator=generator())
     live = LiveTeachers([model], modules, [2, 0], [0.5, 0.25])
     data = table(24)
-    cached = CachedTeachers(live, data, "flip")
+    cached = CachedTeachers(live, data, "flip", ["hash"])
     for b in Batches(data, np.arange(24), "flip", 0, 8).epoch(0, 0, True):
         for ours, theirs in zip(cached(b), live(b), strict=True):
             torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
@@ -425,6 +425,22 @@ def test_a_cached_teacher_says_what_the_live_one_says(form):
     spaces = [o.space for o in cached(plain)]
     assert spaces == ([0, 0, 0] if form == "reconstruct" else [0, 1, 2])
     assert live.dims == ([256] if form == "reconstruct" else [256, 100, 100])
+
+
+def test_kept_answers_are_read_again_and_their_cost_is_counted(tmp_path):
+    live = LiveTeachers([simple_cnn("cnn2", generator=generator()).eval()])
+    data = table(8)
+    first = CachedTeachers(live, data, "flip", ["hash"], tmp_path)
+    nobody = LiveTeachers([simple_cnn("cnn2")])
+    nobody.models[0].forward = nobody.models[0].features = None
+    again = CachedTeachers(nobody, data, "flip", ["hash"], tmp_path)
+    for ours, theirs in zip(again(data.batch(torch.arange(8))), first(data.batch(torch.arange(8)))):
+        assert torch.equal(ours.logits, theirs.logits)
+        assert torch.equal(ours.embedding, theirs.embedding)
+    assert first.saved == 0 < again.saved
+    for other in (["another"], "flip"), (["hash"], "none"):
+        with pytest.raises(TypeError):  # other teachers and views are not those kept
+            CachedTeachers(nobody, data, other[1], other[0], tmp_path)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -530,6 +546,20 @@ def test_a_resumed_run_ends_in_the_same_bits(home, run_classify):
     run_classify(home, "straight", *flags, "--resume=latest")
     assert (straight / "model.safetensors").read_bytes() == wanted
     assert (straight / "metrics.jsonl").read_text().count("\n") == lines
+
+
+@needs_cifar
+def test_answers_of_a_cache_make_the_same_student(home, run_classify, tmp_path):
+    flags = ["--method=kd", "--model=cnn2", f"--teacher={home}/teacher", "--epochs=1"]
+    kept = f"--teacher-cache={tmp_path}"
+    students = [
+        run_classify(home, f"student{i}", *flags, *cache)
+        for i, cache in enumerate(([], [kept], [kept]))
+    ]
+    weights = {(run / "model.safetensors").read_bytes() for run in students}
+    assert len(weights) == 1 and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(UsageError, match="--teacher-cache keeps what teachers say about each view"):
+        run_classify(home, "crops", *flags, kept, "--augment=crop")
 
 
 @needs_cifar

@@ -105,6 +105,8 @@ def run(args: Namespace, directory: RunDirectory) -> bool:
     else:  # a resumed run has counted its teachers' answers already
         trainer.seconds = time.monotonic() - start[0]
         trainer.cpu_seconds = time.process_time() - start[1]
+        if isinstance(source, CachedTeachers):  # what the run costs by itself
+            trainer.cpu_seconds += source.saved
     sinks = Sinks(directory.path, step=trainer.step_number)
     stop = StopFlag(World())
     validation = (table, torch.from_numpy(held_out).to(device)) if args.holdout else None
@@ -146,8 +148,15 @@ def assemble(
         live = LiveTeachers([t.model for t in chosen], rdms, picked, lambdas, wanted).to(
             device, memory_format=torch.channels_last
         )
-        cached = isinstance(table, Table) and VIEWS[args.augment]
-        source = CachedTeachers(live, table, args.augment) if cached else live
+        source = live
+        if isinstance(table, Table) and VIEWS[args.augment]:
+            hashes = [t.hash for t in chosen]
+            source = CachedTeachers(live, table, args.augment, hashes, args.teacher_cache)
+        elif args.teacher_cache:
+            raise UsageError(
+                "--teacher-cache keeps what teachers say about each view, and there are too many "
+                "views: expected CIFAR-100 with --augment none or flip"
+            )
     weights = Weights(
         ce=args.lambda_ce,
         kl=args.lambda_kl,

@@ -1,11 +1,14 @@
 """Finished classification runs as teachers, live or with their answers kept."""
 
 import json
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from cifd_clip.classification.methods import Paraphraser, TeacherOutput
@@ -15,6 +18,8 @@ from training import classify_data, classify_folder
 from training.cache import file_hash
 from training.classify_data import VIEWS, Batch, Table, mirrored
 from training.errors import UsageError
+
+Answer = tuple[Tensor, Tensor]  # logits and embedding
 
 EVALUATION_BATCH = 500
 SIDES = {"cifar100": classify_data.SIDE, "imagenet": classify_folder.SIDE}
@@ -162,10 +167,12 @@ class LiveTeachers(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> list[TeacherOutput]:
         """What they say about a batch: the teachers, then the assistants."""
-        outputs = []
-        for space, model in enumerate(self.models):
-            embedding = model.features(batch.images)
-            outputs.append(TeacherOutput(model.classify(embedding), embedding, space))
+        return self.outputs([answer(model, batch) for model in self.models])
+
+    @torch.no_grad()
+    def outputs(self, answers: list[Answer]) -> list[TeacherOutput]:
+        """What teachers and assistants say, of the teachers' answers."""
+        outputs = [TeacherOutput(*answer, space) for space, answer in enumerate(answers)]
         if self.rdms is not None:
             assistants = self.rdms(outputs[0].embedding, None)
             for i, (k, weight) in enumerate(zip(self.picked, self.weights)):
@@ -178,6 +185,12 @@ class LiveTeachers(nn.Module):
         return [output._replace(embedding=None) for output in outputs]
 
 
+def answer(model: Classifier, batch: Batch) -> Answer:
+    """A classifier's logits and embedding of a batch."""
+    embedding = model.features(batch.images)
+    return model.classify(embedding), embedding
+
+
 class CachedTeachers:
     """The answers of `LiveTeachers` to every view of every row of a table, looked up.
 
@@ -185,19 +198,32 @@ class CachedTeachers:
         live: who answers.
         table: the training images.
         augment: its views are those of this augmentation.
+        hashes: of each teacher's weights.
+        directory: where answers are kept for other runs; None: nowhere.
+
+    Attributes:
+        saved: CPU seconds that were spent, by an earlier run, on answers found in ``directory``.
     """
 
     needs_images = False
 
-    def __init__(self, live: LiveTeachers, table: Table, augment: str):
+    def __init__(
+        self,
+        live: LiveTeachers,
+        table: Table,
+        augment: str,
+        hashes: list[str],
+        directory: Path | None = None,
+    ):
         self.dims = live.dims
+        self.saved = 0.0
         self._rows = len(table)
-        parts: list[list[TeacherOutput]] = []
-        device = table.images.device
-        for view in range(VIEWS[augment]):
-            for rows in torch.arange(len(table), device=device).split(EVALUATION_BATCH):
-                batch = table.batch(rows)
-                parts.append(live(mirrored(batch) if view else batch))
+        every = []
+        for model, name in zip(live.models, hashes, strict=True):
+            file = f"{name[:16]}_{table.hash[:16]}_{len(table)}_{augment}.safetensors"
+            every.append(self._answers(model, table, augment, directory and directory / file))
+        chunks = zip(*(zip(*(t.split(EVALUATION_BATCH) for t in pair)) for pair in every))
+        parts = [live.outputs(list(answers)) for answers in chunks]
         self._outputs = [
             outputs[0]._replace(
                 logits=torch.cat([o.logits for o in outputs]),
@@ -205,6 +231,29 @@ class CachedTeachers:
             )
             for outputs in zip(*parts)
         ]
+
+    def _answers(self, model: Classifier, table: Table, augment: str, file: Path | None) -> Answer:
+        """A teacher's answers to all views, (views·N, classes) and (views·N, T)."""
+        device = table.images.device
+        if file is not None and file.is_file():
+            with safe_open(file, "pt", device=str(device)) as kept:
+                self.saved += float(kept.metadata()["cpu_seconds"])
+                return kept.get_tensor("logits"), kept.get_tensor("embedding")
+        start = time.process_time()
+        pairs = []
+        with torch.no_grad():
+            for view in range(VIEWS[augment]):
+                for rows in torch.arange(len(table), device=device).split(EVALUATION_BATCH):
+                    batch = table.batch(rows)
+                    pairs.append(answer(model, mirrored(batch) if view else batch))
+        logits, embedding = (torch.cat(parts) for parts in zip(*pairs))
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(f".{os.getpid()}.tmp")  # others may be at it too
+            spent = {"cpu_seconds": str(time.process_time() - start)}
+            save_file({"logits": logits, "embedding": embedding}, temporary, spent)
+            temporary.rename(file)
+        return logits, embedding
 
     def __call__(self, batch: Batch) -> list[TeacherOutput]:
         """What they said about the batch's rows and views."""
