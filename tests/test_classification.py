@@ -700,8 +700,12 @@ MISSING = {
     "cifar100_teacher": "--model wrn_40_2",
     "cifar100_rdm": "--teacher t",
     "cifar100_cifd": "--model resnet8x4 --teacher t --rdm-bank b",
-    "imagenet_rdm_resnet34": "--teacher t",
-    "imagenet_cifd_resnet18": "--teacher t --rdm-bank b",
+    "cifar100_kd": "--model resnet8x4 --teacher t",
+    "cifar100_paraphraser": "--teacher t",
+    "cifar100_ft": "--model resnet8x4 --teacher t --paraphraser p",
+    "imagenet_student": "--model resnet18",
+    "imagenet_rdm": "--teacher t",
+    "imagenet_cifd": "--model resnet18 --teacher t --rdm-bank b",
 }
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from demo.scenes import _write_benchmark, _write_shards, pairs, retrieval
 from runs import CONFIGS, ROOT, assert_bit_equal, final, lines
@@ -311,3 +312,53 @@ def test_a_failed_stage_cancels_what_waits_for_it_and_wrong_input_is_not_tried_a
     assert [states[jobs[n]] for n in ("rdm", "distill", "eval")] == ["FAILED", *["CANCELLED"] * 2]
     assert ask.job(jobs["rdm"])["ExitCode"] == "2:0" and ask.job(jobs["rdm"])["Restarts"] == "0"
     assert "error: --train-data" in (study / "slurm" / "rdm-1.log").read_text()
+
+
+def test_classifiers_follow_their_teachers_and_a_failed_one_takes_only_its_own_along(
+    slurm, site, tmp_path
+):
+    ask = Cluster(slurm)
+    folder = tmp_path / "images"
+    rng = np.random.default_rng(0)
+    for split, name, i in ((s, n, i) for s in ("train", "val") for n in "abc" for i in range(8)):
+        (folder / split / name).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / split / name / f"{name}_{i}.JPEG")
+    grid, study = tmp_path / "classify" / "small.grid", tmp_path / "logs" / "small"
+    grid.parent.mkdir()
+    common = "--data $IMAGENET --dataset imagenet --batch-size 8 --workers 1 --epochs"
+    runs = {
+        "teacher": "20 --model resnet18 --final",
+        "broken": "1 --model resnet18 --data nowhere",
+        "bank": "1 --method rdm --teacher $LOGS/teacher --rates 10 100",
+        "orphan": "1 --method kd --model resnet18 --teacher $LOGS/broken",
+        "cifd": "1 --method cifd --model resnet18 --final --teacher $LOGS/teacher"
+        " --rdm-bank $LOGS/bank",
+    }
+    grid.write_text("".join(f"--name {n} {common} {t}\n" for n, t in runs.items()))
+    site.write_text(site.read_text() + f"IMAGENET={folder}\n")
+    told = ask("slurm/submit.sh", "--cluster", site, grid, "--", "--lr", "0.001")
+    jobs = dict(re.findall(r"([a-z]+(?:-[0-9])?) (\d+)", told.partition(":")[2]))
+
+    def story() -> str:
+        return ask.story(study)
+
+    held = catch(study / "teacher", story)
+    ask("scancel", "--batch", "--signal=USR1", f"{jobs['classify-1']}_1")
+    let_go_when_signalled(held)
+    tasks = {
+        n: f"{jobs[f'classify-{level}']}_{i}"
+        for n, level, i in (
+            *(("teacher", 1, 1), ("broken", 1, 2)),
+            *(("bank", 2, 1), ("orphan", 2, 2), ("cifd", 3, 1)),
+        )
+    }
+    states = ask.wait([*tasks.values(), jobs["report"]], study)
+    ended = {name: states[number] for name, number in tasks.items()}
+    failed = {"broken": "FAILED", "orphan": "FAILED"}
+    assert ended == dict.fromkeys(runs, "COMPLETED") | failed, story()
+    assert ask.job(tasks["teacher"])["Restarts"] == "1", story()
+    assert "resumed from" in (study / "slurm" / "classify-1-1.log").read_text()
+    assert states[jobs["report"]] == "FAILED", "it names what is missing"
+    with open(study / "report.csv") as table:
+        assert {row["method"] for row in csv.DictReader(table)} == {"none", "cifd (2 RDM)"}

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from runs import ROOT
-from slurm.plan import GRIDS, Site, chain, grid_path, main, read_grid, sbatch
+from slurm import classifiers
+from slurm.clip import chain, read_grid
+from slurm.jobs import Site, sbatch
+from slurm.plan import GRIDS, grid_path, main
 from training.errors import UsageError
 from training.params import batch_share, parse_args
 
@@ -77,6 +80,44 @@ def test_teachers_of_an_ensemble_have_a_cache_each_and_share_it_with_other_runs(
     assert "cache" not in [job.name for job in live]
 
 
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [
+        ("table2", [("wrn_40_2", "wrn_40_1"), ("resnet32x4", "resnet8x4")]),
+        ("table3", [("resnet34", "resnet18"), ("resnet50", "mobilenetv1_100")]),
+        ("table7", [(f"resnet{n}", "resnet18") for n in (50, 101, 152)]),
+    ],
+)
+def test_classifiers_come_after_their_teachers_and_rdms(name, pairs, site, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: "weights" in str(path))  # torchvision's
+    runs = classifiers.read_grid(grid_path(f"classify/{name}"), site, [])
+    cifd = [run.args for run in runs if run.args.method == "cifd"]
+    taught = [(Path(a.teacher[0].partition(":")[0]).name, a.model) for a in cifd]
+    assert taught == pairs and all(a.ibm and a.rdm_bank for a in cifd)
+    job_of = {
+        Path(flags[flags.index("--name") + 1]).name: number
+        for number, job in enumerate(classifiers.chain(runs, site)[:-1])
+        for flags in job.tasks
+    }
+    for run in runs:
+        assert run.args.device == "cuda" and (
+            run.args.final or run.args.method in ("rdm", "paraphraser")
+        )
+        for place in classifiers.needs(run):
+            assert job_of.get(place.name, -1) < job_of[run.args.name], "what it reads is there"
+    whole = sbatch(classifiers.chain(runs, site)[1], name, Path("logs"), site, {"classify-1": "7"})
+    assert "slurm/classify.sbatch" in whole and "--dependency=afterany:7" in whole
+    assert "--gres=gpu:1" in whole and "--ntasks-per-node=1" in whole
+
+
+def test_a_classifier_whose_teacher_nobody_trains_is_refused(site, tmp_path):
+    grid = tmp_path / "classify" / "x.grid"
+    grid.parent.mkdir()
+    grid.write_text("--data d --method kd --model cnn2 --teacher $LOGS/nobody\n")
+    with pytest.raises(UsageError, match=r"x.grid:1: '.*nobody' neither exists nor is trained"):
+        classifiers.read_grid(grid, site, [])
+
+
 def test_any_number_of_processes_that_divides_it_makes_up_the_global_batch():
     args = parse_args(["--train-data", "x", "--global-batch", "1024"])
     assert [batch_share(args, n) for n in (1, 4, 16)] == [1024, 256, 64]
@@ -106,7 +147,7 @@ def test_a_wrong_line_is_refused_before_anything_is_submitted(text, site, tmp_pa
 
 
 def test_wrong_studies_and_settings_are_named(tmp_path):
-    with pytest.raises(UsageError, match="one of lambda_i, table4, table5"):
+    with pytest.raises(UsageError, match=r"one of .*classify/table2, .*table4, table5"):
         main(["--dry-run", "table9"])
     with pytest.raises(UsageError, match="no such file"):
         main(["--cluster", str(tmp_path / "x.env"), "table4"])

@@ -1,0 +1,80 @@
+"""Studies of classifiers: grids whose lines are flags of `training.classify`.
+
+    classify-1 (array)  ->  classify-2 (array)  ->  ...  ->  report
+
+A run comes after those that its ``--teacher``, ``--rdm-bank`` and ``--paraphraser`` name: teachers
+are in the first job, RDM banks and students that need only them in the second, and so on. Each task
+is one process.
+"""
+
+from pathlib import Path
+
+from slurm.jobs import Job, Run, Site, read_lines
+from training.classify_params import parse_args
+from training.errors import UsageError
+
+
+def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
+    """The runs of a grid file; `extra` flags win over every line's.
+
+    Raises:
+        UsageError: a line is no valid command line, or needs a run that neither an earlier line
+            nor the disk has.
+    """
+    logs = Path(site["LOGS"]) / path.stem
+    device = "cuda" if site["GRES"] else "cpu"
+    earlier: set[Path] = set()
+
+    def read(line: list[str]) -> Run:
+        flags = ["--device", device, *line, *extra, "--logs", str(logs)]
+        run = Run(flags, parse_args(flags))
+        for needed in needs(run):
+            if needed not in earlier and not needed.exists():
+                raise UsageError(f"'{needed}' neither exists nor is trained by an earlier line")
+        earlier.add(run.path)
+        return run
+
+    return list(read_lines(path, site, logs, read).values())
+
+
+def needs(run: Run) -> list[Path]:
+    """The runs, or files of weights, that a run reads."""
+    args = run.args
+    places = [*args.teacher, args.rdm_bank, args.paraphraser]
+    return [Path(place.partition(":")[2] or place) for place in places if place]
+
+
+def levels(runs: list[Run]) -> list[list[Run]]:
+    """Runs by how many others, one needing the next, have to end before."""
+    level: dict[Path, int] = {}
+    for run in runs:  # those it needs come earlier
+        level[run.path] = 1 + max((level.get(path, 0) for path in needs(run)), default=0)
+    deepest = max(level.values())
+    return [[run for run in runs if level[run.path] == n] for n in range(1, deepest + 1)]
+
+
+def chain(runs: list[Run], site: Site) -> list[Job]:
+    """The jobs of a study, each after the one before.
+
+    Whatever became of the others: a task whose teacher failed says so and ends, and the rest of
+    its job does not suffer.
+    """
+    jobs: list[Job] = []
+    for number, level in enumerate(levels(runs), 1):
+        after = (("afterany", jobs[-1].name),) if jobs else ()
+        jobs.append(Job(f"classify-{number}", [run.flags for run in level], after=after))
+    page = [str(runs[0].path.parent / "report.html"), *(str(run.path) for run in runs)]
+    return [*jobs, Job("report", [page], gpus=False, after=(("afterany", jobs[-1].name),))]
+
+
+def cost(job: Job, site: Site) -> tuple[float | None, float | None]:
+    """GPU hours and bytes: not estimated for classifiers."""
+    return None, None
+
+
+def preparation(runs: list[Run], site: Site) -> str:
+    """What has to be there before."""
+    given = {str(run.args.data): None for run in runs}
+    made = {run.path for run in runs}
+    given |= {str(path): None for run in runs for path in needs(run) if path not in made}
+    return ", ".join(given)

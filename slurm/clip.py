@@ -1,0 +1,152 @@
+"""Studies of CLIP students: grids whose lines are flags of `training.main`.
+
+    cache  ->  rdm  ->  distill (array)  ->  eval (array, task by task)  ->  report
+
+Lines with ``--distill rdm`` are stage 1 and come first.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+from slurm.jobs import Job, Run, Site, read_lines
+from training.errors import UsageError
+from training.params import batch_share, parse_args, teacher_names
+
+
+def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
+    """The runs of a grid file; `extra` flags win over every line's.
+
+    Raises:
+        UsageError: a line is no valid command line, or the lines contradict each other.
+    """
+    logs = Path(site["LOGS"]) / path.stem
+
+    def read(line: list[str]) -> Run:
+        flags = [
+            *("--train-data", site["TRAIN_DATA"], *line, *extra, "--logs", str(logs)),
+            *("--wandb-project-name", path.stem),  # a W&B run is called by the run's name
+        ]
+        run = Run(flags, parse_args(flags))
+        if run.args.global_batch is not None:
+            batch_share(run.args, site.ranks)
+        return run
+
+    runs = read_lines(path, site, logs, read)
+    banks = {run.path / "bank" for run in runs.values() if run.args.distill == "rdm"}
+    for run in runs.values():
+        bank = run.args.rdm_bank
+        if bank and Path(bank) not in banks and not Path(bank).is_dir():
+            raise UsageError(
+                f"{path}: --rdm-bank '{bank}' of {run.args.name} neither exists nor is trained by "
+                "a line with --distill rdm"
+            )
+    return list(runs.values())
+
+
+def with_caches(runs: list[Run], site: Site) -> tuple[list[Run], list[list[str]]]:
+    """Runs that read their teachers' caches under ``TEACHER_CACHE``, where that is set.
+
+    Runs that validate keep the live teacher, which held-out images need.
+
+    Returns:
+        The runs, and the command lines that write the caches, part by part.
+    """
+    if not site.get("TEACHER_CACHE"):
+        return runs, []
+    views, parts = ["--views", site["VIEWS"]], site.number("CACHE_PARTS")
+    reading, writers = [], {}
+    for run in runs:
+        if run.args.teacher_cache or run.args.val_data or run.args.distill == "none":
+            reading.append(run)
+            continue
+        names = []
+        for name, weights in teacher_names(run.args):
+            names.append(str(Path(site["TEACHER_CACHE"]) / slug(f"{name}-{weights or ''}")))
+            model = ["--distill-model", name, "--distill-pretrained", weights or ""]
+            writer = [*run.flags, *model, *views, "--teacher-cache", names[-1]]
+            writers.setdefault(names[-1], writer)
+        flags = [*run.flags, *views, "--teacher-cache", ",".join(names)]
+        reading.append(Run(flags, parse_args(flags)))
+    shares = [f"{i}/{parts}" for i in range(1, parts + 1)]
+    return reading, [[*w, "--part", share] for w in writers.values() for share in shares]
+
+
+def slug(text: str) -> str:
+    """Text as part of a path."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text.removeprefix("local-dir:")).strip("-")
+
+
+def teachers(runs: list[Run]) -> list[str]:
+    """The distinct teachers as `eval.benchmark` names models."""
+    named = (t for run in runs for t in teacher_names(run.args) if run.args.distill != "none")
+    return list(dict.fromkeys(f"{name}:{weights}" if weights else name for name, weights in named))
+
+
+def chain(runs: list[Run], site: Site) -> list[Job]:
+    """The jobs of a study, each after those it waits for."""
+    runs, caches = with_caches(runs, site)
+    banks = [run for run in runs if run.args.distill == "rdm"]
+    students = [run for run in runs if run.args.distill != "rdm"]
+    logs = Path(runs[0].args.logs)
+    evaluation = ["--data-root", site["DATA_ROOT"], "--datasets", *shlex.split(site["DATASETS"])]
+    results = str(logs / "teachers")
+    shape = {"nodes": site.number("NODES"), "ranks": site.number("RANKS_PER_NODE")}
+    ready = (("afterok", "cache"), ("afterok", "rdm"))
+    jobs = [
+        Job("cache", caches),
+        Job("rdm", [run.flags for run in banks], **shape, after=ready[:1]),
+        Job("distill", [run.flags for run in students], **shape, after=ready),
+        Job(
+            "eval",
+            [[str(run.path), *evaluation] for run in students],
+            after=(("aftercorr", "distill"),),
+        ),
+        Job("eval-teachers", [[t, *evaluation, "--out", results] for t in teachers(runs)]),
+        # Whatever became of them: the page of fourteen runs should not wait for a fifteenth that
+        # diverged. The job names those that are missing.
+        Job(
+            "report",
+            [[str(logs / "report.html"), *(str(run.path) for run in runs), results]],
+            gpus=False,
+            after=(("afterany", "eval"), ("afterany", "eval-teachers"), ("afterany", "rdm")),
+        ),
+    ]
+    if not students:
+        jobs = jobs[:2]
+    return [job for job in jobs if job.tasks]
+
+
+def cost(job: Job, site: Site) -> tuple[float | None, float | None]:
+    """GPU hours and bytes of a job's training; None where the flags don't tell, or none trains."""
+    from eval.cost import parse, summary  # takes seconds to import
+
+    stage = {"cache": "cache", "rdm": "rdm", "distill": "student"}.get(job.name)
+    if stage is None:
+        return None, None
+    hours = disk = 0.0
+    for task in job.tasks:
+        parts = site.number("CACHE_PARTS") if stage == "cache" else 1
+        options = ["--gpus", str(site.ranks)]
+        if stage == "cache":  # its tasks read every shard, whatever an epoch is
+            task = task[: task.index("--part")]
+            if parse_args(task).train_data == site["TRAIN_DATA"]:
+                options += ["--dataset-samples", site["TRAIN_SAMPLES"]]
+        try:
+            found = summary(parse([*task, *options]))
+        except UsageError:  # no --train-num-samples: the shards are not counted here
+            return None, None
+        for name in (stage, "rdm") if stage == "student" else (stage,):
+            hours += found["hours"].get(name, 0) / parts
+            disk += found["disk_bytes"].get(name, 0) / parts
+    return hours, disk
+
+
+def preparation(runs: list[Run], site: Site) -> str:
+    """The command that fetches what the study needs, on a machine with a network."""
+    from eval import datasets  # takes seconds to import
+
+    models = [*teachers(runs), *(r.args.model for r in runs if r.args.distill != "rdm")]
+    sets = datasets.names(shlex.split(site["DATASETS"]))
+    fetch = ["python", "-m", "training.prefetch", *dict.fromkeys(models)]
+    return shlex.join([*fetch, "--datasets", *sets, "--data-root", site["DATA_ROOT"]])

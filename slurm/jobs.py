@@ -1,0 +1,157 @@
+"""What a study is made of: the site, runs, jobs, and how they reach SLURM."""
+
+import shlex
+import string
+import subprocess
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.errors import Failure, UsageError
+
+
+class Site(dict[str, str]):
+    """The variables of ``slurm/cluster.env``: what your cluster and data are called."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Site":
+        """Let the shell read the file, as the jobs do."""
+        if not path.is_file():
+            raise UsageError(f"--cluster '{path}': no such file; see slurm/cluster.env")
+        script = 'set -a; source "$1"; env -0'
+        done = subprocess.run(["bash", "-ec", script, "-", path], capture_output=True, check=False)
+        if done.returncode:
+            raise UsageError(f"--cluster '{path}': {done.stderr.decode().strip()}")
+        return cls(line.split("=", 1) for line in done.stdout.decode().split("\0") if "=" in line)
+
+    def number(self, name: str) -> int:
+        """A variable that counts something."""
+        if not self[name].isdecimal() or not int(self[name]):
+            raise UsageError(f"{name}='{self[name]}' in cluster.env: expected a positive number")
+        return int(self[name])
+
+    @property
+    def ranks(self) -> int:
+        """Processes of a training run."""
+        return self.number("NODES") * self.number("RANKS_PER_NODE")
+
+
+@dataclass
+class Run:
+    """One line of a grid: the flags as given, and as its program understands them."""
+
+    flags: list[str]
+    args: Namespace
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return Path(self.args.logs) / self.args.name
+
+
+@dataclass
+class Job:
+    """One batch script, its tasks, and what they wait for.
+
+    Args:
+        name: of the job, of its script and of its file of lines.
+        tasks: the flags of each task.
+        nodes, ranks: processes per task.
+        after: (kind of dependency, name of a job), where that job exists.
+    """
+
+    name: str
+    tasks: list[list[str]]
+    nodes: int = 1
+    ranks: int = 1
+    gpus: bool = True
+    after: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def script(self) -> str:
+        """The batch script."""
+        return f"slurm/{self.name.partition('-')[0]}.sbatch"
+
+
+def read_lines(
+    path: Path, site: Site, logs: Path, read: Callable[[list[str]], Run]
+) -> dict[str, Run]:
+    """The runs of a grid file by name, one per line.
+
+    Args:
+        path: the file; ``$VARIABLES`` are the site's, ``$LOGS`` the study's folder.
+        site: of the cluster.
+        logs: where the study's runs go.
+        read: makes a run of a line's words.
+
+    Raises:
+        UsageError: a line is no valid command line, a name comes twice, or there is none.
+    """
+    runs: dict[str, Run] = {}
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            text = string.Template(text).substitute(site, LOGS=str(logs))
+            line = shlex.split(text, comments=True)
+            if not line:
+                continue
+            run = read(line)
+        except (UsageError, ValueError, KeyError) as error:
+            what = f"unknown variable {error}" if isinstance(error, KeyError) else error
+            raise UsageError(f"{path}:{number}: {what}") from error
+        if run.args.name in runs:
+            raise UsageError(f"{path}:{number}: a second run '{run.args.name}'; give it a --name")
+        runs[run.args.name] = run
+    if not runs:
+        raise UsageError(f"{path} has no runs: every line is one, as flags of its program")
+    return runs
+
+
+def sbatch(job: Job, study: str, logs: Path, site: Site, submitted: dict[str, str]) -> list[str]:
+    """The command that submits a job; `submitted` maps jobs before it to their numbers."""
+    lines = logs / "plan" / f"{job.name}.lines"
+    command = [
+        *("sbatch", "--parsable", f"--job-name={study}-{job.name}", f"--array=1-{len(job.tasks)}"),
+        *(f"--nodes={job.nodes}", f"--ntasks-per-node={job.ranks}"),
+        f"--cpus-per-task={site.number('CPUS_PER_RANK')}",
+        f"--output={logs}/slurm/{job.name}-%a.log",
+    ]
+    if site["GRES"] and job.gpus:
+        command.append(f"--gres={site['GRES']}:{job.ranks}")
+    after = [f"{kind}:{submitted[name]}" for kind, name in job.after if name in submitted]
+    if after:
+        command.append(f"--dependency={','.join(after)}")
+    return [*command, job.script, str(lines)]
+
+
+def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str]:
+    """Write the lines and submit the chain; all of it or, if SLURM refuses a job, nothing.
+
+    Returns:
+        Job numbers by name.
+    """
+    (logs / "slurm").mkdir(parents=True, exist_ok=True)
+    (logs / "plan").mkdir(exist_ok=True)
+    submitted: dict[str, str] = {}
+    for job in jobs:
+        text = "".join(f"{shlex.join(task)}\n" for task in job.tasks)
+        (logs / "plan" / f"{job.name}.lines").write_text(text)
+        command = sbatch(job, study, logs, site, submitted)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=site, check=False)
+        except FileNotFoundError as error:
+            raise UsageError("sbatch is not here: submit from a login node of SLURM") from error
+        if done.returncode:
+            if submitted:
+                subprocess.run(["scancel", *submitted.values()], env=site, check=False)
+            raise Failure(f"sbatch refused {job.name}, nothing was left: {done.stderr.strip()}")
+        submitted[job.name] = done.stdout.strip().partition(";")[0]
+    return submitted
+
+
+def running(study: str, site: Site) -> list[str]:
+    """Jobs of this study that wait or run already."""
+    command = ["squeue", "--noheader", "--me", "--format=%i %j"]
+    done = subprocess.run(command, capture_output=True, text=True, env=site, check=False)
+    found = (line.split(maxsplit=1) for line in done.stdout.splitlines())
+    return [number for number, name in found if name.startswith(f"{study}-")]
