@@ -126,9 +126,10 @@ def _maps_html(bank: dict) -> str:
         for name in ("teacher", *rates)
     ]
     plot = plots.maps(panels, bank["map"]["labels"], bank["map"]["classes"])
+    kind = "zero-shot accuracy" if bank["task"] == "zeroshot_classification" else "accuracy"
     note = (
         f"t-SNE of image embeddings of {len(bank['map']['classes'])} classes of "
-        f"{html.escape(bank['dataset'])}, with the zero-shot accuracy on the whole set."
+        f"{html.escape(bank['dataset'])}, with the {kind} on the whole set (Figure 9)."
     )
     return f'<div class="plot">{plot}</div><p>{note}</p>'
 

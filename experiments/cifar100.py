@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 from statistics import mean, stdev
 
+from eval import classifier_bank
 from experiments.runs import (
     Queue,
     Run,
@@ -135,6 +136,9 @@ def keep_results(run: Run, data: Path, logs: Path, results: Path) -> None:
             result = json.loads((directory / file).read_text())
             added = {"flags": run.depends, "curve": curve(directory, ("step", "loss", "acc1"))}
             write_json(kept, result | added)
+    if run.name.startswith("rdm"):
+        out = results / "bank" / f"{run.name}.json"
+        classifier_bank.main([str(directory), f"--data={data}", f"--out={out}"])
 
 
 def summary(results: Path) -> str:

@@ -27,6 +27,7 @@ from cifd_clip.classification.methods import (
 from cifd_clip.classification.models import SIMPLE_CNNS, build, simple_cnn, stock_state
 from cifd_clip.classification.rdm import ClassifyingRDMs, rdm_loss, unit_scale
 from cifd_clip.noise import Noise
+from eval import classifier_bank, report
 from experiments import cifar100, tune_cifar100
 from training.classify_data import Batches, Table, load_cifar100, mirrored, normalise, split_rows
 from training.classify_folder import FolderBatches, load_folder
@@ -609,6 +610,27 @@ def test_imagenets_layout_trains_under_a_live_teacher(folder):
     result = json.loads((student / "result.json").read_text())
     assert result["metrics"]["acc5"] == 1, "with three classes everything is among five"
     assert load_file(student / "model.safetensors")["head.weight"].shape == (3, 1024)
+
+
+def test_what_rdms_still_know_is_measured_as_after_their_training_and_drawn(folder, tmp_path):
+    flags = ["--final", "--lr=0.001"]
+    teacher = run_folder(folder, "known", "--model=resnet18", *flags)
+    bank = run_folder(
+        folder, "bank", "--method=rdm", f"--teacher={teacher}", "--rates", "10", "300", *flags
+    )
+    classifier_bank.main([str(bank), f"--data={folder}", "--workers=1"])
+    (path,) = (bank / "results" / "bank").glob("*.json")
+    found = json.loads(path.read_text())
+    for one in found["assistants"]:
+        result = json.loads((bank / f"result_R{one['rate']:g}.json").read_text())
+        assert one["metrics"]["acc1"] == pytest.approx(result["metrics"]["acc1"])
+        assert one["bits"]["image"] == pytest.approx(result["metrics"]["bits"], rel=1e-4)
+    known = json.loads((teacher / "result.json").read_text())["metrics"]["acc1"]
+    assert found["teacher"]["metrics"]["acc1"] == pytest.approx(known)
+    assert found["map"]["classes"] == ["n01440764", "n01443537", "n01484850"]
+    report.main([str(teacher), str(bank), "-o", str(tmp_path / "r.html")])
+    page = (tmp_path / "r.html").read_text()
+    assert "Figure 5" in page and "Figure 9" in page and "with the accuracy on the whole" in page
 
 
 def test_a_crop_of_a_photo_is_a_function_of_seed_epoch_and_name(folder):

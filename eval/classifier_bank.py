@@ -1,0 +1,117 @@
+"""What the RDMs of a classifier still know: their accuracy against R, and maps (Figures 5 and 9).
+
+::
+
+    python -m eval.classifier_bank logs/classify/rdm --data cifar100
+
+The test images go through the teacher and, with rounding as in stage 2, through each RDM of a
+finished ``training.classify --method rdm``. Written to ``RUN/results/bank`` in the form of
+`eval.bank`: the accuracies, the bits, and a t-SNE map of the embeddings of ten classes.
+`eval.report` draws them.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.datasets import CIFAR100
+
+from eval import metrics
+from eval.bank import embedding_map
+from eval.benchmark import write_once
+from training.classify import load_split
+from training.classify_data import Table
+from training.classify_folder import FolderTable
+from training.classify_teachers import EVALUATION_BATCH, LiveTeachers, load_rdms, load_teacher
+from training.errors import UsageError, cli
+from training.rundir import environment
+
+
+@torch.no_grad()
+def measure(teachers: LiveTeachers, table: Table | FolderTable, names: list[str]) -> dict:
+    """Accuracies of a teacher and its RDMs, bits, and a map of their embeddings.
+
+    Args:
+        teachers: one teacher, and all RDMs of its bank.
+        table: the images.
+        names: of the classes.
+    """
+    logits, embeddings = [], []
+    for batch in table.in_order(torch.arange(len(table)), EVALUATION_BATCH):
+        said = teachers(batch)
+        logits.append(torch.stack([one.logits for one in said]))
+        embeddings.append([one.embedding for one in said])
+    labels, rates = table.labels, teachers.rdms.rates
+    scores = [metrics.classification_metrics(each, labels) for each in torch.cat(logits, dim=1)]
+    embeddings = [torch.cat(each) for each in zip(*embeddings)]
+    nats = [teachers.rdms(x, None).nats.sum(1) for x in embeddings[0].split(EVALUATION_BATCH)]
+    bits = (torch.stack(nats).sum(0) / math.log(2) / len(table)).tolist()
+    assistants = [
+        {"rate": rate, "bits": {"image": b}, "metrics": m}
+        for rate, b, m in zip(rates, bits, scores[1:], strict=True)
+    ]
+    spaces = ["teacher", *(f"{rate:g}" for rate in rates)]
+    return {
+        "teacher": {"metrics": scores[0]},
+        "assistants": assistants,
+        "map": embedding_map(embeddings, spaces, labels, names),
+    }
+
+
+def class_names(data: Path, table: Table | FolderTable) -> list[str]:
+    """What the classes are called; their numbers where the data don't say."""
+    if isinstance(table, FolderTable):
+        return list(dict.fromkeys(file.partition("/")[0] for file in table.files))
+    packed, meta = data / "cifar100_test.npz", data / "cifar-100-python" / "meta"
+    if packed.is_file():
+        return np.load(packed)["classnames"].tolist()
+    if meta.is_file():
+        return CIFAR100(data).classes
+    return [str(number) for number in range(table.classes)]
+
+
+def main(argv: list[str]) -> None:
+    """Entry point of ``python -m eval.classifier_bank``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.classifier_bank",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bank", type=Path, help="a finished run of --method rdm")
+    parser.add_argument("--data", type=Path, required=True, help="as for training.classify")
+    parser.add_argument("--workers", type=int, default=4, help="processes that decode images")
+    parser.add_argument("--out", type=Path, help="the file to write (default: in RUN/results/bank)")
+    args = parser.parse_args(argv)
+    if not (args.bank / "rdm.json").is_file():
+        raise UsageError(f"'{args.bank}' is no finished run of training.classify --method rdm")
+    config = json.loads((args.bank / "config.json").read_text())
+    args.dataset = config["dataset"]
+    out = args.out or args.bank / "results" / "bank" / f"{args.dataset}_test.json"
+    if out.exists():
+        print(f"measured already, skipped ({out})")
+        return
+    teacher = load_teacher(config["teacher"][0], args.dataset)
+    rdms = load_rdms(args.bank, teacher)
+    picked = list(range(len(rdms.rates)))
+    table = load_split(args, "test")
+    teachers = LiveTeachers([teacher.model], rdms, picked, [1.0] * len(picked))
+    found = measure(teachers, table, class_names(args.data, table))
+    head = {"task": "classification", "dataset": args.dataset, "model": f"RDMs of {teacher.name}"}
+    provenance = {
+        "environment": environment(),
+        "teacher": teacher.hash,
+        "data": {"test": table.hash},
+        "seed": config["seed"],
+        "scikit-learn": importlib.metadata.version("scikit-learn"),
+    }
+    write_once(out, {**head, **found, "provenance": provenance})
+    figures = [f"R={a['rate']:g} {a['metrics']['acc1']:.4f}" for a in found["assistants"]]
+    print(f"acc1: teacher {found['teacher']['metrics']['acc1']:.4f}, {', '.join(figures)} ({out})")
+
+
+if __name__ == "__main__":
+    cli(main)
