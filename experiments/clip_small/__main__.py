@@ -67,7 +67,9 @@ class Study:
 
     def students(self) -> bool:
         """Every method, student and seed."""
-        return self._make(self._planned(plans.students, self._tuned(), self.args.seeds))
+        return self._make(
+            self._planned(plans.students, self._tuned(), self.args.seeds, self.args.students)
+        )
 
     def choices(self) -> bool:
         """What the paper leaves open."""
@@ -84,7 +86,7 @@ class Study:
         plan = Plan(self.scale, self.args.device)
         steps = {
             "tune": lambda: (plans.tune_lr(plan), plans.tune_weights(plan, tuned.lr)),
-            "students": lambda: plans.students(plan, tuned, seeds),
+            "students": lambda: plans.students(plan, tuned, seeds, self.args.students),
             "choices": lambda: (
                 plans.choices(plan, tuned, seeds),
                 plans.calibrated(plan, tuned, seeds),
@@ -174,6 +176,13 @@ def main(argv: list[str]) -> int:
     add("--flickr8k", type=Path, required=True, help="folder with train/*.tar and test/*.tar")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--stage", nargs="+", choices=STAGES, default=STAGES, help="(default: all)")
+    add(
+        "--students",
+        nargs="+",
+        choices=plans.STUDENTS,
+        default=plans.STUDENTS,
+        help="(default: all)",
+    )
     add("--scale", choices=SCALES, default="cpu", help="how large everything is: %(choices)s")
     add("--trial", action="store_const", const="trial", dest="scale", help="some steps of it all")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each; 0: in this process")

@@ -5,6 +5,7 @@ optimizer and schedule; the teachers' embeddings of those views are computed onc
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -318,14 +319,14 @@ def tune_weights(plan: Plan, lr: float) -> None:
             plan.student(name, method, PROBE, 0, lr, weight, split="val", **about)
 
 
-def students(plan: Plan, tuned: Tuned, seeds: list[int]) -> None:
+def students(plan: Plan, tuned: Tuned, seeds: list[int], models: Sequence[str] = STUDENTS) -> None:
     """Every method, student and seed, and the teachers themselves."""
     for number in (0, 1):
         teacher = plan.teacher(number)
         about = {"method": "teacher", "student": "teacher", "seed": number, "stage": "students"}
         plan.evaluation(teacher, "test", **about)
-    for seed in seeds:
-        for model in STUDENTS:
+    for model in models:
+        for seed in seeds:
             for method in METHODS:
                 name = f"{method}_{model}_s{seed}"
                 flags = tuned.flags(method)
