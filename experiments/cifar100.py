@@ -36,7 +36,7 @@ TEACHER, STUDENT = "cnn10", "cnn2"
 RATES = {1: [50], 3: [20, 50, 150], 5: [10, 20, 50, 150, 500]}
 
 # The settings, chosen on held-out training images (results/cifar100/tuning); later groups win. What
-# is held out stays out (A.2 does so too): a teacher that has not seen it can go on to tune students.
+# is held out stays out, as in A.2: a teacher that has not seen it can go on to tune students.
 EVERY_RUN = (
     "--batch-size 128 --momentum 0.9 --wd 1e-4 --augment flip --precision bf16 --holdout 2500"
 )

@@ -20,7 +20,6 @@ from typing import Any
 from training.control import SIGNALS, STOPPED_EXIT
 from training.errors import Failure, UsageError
 
-
 #: The environment of a run on one core. glibc keeps what a step frees for the next one, in place of
 #: giving it back and getting fresh pages: a teacher of CIFAR-100 trains some 6 % faster.
 ONE_CORE = {

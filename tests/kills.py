@@ -132,6 +132,7 @@ def main() -> int:
             return 1
         duration = time.monotonic() - start
         whole = torch.load(next(iter(sorted((logs / "whole").rglob("*.pt"))[::-1])))
+        last_step = saved_step(logs / "whole")
 
         def check(name: str, before: int, what: str) -> None:
             after = saved_step(logs / name)
@@ -171,7 +172,8 @@ def main() -> int:
                 elif code != 0:
                     problems.append(f"{name}: ended with code {code}")
                 check(name, before, f"{name}, a kill ({kind})")
-                if before == 0 and saved_step(run) > 0 and code != 0:
+                # Once its last step is saved, a run may have nothing large left to write.
+                if before == 0 and 0 < saved_step(run) < last_step and code != 0:
                     full_disk_and_truncation(name)
             if not problems:
                 final = checkpoint.Checkpoints(run / "checkpoints").newest()

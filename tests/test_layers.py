@@ -11,8 +11,18 @@ PROJECT = {"cifd_clip", "training", "eval", "demo", "benchmarks", "tests"}
 ALLOWED = {
     "cifd_clip": set(),
     "training": {"cifd_clip"},
-    # training.params: what a recipe costs depends on how training reads it
-    "eval": {"cifd_clip", "training.rundir", "training.errors", "training.params"},
+    # training.params: what a recipe costs depends on how training reads it; training.classify…: a
+    # classifier's RDMs are measured on the images and with the teachers as training reads them
+    "eval": {
+        "cifd_clip",
+        "training.rundir",
+        "training.errors",
+        "training.params",
+        "training.classify.load_split",
+        "training.classify_data",
+        "training.classify_folder",
+        "training.classify_teachers",
+    },
     "demo": {"cifd_clip", "training", "eval"},
     "benchmarks": {"cifd_clip", "training", "eval", "demo"},
 }
