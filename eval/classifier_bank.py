@@ -25,14 +25,14 @@ from eval.bank import embedding_map
 from eval.benchmark import write_once
 from training.classify import load_split
 from training.classify_data import Table
-from training.classify_folder import FolderTable
+from training.classify_photos import PhotoTable
 from training.classify_teachers import EVALUATION_BATCH, LiveTeachers, load_rdms, load_teacher
 from training.errors import UsageError, cli
 from training.rundir import environment
 
 
 @torch.no_grad()
-def measure(teachers: LiveTeachers, table: Table | FolderTable, names: list[str]) -> dict:
+def measure(teachers: LiveTeachers, table: Table | PhotoTable, names: list[str]) -> dict:
     """Accuracies of a teacher and its RDMs, bits, and a map of their embeddings.
 
     Args:
@@ -62,10 +62,10 @@ def measure(teachers: LiveTeachers, table: Table | FolderTable, names: list[str]
     }
 
 
-def class_names(data: Path, table: Table | FolderTable) -> list[str]:
+def class_names(data: Path, table: Table | PhotoTable) -> list[str]:
     """What the classes are called; their numbers where the data don't say."""
-    if isinstance(table, FolderTable):
-        return list(dict.fromkeys(file.partition("/")[0] for file in table.files))
+    if isinstance(table, PhotoTable):
+        return list(table.class_names)
     packed, meta = data / "cifar100_test.npz", data / "cifar-100-python" / "meta"
     if packed.is_file():
         return np.load(packed)["classnames"].tolist()

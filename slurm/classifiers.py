@@ -3,8 +3,8 @@
     classify-1 (array)  ->  classify-2 (array)  ->  ...  ->  report
 
 A run comes after those that its ``--teacher``, ``--rdm-bank`` and ``--paraphraser`` name: teachers
-are in the first job, RDM banks and students that need only them in the second, and so on. Each task
-is one process.
+are in the first job, RDM banks and students that need only them in the second, and so on. Those on
+ImageNet have the site's processes, which share each batch; those on CIFAR-100 one each.
 """
 
 from pathlib import Path
@@ -60,9 +60,11 @@ def chain(runs: list[Run], site: Site) -> list[Job]:
     its job does not suffer.
     """
     jobs: list[Job] = []
+    large = any(run.args.dataset == "imagenet" for run in runs)
+    shape = (site.number("NODES"), site.number("RANKS_PER_NODE")) if large else (1, 1)
     for number, level in enumerate(levels(runs), 1):
         after = (("afterany", jobs[-1].name),) if jobs else ()
-        jobs.append(Job(f"classify-{number}", [run.flags for run in level], after=after))
+        jobs.append(Job(f"classify-{number}", [run.flags for run in level], *shape, after=after))
     page = [str(runs[0].path.parent / "report.html"), *(str(run.path) for run in runs)]
     return [*jobs, Job("report", [page], gpus=False, after=(("afterany", jobs[-1].name),))]
 

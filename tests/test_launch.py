@@ -15,14 +15,16 @@ from training.control import STOPPED_EXIT
 from training.main import main
 
 
-def launch(command: list[str], log: Path, ranks: int = 2) -> list[subprocess.Popen]:
+def launch(
+    command: list[str], log: Path, ranks: int = 2, module: str = "training.main"
+) -> list[subprocess.Popen]:
     """One process a rank, with the variables that torchrun and srun both end in."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "training.main", *command],
+            [sys.executable, "-m", module, *command],
             env={
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
                 "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,

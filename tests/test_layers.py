@@ -20,7 +20,7 @@ ALLOWED = {
         "training.params",
         "training.classify.load_split",
         "training.classify_data",
-        "training.classify_folder",
+        "training.classify_photos",
         "training.classify_teachers",
     },
     "demo": {"cifd_clip", "training", "eval"},

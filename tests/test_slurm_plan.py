@@ -107,7 +107,8 @@ def test_classifiers_come_after_their_teachers_and_rdms(name, pairs, site, monke
             assert job_of.get(place.name, -1) < job_of[run.args.name], "what it reads is there"
     whole = sbatch(classifiers.chain(runs, site)[1], name, Path("logs"), site, {"classify-1": "7"})
     assert "slurm/classify.sbatch" in whole and "--dependency=afterany:7" in whole
-    assert "--gres=gpu:1" in whole and "--ntasks-per-node=1" in whole
+    share = site.number("RANKS_PER_NODE") if runs[0].args.dataset == "imagenet" else 1
+    assert f"--gres=gpu:{share}" in whole and f"--ntasks-per-node={share}" in whole
 
 
 def test_a_classifier_whose_teacher_nobody_trains_is_refused(site, tmp_path):

@@ -1,7 +1,8 @@
 """``python -m training.classify``: train or distil a classifier, with supervised CIFD (eq. 5, 9).
 
 Two stages, one loop: ``--method rdm`` trains a teacher's assistants, ``--method cifd`` a student
-under both. Teachers are run directories of earlier runs.
+under both. Teachers are run directories of earlier runs. Under torchrun or srun the processes share
+each batch.
 """
 
 import logging
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from cifd_clip import World
@@ -37,8 +40,8 @@ from training.classify_data import (
     load_cifar100,
     split_rows,
 )
-from training.classify_folder import FolderBatches, FolderTable, load_folder
 from training.classify_params import parse_args, run_config
+from training.classify_photos import PhotoBatches, PhotoTable, load_photos
 from training.classify_teachers import (
     EVALUATION_BATCH,
     CachedTeachers,
@@ -50,7 +53,7 @@ from training.classify_teachers import (
     save_paraphraser,
     save_weights,
 )
-from training.control import STOPPED_EXIT, StopFlag, flush_denormals
+from training.control import STOPPED_EXIT, StopFlag, log_level, start_processes
 from training.errors import NonFinite, UsageError, cli
 from training.metrics import Meter, Sinks
 from training.rundir import RunDirectory, environment
@@ -62,41 +65,56 @@ Source = LiveTeachers | CachedTeachers
 def main(argv: list[str]) -> int:
     """Run what the command line says; the exit code is 0 only when all of it is finished."""
     args = parse_args(argv)
-    flush_denormals()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no GPU on this machine")
+    world, device = start_processes(args)
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s | %(message)s", datefmt="%H:%M:%S", force=True
+        level=log_level(world), format="%(asctime)s | %(message)s", datefmt="%H:%M:%S", force=True
     )
+    check_share(args.batch_size, world)
     path = Path(args.logs) / args.name
-    directory = RunDirectory(path, run_config(args), args.resume == "latest")
-    if directory.finished:
-        log.info("%s is finished already", directory.path)
-        return 0
-    return 0 if run(args, directory) else STOPPED_EXIT
+    try:
+        directory = RunDirectory(path, run_config(args), args.resume == "latest")
+        if directory.finished:
+            log.info("%s is finished already", directory.path)
+            return 0
+        return 0 if run(args, directory, world, device) else STOPPED_EXIT
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def run(args: Namespace, directory: RunDirectory) -> bool:
+def check_share(batch_size: int, world: World) -> None:
+    """Refuse a batch that the processes can't share evenly."""
+    if batch_size % world.size:
+        raise UsageError(
+            f"--batch-size {batch_size} can't be shared evenly by {world.size} processes"
+        )
+
+
+def run(args: Namespace, directory: RunDirectory, world: World, device: torch.device) -> bool:
     """One run directory from wherever it is to its end.
 
     Returns:
         Whether it is finished; False when a signal stopped it with a checkpoint on disk.
     """
-    device = torch.device(args.device)
     teachers = [load_teacher(place, args.dataset) for place in args.teacher]
     table = load_split(args, "train").subset(args.subset).to(device)
     _check_teachers(args, teachers, table)
     rows, held_out = split_rows(len(table), args.holdout)
-    if isinstance(table, FolderTable):
-        batches = FolderBatches(table, rows, args.seed, args.batch_size)
+    if isinstance(table, PhotoTable):
+        batches = PhotoBatches(table, rows, args.seed, args.batch_size, world)
     else:
-        batches = Batches(table, rows, args.augment, args.seed, args.batch_size)
+        batches = Batches(table, rows, args.augment, args.seed, args.batch_size, world)
     if not batches.per_epoch:
         raise UsageError(f"--batch-size {args.batch_size}: there are {len(rows)} training images")
 
-    directory.open()
-    _record_data(args, directory, table)
+    if world.size > 1:
+        dist.barrier()  # everyone has seen the directory as it was
+    _record_data(args, directory, table, world)
     start = (time.monotonic(), time.process_time())
     live, source, task = assemble(args, teachers, table)
-    trainer = Trainer(args, task, batches.per_epoch, device)
+    trainer = Trainer(args, task, batches.per_epoch, world, device)
     checkpoints = Checkpoints(directory.checkpoints, args.keep)
     found = checkpoints.newest() if args.resume else None
     if found is not None:
@@ -107,8 +125,8 @@ def run(args: Namespace, directory: RunDirectory) -> bool:
         trainer.cpu_seconds = time.process_time() - start[1]
         if isinstance(source, CachedTeachers):  # what the run costs by itself
             trainer.cpu_seconds += source.saved
-    sinks = Sinks(directory.path, step=trainer.step_number)
-    stop = StopFlag(World())
+    sinks = Sinks(directory.path, step=trainer.step_number) if world.rank == 0 else None
+    stop = StopFlag(world)
     validation = (table, torch.from_numpy(held_out).to(device)) if args.holdout else None
     try:
         done = train(trainer, batches, source, validation, checkpoints, sinks, stop)
@@ -116,15 +134,18 @@ def run(args: Namespace, directory: RunDirectory) -> bool:
             finish(args, directory, trainer, live, table, rows, held_out, teachers)
     finally:
         stop.close()
-        sinks.close()
+        if sinks is not None:
+            sinks.close()
         directory.close()
+    if world.size > 1:
+        dist.barrier()
     return done
 
 
-def load_split(args: Namespace, split: str) -> Table | FolderTable:
+def load_split(args: Namespace, split: str) -> Table | PhotoTable:
     """The ``train`` or ``test`` images of ``--data``."""
     if args.dataset == "imagenet":
-        return load_folder(args.data, "val" if split == "test" else split, args.workers)
+        return load_photos(args.data, "val" if split == "test" else split, args.workers)
     return load_cifar100(args.data, split)
 
 
@@ -197,7 +218,7 @@ def _picked(args: Namespace, rdms: ClassifyingRDMs) -> list[int]:
     return [rdms.rates.index(r) for r in args.rates or rdms.rates]
 
 
-def _embeddings(source: Source, table: Table | FolderTable) -> Tensor:
+def _embeddings(source: Source, table: Table | PhotoTable) -> Tensor:
     if isinstance(source, CachedTeachers):
         return source.embedding
     # A live teacher: some hundred images tell the scale.
@@ -205,7 +226,7 @@ def _embeddings(source: Source, table: Table | FolderTable) -> Tensor:
     return source(next(table.in_order(rows.to(table.labels.device), len(rows))))[0].embedding
 
 
-def _check_teachers(args: Namespace, teachers: list[Teacher], table: Table | FolderTable) -> None:
+def _check_teachers(args: Namespace, teachers: list[Teacher], table: Table | PhotoTable) -> None:
     for path, teacher in zip(args.teacher, teachers):
         if teacher.model.classes != table.classes:
             raise UsageError(
@@ -225,15 +246,17 @@ def _check_teachers(args: Namespace, teachers: list[Teacher], table: Table | Fol
             )
 
 
-def _record_data(args: Namespace, directory: RunDirectory, table: Table | FolderTable) -> None:
+def _record_data(
+    args: Namespace, directory: RunDirectory, table: Table | PhotoTable, world: World
+) -> None:
+    """Refuse other images than a run began with; the first process writes down which they are."""
     train = {"hash": table.hash, "samples": len(table)}
     before = directory.read_json("data.json", {"train": train})["train"]
     if before["hash"] != train["hash"]:
         raise UsageError(f"{directory.path} was trained on other images than --data {args.data}")
-    directory.write_json(
-        "data.json",
-        {"dataset": args.dataset, "train": train},
-    )
+    if world.rank == 0:
+        directory.open()
+        directory.write_json("data.json", {"dataset": args.dataset, "train": train})
 
 
 class Trainer:
@@ -246,11 +269,26 @@ class Trainer:
         args: the command line.
         task: what trains.
         steps_per_epoch: of the data.
+        world: this process's place among those that share a batch.
         device: where.
     """
 
-    def __init__(self, args: Namespace, task: nn.Module, steps_per_epoch: int, device):
-        self.args, self.task, self.device = args, task, device
+    def __init__(
+        self,
+        args: Namespace,
+        task: nn.Module,
+        steps_per_epoch: int,
+        world: World,
+        device: torch.device,
+    ):
+        self.args, self.task, self.world, self.device = args, task, world, device
+        self.model: nn.Module = task
+        if world.size > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.model = DistributedDataParallel(task, device_ids=ids)
+            # Buffers are rank 0's where they are read: in its checkpoints and in `evaluate`.
+            # (Set here: the argument's name changes between versions of torch.)
+            self.model.broadcast_buffers = False
         self.steps_per_epoch, self.total = steps_per_epoch, steps_per_epoch * args.epochs
         self.step_number, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         densities = [
@@ -279,10 +317,11 @@ class Trainer:
         for optimizer, peak in zip(self.optimizers, self.peaks):
             optimizer.param_groups[0]["lr"] = peak * factor
             optimizer.zero_grad(set_to_none=True)
-        noise = Noise(self.args.seed, self.step_number)
+        first_row = self.world.rank * len(batch.labels)
+        noise = Noise(self.args.seed, self.step_number, first_row)
         bf16 = self.args.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            losses, report = self.task(batch.images, batch.labels, teachers, noise)
+            losses, report = self.model(batch.images, batch.labels, teachers, noise)
         total = sum(losses.values())
         total.backward()
         if self.args.grad_clip_norm is not None:
@@ -330,15 +369,26 @@ def train(
     trainer: Trainer,
     batches: Batches,
     source: Source | None,
-    validation: tuple[Table | FolderTable, Tensor] | None,
+    validation: tuple[Table | PhotoTable, Tensor] | None,
     checkpoints: Checkpoints,
-    sinks: Sinks,
+    sinks: Sinks | None,
     stop: StopFlag,
 ) -> bool:
-    """Run a trainer to its last step, or until it is told to stop; a checkpoint each epoch."""
-    task, per_epoch = trainer.task, trainer.steps_per_epoch
+    """Run a trainer to its last step, or until it is told to stop; a checkpoint each epoch.
+
+    Args:
+        trainer: what trains.
+        batches: this process's share of each batch.
+        source: its teachers.
+        validation: held-out images, or None.
+        checkpoints: where to save.
+        sinks: where metrics go; None on all processes but the first, which alone writes.
+        stop: whether to stop.
+    """
+    task, per_epoch, world = trainer.task, trainer.steps_per_epoch, trainer.world
     images = task.needs_images or (source is not None and source.needs_images)
-    bar = tqdm(total=trainer.total, initial=trainer.step_number, unit="step", disable=None)
+    quiet = None if sinks is not None else True
+    bar = tqdm(total=trainer.total, initial=trainer.step_number, unit="step", disable=quiet)
     before = (trainer.seconds, trainer.cpu_seconds)
     start = (time.monotonic(), time.process_time())
     while trainer.step_number < trainer.total:
@@ -350,7 +400,7 @@ def train(
             if stop.agreed():
                 break
         elapsed = time.monotonic() - mark
-        values = _named(meter.read(World()), getattr(trainer.args, "rates", None))
+        values = _named(meter.read(world), trainer.args.rates)
         if not math.isfinite(values["loss"]):
             raise NonFinite(
                 f"the loss became {values['loss']} ({values}); lower --lr, or set "
@@ -358,15 +408,18 @@ def train(
             )
         values["samples_per_s"] = (trainer.step_number - first) * batches.size / elapsed
         values["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        sinks.write("train", trainer.step_number, values)
+        if sinks is not None:
+            sinks.write("train", trainer.step_number, values)
         if validation is not None and trainer.step_number % per_epoch == 0:
-            held_out = evaluate(task, *validation, source)
+            held_out = evaluate(task, *validation, source, world)
             held_out = _named(held_out, trainer.args.rates)
-            sinks.write("val", trainer.step_number, held_out)
+            if sinks is not None:
+                sinks.write("val", trainer.step_number, held_out)
             values |= {f"held-out {k}": v for k, v in held_out.items()}
         trainer.seconds = before[0] + time.monotonic() - start[0]
         trainer.cpu_seconds = before[1] + time.process_time() - start[1]
-        checkpoints.save(trainer.step_number, trainer.payload())
+        if sinks is not None:
+            checkpoints.save(trainer.step_number, trainer.payload())
         shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
         log.info("epoch %.4g/%d | %s", trainer.step_number / per_epoch, trainer.args.epochs, shown)
         if stop.agreed() and trainer.step_number < trainer.total:
@@ -379,17 +432,33 @@ def train(
 
 @torch.no_grad()
 def evaluate(
-    task: nn.Module, table: Table | FolderTable, rows: Tensor, source: Source | None
+    task: nn.Module,
+    table: Table | PhotoTable,
+    rows: Tensor,
+    source: Source | None,
+    world: World,
 ) -> dict[str, float | list[float]]:
-    """Means of the task's `measure` over some rows of a table, without noise or augmentation."""
+    """Means of the task's `measure` over some rows of a table, without noise or augmentation.
+
+    Each process looks at its share of the rows, with the first one's batch statistics.
+    """
     task.eval()
+    if world.size > 1:
+        for buffer in task.buffers():
+            dist.broadcast(buffer, src=0)
     asks = not task.needs_images
     images = task.needs_images or source.needs_images
     meter: dict[str, Tensor] = {}
-    for batch in table.in_order(rows, EVALUATION_BATCH, images):
+    # Few rows: the same for everybody, so that nobody is left without one.
+    shared = len(rows) >= world.size
+    mine = rows[world.rank :: world.size] if shared else rows
+    for batch in table.in_order(mine, EVALUATION_BATCH, images):
         measured = task.measure(batch.images, batch.labels, source(batch) if asks else [])
         for name, value in measured.items():
             meter[name] = meter.get(name, 0) + value.sum(-1)
+    if world.size > 1 and shared:
+        for name in sorted(meter):
+            dist.all_reduce(meter[name])
     return {name: (total / len(rows)).tolist() for name, total in meter.items()}
 
 
@@ -408,13 +477,13 @@ def finish(
     directory: RunDirectory,
     trainer: Trainer,
     live: LiveTeachers | None,
-    table: Table | FolderTable,
+    table: Table | PhotoTable,
     rows,
     held_out,
     teachers: list[Teacher],
 ) -> None:
     """Write what ships and the results; the test split is looked at here, with ``--final``."""
-    task, path = trainer.task, directory.path
+    task, path, world = trainer.task, directory.path, trainer.world
     parts = {"train_metrics": (table, torch.from_numpy(rows).to(trainer.device))}
     if args.holdout:
         parts["holdout_metrics"] = (table, torch.from_numpy(held_out).to(trainer.device))
@@ -424,7 +493,9 @@ def finish(
         parts["metrics"] = (test, torch.arange(len(test), device=trainer.device))
         data["test"] = test.hash
     measured = {"metrics": None, "holdout_metrics": None}
-    measured |= {name: evaluate(task, *part, live) for name, part in parts.items()}
+    measured |= {name: evaluate(task, *part, live, world) for name, part in parts.items()}
+    if world.rank:
+        return
     rates = args.rates or []
     if live is not None and live.rdms is not None:
         rates = [live.rdms.rates[i] for i in live.picked]
@@ -444,6 +515,7 @@ def finish(
             "teachers": [t.hash for t in teachers],
             "data": data,
             "steps": trainer.total,
+            "processes": world.size,
             "seconds": trainer.seconds,
             "cpu_seconds": trainer.cpu_seconds,
         },

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cifd_clip import World
 from training.data import draws
 from training.errors import UsageError
 
@@ -92,10 +93,20 @@ class Batches:
         augment: one of `AUGMENTATIONS`.
         seed: of order and augmentation.
         size: samples per batch; what is left over at an epoch's end is dropped.
+        world: this process's place among those that share each batch.
     """
 
-    def __init__(self, table: Table, rows: np.ndarray, augment: str, seed: int, size: int):
+    def __init__(
+        self,
+        table: Table,
+        rows: np.ndarray,
+        augment: str,
+        seed: int,
+        size: int,
+        world: World | None = None,
+    ):
         self.table, self.rows, self.augment, self.seed, self.size = table, rows, augment, seed, size
+        self.share = share(size, world or World())
         self.device = table.images.device
         self.images = table.images
         if augment == "crop":
@@ -104,7 +115,7 @@ class Batches:
         self.per_epoch = len(rows) // size
 
     def epoch(self, epoch: int, start: int, images: bool) -> Iterator[Batch]:
-        """The batches of an epoch from batch ``start`` on, with or without images."""
+        """This process's part of each batch from batch ``start`` on, with or without images."""
         order = draws.permutation(len(self.rows), "classify/order", self.seed, epoch)
         shuffled = torch.from_numpy(self.rows[order]).to(self.device)
         words = draws.words(len(self.rows), "classify/view", self.seed, epoch)
@@ -112,8 +123,8 @@ class Batches:
         if self.augment == "none":
             words.zero_()
         for i in range(start, self.per_epoch):
-            chunk = slice(i * self.size, (i + 1) * self.size)
-            rows, bits = shuffled[chunk], words[chunk]
+            batch = slice(i * self.size, (i + 1) * self.size)
+            rows, bits = shuffled[batch][self.share], words[batch][self.share]
             views = bits & 1
             pixels = self._view(rows, bits) if images else None
             yield Batch(rows, views, self.table.labels[rows], pixels)
@@ -131,6 +142,12 @@ class Batches:
         if self.augment == "flip":
             pixels = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
         return normalise(pixels)
+
+
+def share(size: int, world: World) -> slice:
+    """A process's places in a batch of ``size``, which all processes share evenly."""
+    each = size // world.size
+    return slice(world.rank * each, (world.rank + 1) * each)
 
 
 def mirrored(batch: Batch) -> Batch:

@@ -111,7 +111,8 @@ def _data_flags(g) -> None:
         "--dataset",
         choices=DATASETS,
         default="cifar100",
-        help="imagenet: any data in its layout, train/CLASS/*.jpg and val/CLASS/*.jpg",
+        help="imagenet: any data in its layout, {train,val}/CLASS/*.jpg, or {train,val}/*.tar of "
+        "key.jpg and key.cls",
     )
     g.add_argument("--data", type=Path, required=True, metavar="DIR", help="where they are")
     g.add_argument(
@@ -131,7 +132,7 @@ def _data_flags(g) -> None:
 
 def _optimisation_flags(g) -> None:
     g.add_argument("--epochs", type=int, default=60, help="epochs in all")
-    g.add_argument("--batch-size", type=int, default=128, help="samples per step")
+    g.add_argument("--batch-size", type=int, default=128, help="samples per step, of all processes")
     g.add_argument("--opt", choices=("sgd", "adamw"), help="[sgd; rdm and paraphraser: adamw]")
     g.add_argument("--lr", type=float, help="peak learning rate [0.02; adamw: 0.001]")
     g.add_argument("--momentum", type=float, default=0.9, help="of SGD")

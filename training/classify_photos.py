@@ -1,0 +1,286 @@
+"""Large image-classification data on disk: ImageNet as folders of images, or as tars.
+
+Random views are pure functions of (seed, epoch, the image's name); every byte is untrusted.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+from torchvision.datasets.folder import find_classes, make_dataset
+
+from cifd_clip import World
+from training.classify_data import Batch, normalise, share
+from training.data import draws
+from training.data.decode import BadSample, Caps, decode_image
+from training.data.loader import data_loader, end, iterate
+from training.data.tar import BadTar, Member, members
+from training.data.views import draw, private_randomness
+from training.errors import UsageError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIDE, RESIZED = 224, 256
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+#: ImageNet has photos of sixty million pixels.
+CAPS = Caps(max_bytes=1 << 27, max_pixels=1 << 27)
+AUGMENTED = transforms.Compose(
+    [
+        transforms.RandomResizedCrop(SIDE),
+        transforms.RandomHorizontalFlip(),
+        transforms.PILToTensor(),
+    ]
+)
+PLAIN = transforms.Compose(
+    [transforms.Resize(RESIZED), transforms.CenterCrop(SIDE), transforms.PILToTensor()]
+)
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Encoded images, each a stretch of a file.
+
+    Attributes:
+        names: (N,) what each is called, whatever file it lies in.
+        files: the files.
+        file: (N,) which of them.
+        offset, size: (N,) where in it, in bytes; size -1 for all of it.
+    """
+
+    names: tuple[str, ...]
+    files: tuple[Path, ...]
+    file: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, rows: np.ndarray) -> "Photos":
+        """Some of them."""
+        names = tuple(self.names[row] for row in rows)
+        return Photos(names, self.files, self.file[rows], self.offset[rows], self.size[rows])
+
+    def open(self, row: int) -> Image.Image:
+        """One of them, RGB.
+
+        Raises:
+            UsageError: it can't be decoded.
+        """
+        path = self.files[self.file[row]]
+        with open(path, "rb") as file:
+            file.seek(self.offset[row])
+            data = file.read(self.size[row])
+        try:
+            return decode_image(data, CAPS)
+        except BadSample as problem:
+            raise UsageError(f"--data: '{self.names[row]}' in {path}: {problem}") from None
+
+
+@dataclass(frozen=True)
+class PhotoTable:
+    """The images of a split, on disk.
+
+    Attributes:
+        photos: where they are.
+        labels: (N,) int64.
+        class_names: what the classes are called, in the order of their numbers.
+        hash: SHA-256 of the images' names and labels.
+        workers: processes that decode.
+        device: where batches go.
+    """
+
+    photos: Photos
+    labels: Tensor
+    class_names: tuple[str, ...]
+    hash: str
+    workers: int
+    device: torch.device
+    side = SIDE
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    def to(self, device: torch.device) -> "PhotoTable":
+        """The same table, with batches on a device."""
+        return replace(self, labels=self.labels.to(device), device=device)
+
+    def subset(self, samples: int) -> "PhotoTable":
+        """The same ``samples`` images of it every time; 0 for all."""
+        if not samples:
+            return self
+        rows = np.sort(draws.permutation(len(self), "classify/subset")[:samples])
+        labels = self.labels[torch.from_numpy(rows)]
+        return replace(self, photos=self.photos.take(rows), labels=labels)
+
+    def in_order(self, rows: Tensor, size: int, images: bool = True) -> Iterator[Batch]:
+        """The plain views of some rows, ``size`` at a time."""
+        yield from self.decoded(rows.split(size), PLAIN)
+
+    def decoded(
+        self, chunks: Sequence[Tensor], view: Callable, seed: int = 0, epoch: int = 0
+    ) -> Iterator[Batch]:
+        """Batches of these rows; random views are functions of seed, epoch and the image's name."""
+        items = _Decoded(self.photos, [chunk.tolist() for chunk in chunks], view, seed, epoch)
+        loader = data_loader(items, None, self.workers, None, self.device.type == "cuda", 2, False)
+        iterator = iterate(loader)
+        try:
+            for rows, pixels in zip(chunks, iterator):
+                rows = rows.to(self.device)
+                pixels = normalise(pixels.to(self.device, non_blocking=True), MEAN, STD)
+                yield Batch(rows, torch.zeros_like(rows), self.labels[rows], pixels)
+        finally:
+            end(iterator)
+
+
+class _Decoded(Dataset):
+    """Whole batches of decoded images, (B, H, W, 3) uint8."""
+
+    def __init__(
+        self, photos: Photos, chunks: list[list[int]], view: Callable, seed: int, epoch: int
+    ):
+        self.photos, self.chunks, self.view = photos, chunks, view
+        self.seed, self.epoch = seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with private_randomness():
+            images = [self._view(row) for row in self.chunks[index]]
+        return torch.stack(images).permute(0, 2, 3, 1).contiguous()
+
+    def _view(self, row: int) -> Tensor:
+        name = self.photos.names[row].encode()
+        return draw(self.view, self.photos.open(row), self.seed, self.epoch, name)
+
+
+class PhotoBatches:
+    """The training batches of a table: random resized crops, mirrored half the time.
+
+    Args:
+        table: the images.
+        rows: which are trained on.
+        seed: of order and views.
+        size: samples per batch; what is left over at an epoch's end is dropped.
+        world: this process's place among those that share each batch.
+    """
+
+    def __init__(
+        self,
+        table: PhotoTable,
+        rows: np.ndarray,
+        seed: int,
+        size: int,
+        world: World | None = None,
+    ):
+        self.table, self.rows, self.seed, self.size = table, rows, seed, size
+        self.share = share(size, world or World())
+        self.per_epoch = len(rows) // size
+
+    def epoch(self, epoch: int, start: int, images: bool) -> Iterator[Batch]:
+        """This process's part of each batch of an epoch from batch ``start`` on."""
+        order = draws.permutation(len(self.rows), "classify/order", self.seed, epoch)
+        rows = torch.from_numpy(self.rows[order])
+        batches = rows[: self.per_epoch * self.size].split(self.size)[start:]
+        chunks = [batch[self.share] for batch in batches]
+        yield from self.table.decoded(chunks, AUGMENTED, self.seed, epoch)
+
+
+def load_photos(directory: Path, split: str, workers: int) -> PhotoTable:
+    """A split of ImageNet, or of other data in one of its layouts.
+
+    Args:
+        directory: holds ``{split}/{class}/*.jpg``; or ``{split}/*.tar`` with ``key.jpg`` and
+            ``key.cls``, as WebDataset and clip_benchmark have it, and maybe ``classnames.txt``.
+        split: ``train`` or ``val``; tars may call the latter ``test``.
+        workers: processes that decode.
+
+    Raises:
+        UsageError: no such folder, no image in it, or damaged tars.
+    """
+    names = (split, "test") if split == "val" else (split,)
+    for name in names:
+        if tars := sorted((directory / name).glob("*.tar"), key=lambda p: (len(p.stem), p.stem)):
+            return _from_tars(directory, tars, workers)
+    root = directory / split
+    if not root.is_dir():
+        raise UsageError(
+            f"--data {directory}: there is no {split}/ with a folder per class, or with tars of "
+            "key.jpg and key.cls"
+        )
+    try:
+        classes, index = find_classes(str(root))
+        samples = make_dataset(str(root), index, extensions=SUFFIXES)
+    except FileNotFoundError as problem:
+        raise UsageError(f"--data {root}: {problem}") from None
+    files = tuple(Path(path) for path, _ in samples)
+    names = tuple(str(file.relative_to(root)) for file in files)
+    whole = np.full(len(files), -1)
+    photos = Photos(names, files, np.arange(len(files)), np.zeros(len(files), np.int64), whole)
+    digest = sha256("\0".join(names).encode()).hexdigest()  # the folder is the label
+    return _table(photos, [label for _, label in samples], classes, digest, workers)
+
+
+def _table(
+    photos: Photos, labels: list[int], classes: Sequence[str], digest: str, workers: int
+) -> PhotoTable:
+    on_host = torch.tensor(labels)
+    return PhotoTable(photos, on_host, tuple(classes), digest, workers, on_host.device)
+
+
+def _from_tars(directory: Path, tars: list[Path], workers: int) -> PhotoTable:
+    names, where, labels = [], [], []
+    for number, path in enumerate(tars):
+        for key, (image, label) in _samples(path).items():
+            names.append(f"{path.name}/{key}")
+            where.append((number, image.offset, image.size))
+            labels.append(label)
+    listed = directory / "classnames.txt"
+    count = max(labels) + 1
+    classes = listed.read_text().splitlines() if listed.is_file() else map(str, range(count))
+    classes = list(classes)
+    if count > len(classes):
+        raise UsageError(f"{listed} names {len(classes)} classes, and there is a label {count - 1}")
+    file, offset, size = np.array(where, dtype=np.int64).T
+    digest = sha256("\0".join(f"{n} {y}" for n, y in zip(names, labels)).encode()).hexdigest()
+    photos = Photos(tuple(names), tuple(tars), file, offset, size)
+    return _table(photos, labels, classes, digest, workers)
+
+
+def _samples(path: Path) -> dict[str, tuple[Member, int]]:
+    """Key → image and label of each sample of a tar, in file order."""
+    images: dict[str, Member] = {}
+    labels: dict[str, int] = {}
+    with open(path, "rb") as file:
+
+        def read(size: int, position: int) -> bytes:
+            file.seek(position)
+            return file.read(size)
+
+        try:
+            for member in members(read, path.stat().st_size):
+                key, _, suffix = member.name.decode(errors="replace").partition(".")
+                if member.kind == "file" and f".{suffix.lower()}" in SUFFIXES:
+                    images[key] = member
+                elif member.kind == "file" and suffix == "cls":
+                    labels[key] = int(read(min(member.size, 20), member.offset))
+        except (BadTar, ValueError) as problem:
+            raise UsageError(f"--data: {path}: {problem}") from None
+    if images.keys() != labels.keys() or not images or min(labels.values()) < 0:
+        raise UsageError(
+            f"--data: {path} has {len(images)} images and {len(labels)} labels (key.cls, counted "
+            "from 0), expected one each for every key"
+        )
+    return {key: (image, labels[key]) for key, image in images.items()}
