@@ -1,9 +1,10 @@
 """``python -m experiments.cifar100``: the runs behind Tables 1 and 6 and Figure 5, over seeds.
 
-Per seed: the teacher, the assistants of TAKD and DGKD, the RDM bank, and a two-layer student under
-every method, each an ordinary command of ``training.classify``. Stopped, it goes on where it was.
-What a run gave is kept in ``--results`` as soon as it ends: a run with a result is made again only
-when another run needs its weights and they are not in ``--logs``.
+Every seed has its teacher and a two-layer student under every method. All students learn from the
+first seed's teacher, its RDM bank and its assistants of TAKD and DGKD. Each run is an ordinary
+command of ``training.classify``. Stopped, the study goes on where it was. What a run gave is kept
+in ``--results`` as soon as it ends: a run with a result is made again only when another run needs
+its weights and they are not in ``--logs``.
 """
 
 import argparse
@@ -46,11 +47,9 @@ SETTINGS = {
     "kd": "--tau 4",
     "takd": "--tau 4",
     "dgkd": "--tau 4 --kd-dropout 0.25",
-    "ft": "--lambda-ft 100 --lambda-kl 0",
     "cifd": "--tau 4 --lambda-n 0.25 --lambda-emb 0.1 --lambda-i 0.005",
     "ibm": "--tau 4 --lambda-i 0.005",
     "rdm": "--epochs 10 --opt adamw --lr 1e-3 --tau 4 --precision fp32",
-    "paraphraser": "--epochs 10 --opt adamw --lr 1e-3 --precision fp32",
 }
 #: Settings of single models, whatever the method: those with many layers and no normalisation need
 #: a warm-up, and overfit without the larger decay. The teacher, which has no teacher whose answers
@@ -71,16 +70,18 @@ WHERE = (
 )
 
 
-def plan(seed: int, epochs: int | None = None, subset: int = 0) -> list[Run]:
-    """All runs of a seed, in an order in which every run comes after those it needs.
+def plan(seeds: list[int], epochs: int | None = None, subset: int = 0) -> list[Run]:
+    """All runs, in an order in which every run comes after those it needs.
 
     Args:
-        seed: of every run.
+        seeds: of the students; the first one's teacher and assistants teach them all.
         epochs, subset: fewer of everything, for a trial.
     """
     runs: list[Run] = []
 
-    def add(name: str, method: str, model: str, teachers: list[str], *flags: str, **other) -> str:
+    def add(
+        name: str, seed: int, method: str, model: str, teachers: list[str], *flags: str, **other
+    ) -> str:
         settings = [EVERY_RUN, CLASSIFIERS if model else "", MODELS.get(model, "")]
         settings.append(SETTINGS[other.get("settings", method)])
         if epochs:
@@ -101,26 +102,32 @@ def plan(seed: int, epochs: int | None = None, subset: int = 0) -> list[Run]:
         )
         return name
 
-    teacher = add("teacher", "none", TEACHER, [])
-    add("student", "none", STUDENT, [])
-    add("kd", "kd", STUDENT, [teacher])
-    first = add("cnn8_kd", "kd", "cnn8", [teacher])
+    first = seeds[0]
+    teacher, *_ = [add("teacher", seed, "none", TEACHER, []) for seed in seeds]
+    shared = add("cnn8_kd", first, "kd", "cnn8", [teacher])
+    chains = {}
     for method in ("takd", "dgkd"):  # TAKD reads the last of them, DGKD all
-        chain = [teacher, first]
+        chains[method] = [teacher, shared]
         for model in ("cnn6", "cnn4"):
-            chain.append(add(f"{model}_{method}", method, model, chain))
-        add(method, method, STUDENT, chain)
-    paraphraser = add("paraphraser", "paraphraser", "", [teacher], results=())
-    add("ft", "ft", STUDENT, [teacher], f"--paraphraser={{{paraphraser}}}", needs=(paraphraser,))
+            chain = chains[method]
+            chain.append(add(f"{model}_{method}", first, method, model, [*chain]))
     bank_rates = sorted({rate for rates in RATES.values() for rate in rates})
     files = tuple(f"result_R{rate:g}.json" for rate in bank_rates)
-    bank = add("rdm", "rdm", "", [teacher], "--rates", *map(str, bank_rates), results=files)
-    add("ibm", "cifd", STUDENT, [teacher], settings="ibm")
-    for count, rates in RATES.items():
-        picked = [f"--rdm-bank={{{bank}}}", "--rates", *map(str, rates)]
-        add(f"cifd{count}", "cifd", STUDENT, [teacher], *picked, needs=(bank,))
-        name = f"cifd{count}_noibm"
-        add(name, "cifd", STUDENT, [teacher], *picked, "--no-ibm", needs=(bank,))
+    every_rate = ("--rates", *map(str, bank_rates))
+    bank = add("rdm", first, "rdm", "", [teacher], *every_rate, results=files)
+
+    for seed in seeds:
+        add("student", seed, "none", STUDENT, [])
+        add("kd", seed, "kd", STUDENT, [teacher])
+        for method, chain in chains.items():
+            add(method, seed, method, STUDENT, chain)
+        add("ibm", seed, "cifd", STUDENT, [teacher], settings="ibm")
+        for count, rates in RATES.items():
+            picked = [f"--rdm-bank={{{bank}}}", "--rates", *map(str, rates)]
+            name = f"cifd{count}"
+            add(name, seed, "cifd", STUDENT, [teacher], *picked, needs=(bank,))
+            without = [*picked, "--no-ibm"]
+            add(f"{name}_noibm", seed, "cifd", STUDENT, [teacher], *without, needs=(bank,))
     return runs
 
 
@@ -189,7 +196,13 @@ def main(argv: list[str]) -> int:
     """Make what is missing; exit 0 when everything is there."""
     parser = argparse.ArgumentParser(prog="python -m experiments.cifar100", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-100 (training.classify)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        help="the first one's teacher teaches all",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--logs", type=Path, default=Path("logs/cifar100"))
     parser.add_argument("--results", type=Path, default=Path("results/cifar100"))
@@ -197,7 +210,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--subset", type=int, default=0, help="a trial: so many training images")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left")
     args = parser.parse_args(argv)
-    runs = [run for seed in args.seeds for run in plan(seed, args.epochs, args.subset)]
+    runs = plan(args.seeds, args.epochs, args.subset)
     check_settings(runs, args.results)
 
     def keep(run: Run) -> None:

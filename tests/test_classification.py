@@ -733,19 +733,23 @@ def test_stock_weights_of_another_size_are_refused(folder, tmp_path):
 
 def test_the_plan_trains_every_run_after_those_it_needs():
     seen: set[str] = set()
-    runs = cifar100.plan(seed=4)
+    runs = cifar100.plan([4, 5, 6])
     for run in runs:
         assert seen.issuperset(run.needs), f"{run.name} comes before one of {run.needs}"
         seen.add(run.name)
         args = parse_args(run.command(Path("d"), Path("l"))[2:])
-        assert args.seed == 4 and args.final and args.holdout == 0
+        assert run.name.endswith(f"_s{args.seed}") and args.final and args.holdout == 2500
+        teachers = {Path(place).name.rpartition("_")[2] for place in args.teacher}
+        assert teachers <= {"s4"}, "the first seed's teachers teach every student"
+    every_seed = [{run.name[:-3] for run in runs if run.name.endswith(f"_s{n}")} for n in (4, 5, 6)]
+    assert every_seed[1] == every_seed[2] < every_seed[0]
     first = cifar100.priorities(runs)
     assert max(first, key=first.get) == "teacher_s4"
 
 
 def test_a_run_with_a_result_is_repeated_only_for_its_weights(tmp_path):
     logs, results = tmp_path / "logs", tmp_path / "results"
-    runs = cifar100.plan(seed=0)
+    runs = cifar100.plan([0])
     (results / "runs").mkdir(parents=True)
     for run in runs:
         for path in run.kept(results).values():
@@ -765,7 +769,7 @@ def test_a_run_with_a_result_is_repeated_only_for_its_weights(tmp_path):
 
 
 def test_a_method_costs_what_its_whole_chain_took(tmp_path):
-    for run in [r for seed in (0, 1) for r in cifar100.plan(seed)]:
+    for run in cifar100.plan([0, 1]):
         seed = int(run.name[-1])
         spent = {"provenance": {"cpu_seconds": 10.0 + 2 * seed}, "seed": seed}
         for path in run.kept(tmp_path).values():
