@@ -32,10 +32,11 @@ from cifd_clip.classification.models import SIMPLE_CNNS, build, simple_cnn, stoc
 from cifd_clip.classification.rdm import ClassifyingRDMs, rdm_loss, unit_scale
 from cifd_clip.noise import Noise, derive_seed
 from eval import classifier_bank, report
-from experiments import cifar100, tune_cifar100
+from experiments import cifar100, every_classifier, tune_cifar100
 from runs import lines
 from test_launch import launch
 from training.classify_data import Batches, Table, load_cifar100, mirrored, normalise, split_rows
+from training.classify_params import METHODS as ALL_METHODS
 from training.classify_params import parse_args
 from training.classify_photos import PhotoBatches, load_photos
 from training.classify_teachers import CachedTeachers, LiveTeachers
@@ -782,6 +783,19 @@ def test_a_method_costs_what_its_whole_chain_took(tmp_path):
     )
     (tmp_path / "runs" / "cnn4_takd_s0.json").unlink()
     assert set(cifar100.costs(tmp_path)) == set(costs) - {"takd"}
+
+
+@pytest.mark.parametrize("dataset, teacher, student", every_classifier.PAIRS)
+def test_a_pair_of_networks_meets_every_method_in_order(dataset, teacher, student):
+    seen: set[str] = set()
+    methods = []
+    for run in every_classifier.plan(dataset, teacher, student):
+        assert seen.issuperset(run.needs), f"{run.name} comes before one of {run.needs}"
+        seen.add(run.name)
+        args = parse_args(run.command(Path("d"), Path("l"))[2:])
+        methods.append(args.method)
+        assert args.model in (None, teacher, student)
+    assert set(methods) == set(ALL_METHODS)
 
 
 def test_bits_are_nats_in_another_unit():
