@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import training.classify as classify
+import training.classify_trainer as classify_trainer
 from cifd_clip import World
 from cifd_clip.classification.losses import factor_loss, kd_dropout_mask, kl_per_sample
 from cifd_clip.classification.methods import (
@@ -478,7 +479,7 @@ def test_flags_that_do_not_go_together_are_refused(flags, message):
 def test_the_learning_rate_starts_and_ends_where_it_should():
     def at(flags: str, step: int) -> float:
         args = parse_args(["--data", "x", "--model", "cnn2", *flags.split()])
-        return classify.schedule(args, step, 10)
+        return classify_trainer.schedule(args, step, 10)
 
     assert at("--epochs 4", 0) == 1 and at("--epochs 4", 39) < 0.01
     assert at("--epochs 4", 20) == pytest.approx(0.5)
