@@ -155,6 +155,20 @@ def examples_section(sources: list[Source], colour: Colours) -> str:
     return section("Retrieved images", note + f'<div class="cards">{"".join(cards)}</div>')
 
 
+def _classifier(result: dict) -> str:
+    """A result of `training.classify` in two words; an RDM goes by its teacher."""
+    return f"{result['student'] or result['teacher']} {result['method']}"
+
+
+def _data_and_commit(provenance: dict) -> tuple[str, str]:
+    """Fingerprint and commit; `training.classify` has one per split, and a whole environment."""
+    data = provenance.get("data", "")
+    if isinstance(data, dict):
+        data = data.get("test") or data["train"]
+    commit = provenance.get("commit") or provenance.get("environment", {}).get("commit")
+    return str(data), commit or ""
+
+
 def provenance_section(sources: list[Source]) -> str:
     """What the figures are figures of."""
     results = [result for source in sources for result in [*source.results, *source.banks]]
@@ -168,11 +182,11 @@ def provenance_section(sources: list[Source]) -> str:
         role = f" R={result['rate']:g}" if result.get("role") == "rdm" else ""
         lines.append(
             (
-                (result.get("model") or f"{result['student']} {result['method']}") + role,
+                (result.get("model") or _classifier(result)) + role,
                 result["dataset"],
                 result.get("seed", ""),
                 *(p.get("split", ""), held, p.get("protocol", ""), p.get("precision", "")),
-                *(str(p.get(k, ""))[:12] for k in ("weights", "data", "commit")),
+                *(text[:12] for text in (p.get("weights", ""), *_data_and_commit(p))),
             )
         )
     listed = html_table((*heads, "data", "commit"), lines, "small")

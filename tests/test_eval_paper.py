@@ -274,6 +274,18 @@ def test_a_classifier_whose_test_split_was_not_looked_at_is_a_named_gap(tmp_path
     assert "gap: the test split was not looked at" in text and "cifar100 (held out)" in text
 
 
+def test_a_classifiers_provenance_names_its_images_and_commit(tmp_path):
+    student = classifier("cnn2", "kd", 0.5)
+    student["provenance"] |= {"data": {"train": "a" * 64, "test": "b" * 64}}
+    student["provenance"] |= {"environment": {"commit": "c" * 40}}
+    rdm = classifier(None, "rdm", 0.5, role="rdm", rate=3.0)
+    out = tmp_path / "r.html"
+    report.main([str(study(tmp_path / "s", [student, rdm])), "--out", str(out)])
+    page = out.read_text()
+    assert "cnn2 kd" in page and "cnn10 rdm R=3" in page
+    assert f">{'b' * 12}<" in page and f">{'c' * 12}<" in page
+
+
 def test_a_copy_of_a_result_is_no_further_sample(tmp_path):
     result = classifier("cnn2", "kd", 0.5)
     found = tables(study(tmp_path / "a", [result]), study(tmp_path / "b", [result | {"flags": []}]))
