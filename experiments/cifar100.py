@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from eval import classifier_bank
+from eval.report import main as report
 from experiments.runs import (
     Queue,
     Run,
@@ -225,7 +226,10 @@ def main(argv: list[str]) -> int:
     if not Queue(todo, args.data, args.logs, args.jobs, keep).run():
         return STOPPED_EXIT
     print(summary(args.results))
-    print("cost, × KD:", ", ".join(f"{k} {v:.2f}" for k, v in costs(args.results).items()))
+    times_kd = costs(args.results)
+    write_json(args.results / "costs.json", {"times kd, cpu time": times_kd})
+    print("cost, × KD:", ", ".join(f"{k} {v:.2f}" for k, v in times_kd.items()))
+    report([str(args.results), f"--out={args.results / 'report.html'}", "--title=CIFAR-100"])
     return 0
 
 
