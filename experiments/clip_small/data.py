@@ -1,9 +1,10 @@
 """The study's data: CIFAR-100 as image-text pairs beside Flickr8k, and what is held out of both.
 
-Written: ``cifar100/*.tar`` and ``flickr8k/*.tar``, training pairs in img2dataset's layout, and
-``benchmark/NAME`` in clip_benchmark's, each with the splits ``test`` and ``val`` (held-out training
-data). NAME is ``cifar100``, ``flickr8k``, and, to measure what a model gains by having seen its
-data, ``cifar100_seen`` and ``flickr8k_seen``: training images, as many as the split has beside it.
+Written: training pairs in img2dataset's layout, ``cifar100/*.tar``, ``cifar100_few/*.tar`` (what
+students see of it) and ``flickr8k/*.tar``; and ``benchmark/NAME`` in clip_benchmark's layout, each
+with the splits ``test`` and ``val`` (held-out training data). NAME is ``cifar100``, ``flickr8k``,
+and, to measure what a student gains by having seen its data, ``cifar100_seen`` and
+``flickr8k_seen``: training images, as many as the split has beside it or as there are.
 """
 
 import io
@@ -29,6 +30,8 @@ class Sizes(NamedTuple):
     """Most samples of each kind; 0 for all there are."""
 
     cifar_train: int = 0
+    cifar_few: int = 10_000
+    """What students see of the training images; teachers see all."""
     cifar_val: int = 5_000
     cifar_test: int = 0
     flickr_train: int = 0
@@ -71,10 +74,12 @@ def prepare(out: Path, cifar100: Path, flickr8k: Path, sizes: Sizes) -> None:
     benchmark = draft / "benchmark"
     classnames, train, val = cifar_split(cifar100, sizes)
     test = _some(cifar_pairs(cifar100, "test")[1], sizes.cifar_test)
+    few = _some(train, sizes.cifar_few)
     write_pairs(draft / "cifar100", train)
+    write_pairs(draft / "cifar100_few", few)
     for name, splits in {
         "cifar100": {"test": test, "val": val},
-        "cifar100_seen": {"test": train[: len(val)], "val": train[: len(val)]},
+        "cifar100_seen": {"test": few[: len(val)], "val": few[: len(val)]},
     }.items():
         write_benchmark(benchmark / name, splits, "classification")
         (benchmark / name / "classnames.txt").write_text("\n".join(classnames) + "\n")
