@@ -76,24 +76,30 @@ class RateDistortionModules(nn.Module):
         """
         latents = self.encode(embeddings).float()  # (K, B, C)
         modules, batch, channels = latents.shape
-        if noise is None:
-            noisy = latents.round()
-        else:
-            noisy = latents + noise.view(batch, modules, channels).transpose(0, 1)
+        noisy = self._noisy(latents, noise)
         values = noisy.transpose(0, 1).reshape(batch, modules * channels)
         nats = self.density(values).view(batch, modules, channels).sum(-1)
         return RDMOutput(self.decode(noisy), nats.t())
 
     @torch.no_grad()
-    def reconstruct(self, embeddings: Tensor) -> Tensor:
-        """The assistants' unit-norm embeddings, (K, B, T), with rounding in place of noise.
+    def reconstruct(
+        self, embeddings: Tensor, noise: Tensor | None = None, unit_norm: bool = True
+    ) -> Tensor:
+        """The assistants' embeddings, (K, B, T), with rounding in place of noise.
 
         Rounding is what appendix A.1.1 uses outside RDM training; the reconstruction is
         normalised because every teacher of the student lives on the unit sphere. It is float32
         under autocast too: the error of a bfloat16 product moves values into other bins.
+
+        Args:
+            embeddings: (B, T) unit-norm teacher embeddings X.
+            noise: (B, K·C) draws from U[-½, ½], added in place of rounding.
+            unit_norm: False leaves X̂ as eq. (4) trained it: the shorter, the less it knows.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
-            return F.normalize(self.decode(self.encode(embeddings).round()), dim=-1)
+            latents = self.encode(embeddings)
+            reconstruction = self.decode(self._noisy(latents, noise))
+            return F.normalize(reconstruction, dim=-1) if unit_norm else reconstruction
 
     def encode(self, embeddings: Tensor) -> Tensor:
         """Y, (K, B, C), of embeddings (B, T)."""
@@ -104,6 +110,14 @@ class RateDistortionModules(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """X̂, (K, B, T), of noisy or rounded latents (K, B, C)."""
         return self._two_layers(latents, 2) / math.sqrt(self.dim)
+
+    @staticmethod
+    def _noisy(latents: Tensor, noise: Tensor | None) -> Tensor:
+        """Ŷ, (K, B, C): rounded, or with (B, K·C) noise."""
+        if noise is None:
+            return latents.round()
+        modules, batch, channels = latents.shape
+        return latents + noise.view(batch, modules, channels).transpose(0, 1)
 
     def _two_layers(self, x: Tensor, first: int) -> Tensor:
         # Activations follow hidden layers 1 and 3 only (appendix A.2).
@@ -174,16 +188,18 @@ class RDMBank(nn.Module):
         losses, report = {}, {}
         for modality, features in zip(MODALITIES, (image_features, text_features)):
             modules = getattr(self, modality)
-            width = len(self.rates) * modules.channels
-            draws = None
-            if noise is not None:
-                draws = noise.uniform(f"rdm/{modality}", len(features), width, features.device)
+            draws = noise and self.draws(noise, modality, features)
             output = modules(features, draws)
             per_rate, distortion = rate_distortion_loss(features, output, self.rates)
             losses[f"{modality}_rd_loss"] = per_rate.sum()
             report[f"{modality}/bits"] = output.nats.detach().mean(-1) / math.log(2)
             report[f"{modality}/distortion"] = distortion.detach()
         return losses, report
+
+    def draws(self, noise: Noise, modality: str, features: Tensor) -> Tensor:
+        """(B, K·C) of a step's noise for the modules of a modality."""
+        width = len(self.rates) * getattr(self, modality).channels
+        return noise.uniform(f"rdm/{modality}", len(features), width, features.device)
 
     def config(self) -> dict:
         """What `load` needs besides the weights."""

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifd_clip.losses import Features
-from cifd_clip.rdm import RDMBank
+from cifd_clip.noise import Noise
+from cifd_clip.rdm import MODALITIES, RDMBank
 from cifd_clip.student import embedding_dim
 
 
@@ -68,16 +69,28 @@ def weights_hash(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def assistants(bank: RDMBank, teacher: Features, weight: float = 1.0) -> list[Features]:
+def assistants(
+    bank: RDMBank,
+    teacher: Features,
+    weight: float = 1.0,
+    noise: Noise | None = None,
+    unit_norm: bool = True,
+) -> list[Features]:
     """The bank's reconstructions of a teacher's features: one assistant per rate.
 
     Args:
         bank: a frozen bank of this teacher.
         teacher: features of a batch.
         weight: λ_n of eq. (12).
+        noise: of this step, in place of rounding.
+        unit_norm: whether reconstructions are normalised.
     """
-    images = bank.image.reconstruct(teacher.image)
-    texts = bank.text.reconstruct(teacher.text)
+    images, texts = (
+        getattr(bank, modality).reconstruct(
+            features, noise and bank.draws(noise, modality, features), unit_norm
+        )
+        for modality, features in zip(MODALITIES, (teacher.image, teacher.text))
+    )
     return [
         teacher._replace(image=image, text=text, weight=weight)
         for image, text in zip(images, texts)

@@ -135,6 +135,21 @@ def test_evaluation_rounds_and_repeats_itself():
     assert all(torch.allclose(a.text.norm(dim=-1), torch.ones(6)) for a in first)
 
 
+def test_an_assistant_may_keep_its_noise_or_its_length():
+    owner = teacher()
+    made, batch, noise = bank(owner), owner(*pairs(6)), Noise(3, 7)
+    rounded = assistants(made, batch)
+    for modality in ("image", "text"):
+        modules, x = getattr(made, modality), getattr(batch, modality)
+        whole = modules(x, made.draws(noise, modality, x)).reconstruction
+        noisy = [getattr(a, modality) for a in assistants(made, batch, noise=noise)]
+        torch.testing.assert_close(torch.stack(noisy), F.normalize(whole, dim=-1))
+        raw = [getattr(a, modality) for a in assistants(made, batch, unit_norm=False)]
+        assert torch.equal(torch.stack(raw), modules(x, None).reconstruction)
+        for a, b in zip(raw, rounded):
+            torch.testing.assert_close(F.normalize(a, dim=-1), getattr(b, modality))
+
+
 def test_assistants_keep_their_precision_under_autocast():
     """A bin is decided by rounding: in bfloat16 products land in other bins."""
     owner = teacher()

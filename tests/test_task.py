@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from cifd_clip import Noise
+from cifd_clip import Noise, assistants
 from cifd_clip.student import Pooled
 from trainers import CASES, batch, gradients, prepare, trainer, worst
 from training.trainer import split
@@ -106,7 +106,8 @@ def test_both_passes_of_accumulation_drop_the_same_patches(home):
     micro = list(split(batch(ROWS), 2))
     parts = [again._encode(m, i) for i, m in enumerate(micro)]
     pooled = Pooled(*(torch.cat(w) for w in zip(*parts)))
-    losses, _ = again.stage.task.losses(pooled, again.stage.teachers(batch(ROWS)), Noise(0, 0))
+    teachers = again.stage.assisted(again.stage.teachers(batch(ROWS)), None)
+    losses, _ = again.stage.task.losses(pooled, teachers, Noise(0, 0))
     sum(losses.values()).backward()
     off, where = worst(gradients(made), gradients(again))
     assert off < 1e-5, f"the gradient of {where} is off by {off:.1e}"
@@ -177,3 +178,14 @@ def test_a_step_whose_gradient_is_not_finite_leaves_the_weights_alone(home):
     for now, then in zip(made.optimizer.state.values(), state):
         assert torch.equal(now["exp_avg"], then), "the optimizer remembers a skipped gradient"
     assert made.payload()["progress"]["nonfinite_steps"] == 1
+
+
+@pytest.mark.parametrize("form", ["rounded", "noisy", "raw"])
+def test_the_flag_decides_what_an_assistant_teaches(form, home):
+    made, noise, rows = trainer("cifd", home, "--rdm-output", form), Noise(5, 0), batch(ROWS)
+    stage = made.stage
+    teachers = stage.teachers(rows)
+    drawn, unit_norm = (noise if form == "noisy" else None), form != "raw"
+    wanted = assistants(stage.bank, teachers[0], 1.0, drawn, unit_norm)
+    for a, b in zip(stage.assisted(teachers, noise), [*teachers, *wanted], strict=True):
+        assert torch.equal(a.image, b.image) and torch.equal(a.text, b.text)

@@ -30,7 +30,7 @@ CASES = {
     "cifd": ["cifd", "--lambda-cl", "0.3", "--lambda-i", "0.05"],
     "cifd, embedding, clean": [
         *["cifd", "--lambda-cl", "0.3", "--lambda-i", "0.05"],
-        *["--ibm-site", "embedding", "--ibm-branch", "distill"],
+        *["--ibm-site", "embedding", "--ibm-branch", "distill", "--rdm-output", "noisy"],
     ],
     "rdm": ["rdm", "--rates", "1000", "30"],
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cifd_clip import METHODS, DistillationTask, RDMBank, RDMTask, Student, Task, Teacher, World
 from cifd_clip.losses import Features
-from cifd_clip.noise import derive_seed
+from cifd_clip.noise import Noise, derive_seed
 from cifd_clip.teacher import assistants
 from training.cache import CachedTeachers
 from training.data.index import Sources
@@ -139,8 +139,12 @@ class Stage:
         return None, None
 
     def teachers(self, batch: Batch) -> list[Features]:
-        """Features of every teacher and assistant."""
-        raise NotImplementedError
+        """Features of every teacher."""
+        return self.source(batch)
+
+    def assisted(self, teachers: list[Features], noise: Noise | None) -> list[Features]:
+        """The teachers of a whole batch and their assistants."""
+        return teachers
 
     def payload(self) -> dict[str, Any]:
         """The stage's part of a checkpoint."""
@@ -172,9 +176,6 @@ class RDMStage(Stage):
         self.rates = self.bank.rates
         self.task = RDMTask(self.bank).to(device)
 
-    def teachers(self, batch: Batch) -> list[Features]:
-        return self.source(batch)
-
     def payload(self) -> dict[str, Any]:
         return {"bank": self.bank.state_dict(), "bank_config": self.bank.config()}
 
@@ -198,7 +199,7 @@ class StudentStage(Stage):
         self.texts = self.inputs.add_texts(args.model, self.config)
         self.source = make_teachers(args, device, self.inputs)
         self.bank = load_bank(args, self.source).to(device) if args.rdm_bank else None
-        self.lambda_n = args.lambda_n
+        self.lambda_n, self.rdm_output = args.lambda_n, args.rdm_output
         self.rates = []
         if args.use_bn_sync and world.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -222,11 +223,12 @@ class StudentStage(Stage):
     def student_inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return normalise(batch.images[self.images], self.spec), batch.texts[self.texts]
 
-    def teachers(self, batch: Batch) -> list[Features]:
-        features = self.source(batch)
-        if self.bank is not None:
-            features += assistants(self.bank, features[0], self.lambda_n)
-        return features
+    def assisted(self, teachers: list[Features], noise: Noise | None) -> list[Features]:
+        if self.bank is None:
+            return teachers
+        drawn = noise if self.rdm_output == "noisy" else None
+        unit_norm = self.rdm_output != "raw"
+        return teachers + assistants(self.bank, teachers[0], self.lambda_n, drawn, unit_norm)
 
     def payload(self) -> dict[str, Any]:
         """``state_dict`` is what ships; with an average, what trains lies under ``training``."""

@@ -149,7 +149,7 @@ class Trainer:
     def _forward_backward(self, batch: Batch, noise: Noise):
         self._seed_dropout(0)
         with self.autocast():
-            teachers = self.stage.teachers(batch)
+            teachers = self.stage.assisted(self.stage.teachers(batch), noise)
             losses, report = self.model(*self.stage.student_inputs(batch), teachers, noise)
         self._backward(sum(losses.values()))
         return losses, report
@@ -164,6 +164,7 @@ class Trainer:
         task, micro = self.stage.task, list(split(batch, self.args.accum_freq))
         with torch.no_grad(), self.autocast():
             teachers = [concatenate(f) for f in zip(*(self.stage.teachers(m) for m in micro))]
+            teachers = self.stage.assisted(teachers, noise)
             parts = [self._encode(m, i) for i, m in enumerate(micro)]
         if parts[0] is None:
             losses, report = task.losses(None, teachers, noise)
@@ -283,7 +284,7 @@ class Trainer:
         for batch in batches:
             batch = batch.to(self.device)
             with self.autocast():
-                teachers = self.stage.teachers(batch)
+                teachers = self.stage.assisted(self.stage.teachers(batch), None)
                 losses, report = task(*self.stage.student_inputs(batch), teachers, None)
             for name, value in {**losses, **report}.items():
                 sums[name] = sums.get(name, 0) + value.float() * len(batch)

@@ -9,7 +9,7 @@ from typing import Any
 from eval.cost import gpu_hours
 from eval.tables import markdown
 from experiments.clip_small.keep import figures, score
-from experiments.clip_small.plan import METHODS, MODELS, STUDENTS, Scale
+from experiments.clip_small.plan import DEFAULT, METHODS, MODELS, STUDENTS, Scale
 
 BASELINE = "clipkd"
 #: Figure → its head; differences to the baseline are shown of the first two.
@@ -131,13 +131,16 @@ def _seconds(runs: Iterable[Kept]) -> dict[str, float]:
 
 
 def answers(kept: Iterable[Kept]) -> list[dict[str, Any]]:
-    """A row for each answer to an open choice, on held-out training data."""
+    """A row for each answer to an open choice, on held-out training data, the defaults first."""
     groups: dict[tuple[str, str, str], dict[int, Kept]] = {}
     for one in kept:
         about = one["about"]
         if about["stage"] == "choices":
             key = about["question"], about["student"], about["answer"]
             groups.setdefault(key, {})[about["seed"]] = one
+    default = {
+        model: _judged(runs) for (question, model, _), runs in groups.items() if question == DEFAULT
+    }
     rows = []
     for (question, model, answer), runs in groups.items():
         values = _by_seed(runs)
@@ -150,10 +153,15 @@ def answers(kept: Iterable[Kept]) -> list[dict[str, Any]]:
                 "seeds": sorted(runs),
                 "rates": [list(one) for one in sorted(rates)],
                 "figures": {k: summarise([v[k] for v in values.values()]) for k in SHOWN},
-                "score": summarise([score(one) for one in runs.values()]),
+                "score": summarise(list(_judged(runs).values())),
+                f"minus_{DEFAULT}": paired(_judged(runs), default.get(model, {})),
             }
         )
-    return sorted(rows, key=lambda row: row["question"])
+    return sorted(rows, key=lambda row: (row["question"] != DEFAULT, row["question"]))
+
+
+def _judged(runs: dict[int, Kept]) -> dict[int, float]:
+    return {seed: score(one) for seed, one in runs.items()}
 
 
 def to_markdown(rows: list[dict], found: list[dict], tuned: dict | None) -> str:
@@ -192,15 +200,18 @@ def to_markdown(rows: list[dict], found: list[dict], tuned: dict | None) -> str:
             f"{tuned['lr']:g} for all; weights: {weights}. kd, fd, tinyclip and none have none.\n"
         )
     if found:
-        lines = [["question", "student", "answer", "n", "score", *SHOWN.values()]]
+        lines = [["question", "student", "answer", "n", "score", "− default", *SHOWN.values()]]
         lines.append(["---"] * 3 + ["---:"] * (len(lines[0]) - 3))
         for row in found:
             line = [row["question"], row["student"], row["answer"], str(len(row["seeds"]))]
-            line += [_figure(row["score"]), *(_figure(row["figures"][k]) for k in SHOWN)]
+            difference = _paired(row[f"minus_{DEFAULT}"]) if row["question"] != DEFAULT else ""
+            line += [_figure(row["score"]), difference]
+            line += [_figure(row["figures"][k]) for k in SHOWN]
             lines.append(line)
         parts.append(
             "\n## Open choices of cifd3\n\nOn held-out training pairs, not test; score: the mean "
-            "of top-1 and mean recall.\n\n" + markdown(lines)
+            "of top-1 and mean recall; − default: its paired difference by seed ± its standard "
+            "error.\n\n" + markdown(lines)
         )
     return "".join(parts)
 
@@ -228,7 +239,11 @@ def _figure(value: dict) -> str:
 
 def _difference(row: dict, name: str) -> str:
     value = row.get(f"minus_{BASELINE}", {}).get(name)
-    if value is None or value["mean"] is None or row["method"] == BASELINE:
+    return "" if value is None or row["method"] == BASELINE else _paired(value)
+
+
+def _paired(value: dict) -> str:
+    if value["mean"] is None:
         return ""
     error = "" if value["se"] is None else f" ± {value['se']:.2f}"
     return f"{value['mean']:+.2f}{error}"
