@@ -11,10 +11,11 @@ import argparse
 import json
 import shlex
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from eval import classifier_bank
 from eval.report import main as report
+from eval.tables import markdown
 from experiments.runs import (
     Queue,
     Run,
@@ -25,6 +26,7 @@ from experiments.runs import (
     priorities,
     write_json,
 )
+from experiments.seeds import paired, summarise, told
 from training.classify_params import parse_args, run_config
 from training.control import STOPPED_EXIT
 from training.errors import cli
@@ -152,18 +154,45 @@ def keep_results(run: Run, data: Path, logs: Path, results: Path) -> None:
         classifier_bank.main([str(directory), f"--data={data}", f"--out={out}"])
 
 
-def summary(results: Path) -> str:
-    """Test accuracy of every kind of run, mean ± standard deviation over seeds."""
-    groups: dict[str, list[float]] = {}
+#: Table 1, then Table 6: the row's name, and its runs'.
+ROWS = {
+    "Teacher, 10 layers": "teacher",
+    "Student, 2 layers": "student",
+    "KD": "kd",
+    "TAKD (3 TA)": "takd",
+    "DGKD (3 TA)": "dgkd",
+    "KD with IBM": "ibm",
+    **{f"CIFD ({count} RDM)": f"cifd{count}" for count in RATES},
+    **{f"CIFD ({count} RDM), no IBM": f"cifd{count}_noibm" for count in RATES},
+}
+
+
+def table(results: Path) -> str:
+    """Tables 1 and 6 over seeds, as Markdown: test top-1, paired differences, training top-1."""
+    groups: dict[str, list[dict]] = {}
     for path in sorted((results / "runs").glob("*.json")):
         result = json.loads(path.read_text())
-        name = path.stem.replace(f"_s{result['seed']}", "")
-        groups.setdefault(name, []).append(100 * result["metrics"]["acc1"])
-    lines = []
-    for name, values in groups.items():
-        spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-        lines.append(f"{name:16} {mean(values):6.2f}{spread}  (n = {len(values)})")
-    return "\n".join(lines)
+        groups.setdefault(path.stem.replace(f"_s{result['seed']}", ""), []).append(result)
+    test, train = (
+        {
+            name: {one["seed"]: 100 * one[metrics]["acc1"] for one in runs}
+            for name, runs in groups.items()
+        }
+        for metrics in ("metrics", "train_metrics")
+    )
+
+    def over(name: str, other: str | None) -> str:
+        return told(paired(test[name], test[other])) if other in test else ""
+
+    heads = ["", "n", "test top-1", "− KD", "− the same without IBM", "on training images"]
+    lines = [heads, ["---", *["---:"] * 5]]
+    for row, name in ROWS.items():
+        if name in groups:
+            spread, seen = told(summarise([*test[name].values()])), mean(train[name].values())
+            over_kd = over(name, None if name in ("teacher", "kd") else "kd")
+            ibm = over(name, "kd" if name == "ibm" else f"{name}_noibm")
+            lines.append([row, str(len(test[name])), spread, over_kd, ibm, f"{seen:.1f}"])
+    return markdown(lines)
 
 
 #: The runs that a student costs besides its teacher.
@@ -225,7 +254,12 @@ def main(argv: list[str]) -> int:
         return 0
     if not Queue(todo, args.data, args.logs, args.jobs, keep).run():
         return STOPPED_EXIT
-    print(summary(args.results))
+    told_by_seed = table(args.results)
+    print(told_by_seed)
+    (args.results / "table.md").write_text(
+        "CIFAR-100: percent, mean ± standard deviation over n seeds; −: the mean of the "
+        "differences seed by seed ± its standard error.\n\n" + told_by_seed
+    )
     times_kd = costs(args.results)
     write_json(args.results / "costs.json", {"times kd, cpu time": times_kd})
     print("cost, × KD:", ", ".join(f"{k} {v:.2f}" for k, v in times_kd.items()))

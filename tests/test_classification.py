@@ -786,6 +786,22 @@ def test_a_method_costs_what_its_whole_chain_took(tmp_path):
     assert set(cifar100.costs(tmp_path)) == set(costs) - {"takd"}
 
 
+def test_rows_of_the_study_are_compared_seed_by_seed(tmp_path):
+    for name, gains in {"kd": (0, 0, 0), "cifd3": (1, 2, 3), "cifd3_noibm": (2, 1, 1)}.items():
+        for seed, gain in enumerate(gains):
+            metrics = {"acc1": 0.4 + 0.1 * seed + gain / 100}
+            path = tmp_path / "runs" / f"{name}_s{seed}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(
+                json.dumps({"metrics": metrics, "train_metrics": metrics, "seed": seed})
+            )
+    rows = {line.split("|")[1].strip(): line for line in cifar100.table(tmp_path).splitlines()}
+    assert rows["CIFD (3 RDM)"] == (
+        "| CIFD (3 RDM) | 3 | 52.00 ± 11.00 | +2.00 ± 0.58 | +0.67 ± 0.88 | 52.0 |"
+    )
+    assert "TAKD (3 TA)" not in rows
+
+
 @pytest.mark.parametrize("dataset, teacher, student", every_classifier.PAIRS)
 def test_a_pair_of_networks_meets_every_method_in_order(dataset, teacher, student):
     seen: set[str] = set()

@@ -3,13 +3,14 @@
 import csv
 import io
 from collections.abc import Iterable
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from eval.cost import gpu_hours
 from eval.tables import markdown
 from experiments.clip_small.keep import figures, score
 from experiments.clip_small.plan import DEFAULT, METHODS, MODELS, STUDENTS, Scale
+from experiments.seeds import paired, summarise, told
 
 BASELINE = "clipkd"
 #: Figure → its head; differences to the baseline are shown of the first two.
@@ -23,22 +24,6 @@ SHOWN = {
 COMPARED = ("top1", "recall")
 
 Kept = dict[str, Any]
-
-
-def summarise(values: list[float]) -> dict[str, float | int | None]:
-    """Mean and sample standard deviation."""
-    spread = stdev(values) if len(values) > 1 else None
-    return {"mean": fmean(values), "sd": spread, "n": len(values)}
-
-
-def paired(mine: dict[int, float], other: dict[int, float]) -> dict[str, float | int | None]:
-    """Difference of two settings over the seeds both have, and its standard error."""
-    differences = [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
-    n = len(differences)
-    if not n:
-        return {"mean": None, "se": None, "n": 0}
-    error = stdev(differences) / n**0.5 if n > 1 else None
-    return {"mean": fmean(differences), "se": error, "n": n}
 
 
 def summaries(kept: Iterable[Kept], scale: Scale) -> list[dict[str, Any]]:
@@ -174,7 +159,7 @@ def to_markdown(rows: list[dict], found: list[dict], tuned: dict | None) -> str:
     for row in rows:
         line = [row["student"], row["method"], str(len(row["seeds"]))]
         for name in SHOWN:
-            line.append(_figure(row["figures"][name]))
+            line.append(told(row["figures"][name]))
             if name in COMPARED:
                 line.append(_difference(row, name))
         line.append(f"{row['seconds']['student'] / 60:.1f}")
@@ -204,9 +189,9 @@ def to_markdown(rows: list[dict], found: list[dict], tuned: dict | None) -> str:
         lines.append(["---"] * 3 + ["---:"] * (len(lines[0]) - 3))
         for row in found:
             line = [row["question"], row["student"], row["answer"], str(len(row["seeds"]))]
-            difference = _paired(row[f"minus_{DEFAULT}"]) if row["question"] != DEFAULT else ""
-            line += [_figure(row["score"]), difference]
-            line += [_figure(row["figures"][k]) for k in SHOWN]
+            difference = told(row[f"minus_{DEFAULT}"]) if row["question"] != DEFAULT else ""
+            line += [told(row["score"]), difference]
+            line += [told(row["figures"][k]) for k in SHOWN]
             lines.append(line)
         parts.append(
             "\n## Open choices of cifd3\n\nOn held-out training pairs, not test; score: the mean "
@@ -232,18 +217,6 @@ def to_csv(kept: Iterable[Kept]) -> str:
     return out.getvalue()
 
 
-def _figure(value: dict) -> str:
-    spread = "" if value["sd"] is None else f" ± {value['sd']:.2f}"
-    return f"{value['mean']:.2f}{spread}"
-
-
 def _difference(row: dict, name: str) -> str:
     value = row.get(f"minus_{BASELINE}", {}).get(name)
-    return "" if value is None or row["method"] == BASELINE else _paired(value)
-
-
-def _paired(value: dict) -> str:
-    if value["mean"] is None:
-        return ""
-    error = "" if value["se"] is None else f" ± {value['se']:.2f}"
-    return f"{value['mean']:+.2f}{error}"
+    return "" if value is None or row["method"] == BASELINE else told(value)
