@@ -62,6 +62,8 @@ DEEP = "--epochs 5 --lr 0.03 --wd 5e-4 --batch-size 64 --warmup-epochs 1 --grad-
 SMALL = "--warmup-epochs 1 --grad-clip-norm 5 --lambda-kl 0.25"
 TEACHING = f"{DEEP} --epochs 16 --augment crop"
 MODELS = {"cnn10": TEACHING, "cnn8": DEEP, "cnn6": DEEP, "cnn4": DEEP, "cnn2": SMALL}
+#: What marks a student who sees a part of the images, and for how long: until it knows them.
+FEW, LONGER = "_few", "--epochs 30"
 #: About how long a run takes, in minutes.
 COST = {"cnn10": 29, "cnn8": 6.5, "cnn6": 5.5, "cnn4": 4, "cnn2": 3, "": 7}
 WHERE = (
@@ -73,12 +75,13 @@ WHERE = (
 )
 
 
-def plan(seeds: list[int], epochs: int | None = None, subset: int = 0) -> list[Run]:
+def plan(seeds: list[int], epochs: int | None = None, subset: int = 0, few: int = 0) -> list[Run]:
     """All runs, in an order in which every run comes after those it needs.
 
     Args:
         seeds: of the students; the first one's teacher and assistants teach them all.
         epochs, subset: fewer of everything, for a trial.
+        few: how many images students train on, whose teachers see all; 0: all as well.
     """
     runs: list[Run] = []
 
@@ -89,6 +92,8 @@ def plan(seeds: list[int], epochs: int | None = None, subset: int = 0) -> list[R
         settings.append(SETTINGS[other.get("settings", method)])
         if epochs:
             settings.append(f"--epochs {epochs}")
+        if few and model == STUDENT:
+            settings.append(f"--subset {few} {LONGER}")
         if subset:
             settings.append(f"--subset {subset}")
         made = [f"--method={method}", *shlex.split(" ".join(settings)), f"--seed={seed}", "--final"]
@@ -98,7 +103,7 @@ def plan(seeds: list[int], epochs: int | None = None, subset: int = 0) -> list[R
             made.append("--teacher=" + ",".join(f"{{{t}}}" for t in teachers))
         results = other.get("results", ("result.json",))
         needs = (*teachers, *other.get("needs", ()))
-        name = f"{name}_s{seed}"
+        name += f"{FEW if few and model == STUDENT else ''}_s{seed}"
         cost = COST[model]
         runs.append(
             Run(name, "training.classify", (*made, *flags), needs, results, cost, where=WHERE)
@@ -106,7 +111,8 @@ def plan(seeds: list[int], epochs: int | None = None, subset: int = 0) -> list[R
         return name
 
     first = seeds[0]
-    teacher, *_ = [add("teacher", seed, "none", TEACHER, []) for seed in seeds]
+    taught = seeds[:1] if few else seeds
+    teacher, *_ = [add("teacher", seed, "none", TEACHER, []) for seed in taught]
     shared = add("cnn8_kd", first, "kd", "cnn8", [teacher])
     chains = {}
     for method in ("takd", "dgkd"):  # TAKD reads the last of them, DGKD all
@@ -169,10 +175,7 @@ ROWS = {
 
 def table(results: Path) -> str:
     """Tables 1 and 6 over seeds, as Markdown: test top-1, paired differences, training top-1."""
-    groups: dict[str, list[dict]] = {}
-    for path in sorted((results / "runs").glob("*.json")):
-        result = json.loads(path.read_text())
-        groups.setdefault(path.stem.replace(f"_s{result['seed']}", ""), []).append(result)
+    groups = _by_kind(results)
     test, train = (
         {
             name: {one["seed"]: 100 * one[metrics]["acc1"] for one in runs}
@@ -210,16 +213,25 @@ def costs(results: Path) -> dict[str, float]:
     A CPU's time does not grow when others use the machine. The bank's is that of all its rates
     together. Means over seeds; methods with a run missing are left out. `eval.cost` counts MACs.
     """
-    spent: dict[str, list[float]] = {}
-    for path in sorted((results / "runs").glob("*.json")):
-        result = json.loads(path.read_text())
-        name = path.stem.partition("_R")[0].replace(f"_s{result['seed']}", "")
-        spent.setdefault(name, []).append(result["provenance"]["cpu_seconds"])
+    spent = {
+        kind: mean(run["provenance"]["cpu_seconds"] for run in runs)
+        for kind, runs in _by_kind(results).items()
+    }
     return {
-        method: sum(mean(spent[name]) for name in chain) / mean(spent["kd"])
+        method: sum(spent[name] for name in chain) / spent["kd"]
         for method, chain in CHAINS.items()
         if spent.keys() >= {"kd", *chain}
     }
+
+
+def _by_kind(results: Path) -> dict[str, list[dict]]:
+    """The kept results by what they are runs of, one for each seed (of the bank: and rate)."""
+    groups: dict[str, list[dict]] = {}
+    for path in sorted((results / "runs").glob("*.json")):
+        result = json.loads(path.read_text())
+        kind = path.stem.partition("_R")[0].removesuffix(f"_s{result['seed']}")
+        groups.setdefault(kind.removesuffix(FEW), []).append(result)
+    return groups
 
 
 def main(argv: list[str]) -> int:
@@ -234,13 +246,19 @@ def main(argv: list[str]) -> int:
         help="the first one's teacher teaches all",
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument(
+        "--few", type=int, default=0, metavar="N", help="students train on N images [all]"
+    )
     parser.add_argument("--logs", type=Path, default=Path("logs/cifar100"))
-    parser.add_argument("--results", type=Path, default=Path("results/cifar100"))
+    parser.add_argument(
+        "--results", type=Path, help="(default: results/cifar100, with _few for --few)"
+    )
     parser.add_argument("--epochs", type=int, help="a trial: so many epochs of everything")
     parser.add_argument("--subset", type=int, default=0, help="a trial: so many training images")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left")
     args = parser.parse_args(argv)
-    runs = plan(args.seeds, args.epochs, args.subset)
+    args.results = args.results or Path(f"results/cifar100{FEW if args.few else ''}")
+    runs = plan(args.seeds, args.epochs, args.subset, args.few)
     check_settings(runs, args.results)
 
     def keep(run: Run) -> None:

@@ -855,6 +855,24 @@ def test_every_recipe_needs_only_what_it_says(monkeypatch):
     assert cifd.ibm and cifd.epochs == 240 and cifd.milestones == [150, 160, 180]
 
 
+def test_a_subset_is_of_the_images_that_are_not_held_out():
+    whole, held_out = split_rows(1000, 100)
+    some, held_beside = split_rows(1000, 100, subset=50)
+    assert np.array_equal(held_out, held_beside), "a teacher has seen what is held out here"
+    assert len(some) == 50 and set(some) < set(whole)
+
+
+@needs_cifar
+def test_a_student_of_a_subset_learns_from_a_teacher_of_all(run_classify, tmp_path):
+    kept = ["--holdout=64", "--epochs=1", "--batch-size=16"]
+    run_classify(tmp_path, "teacher", "--model=cnn2", *kept, "--subset=128")
+    taught = ["--method=kd", "--model=cnn2", f"--teacher={tmp_path / 'teacher'}", *kept]
+    cache = ["--augment=flip", f"--teacher-cache={tmp_path / 'answers'}"]
+    for name, subset in (("some", 64), ("others", 96)):
+        run_classify(tmp_path, name, *taught, *cache, f"--subset={subset}")
+    assert len(list((tmp_path / "answers").iterdir())) == 2, "answers of other rows were taken"
+
+
 @pytest.mark.parametrize("flags", ["--holdout 0", "--holdout 5000 --final"])
 def test_tuning_looks_at_held_out_training_images_alone(flags):
     run = ["--data", "d", "--model", "cnn2", *flags.split()]

@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -91,9 +92,14 @@ def run(args: Namespace, directory: RunDirectory, world: World, device: torch.de
         Whether it is finished; False when a signal stopped it with a checkpoint on disk.
     """
     teachers = [load_teacher(place, args.dataset) for place in args.teacher]
-    table = load_split(args, "train").subset(args.subset).to(device)
+    table = load_split(args, "train")
     _check_teachers(args, teachers, table)
-    rows, held_out = split_rows(len(table), args.holdout)
+    rows, held_out = split_rows(len(table), args.holdout, args.subset)
+    if args.subset:
+        needed = np.union1d(rows, held_out)
+        table = table.take(needed)
+        rows, held_out = np.searchsorted(needed, rows), np.searchsorted(needed, held_out)
+    table = table.to(device)
     if isinstance(table, PhotoTable):
         batches = PhotoBatches(table, rows, args.seed, args.batch_size, world)
     else:

@@ -7,7 +7,7 @@ neither.
 import io
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -51,12 +51,14 @@ class Table:
     Attributes:
         images: (N, H, W, 3) uint8.
         labels: (N,) int64.
-        hash: SHA-256 of images and labels, whatever layout they came in.
+        hash: SHA-256 of images and labels of the whole split, whatever layout they came in.
+        part: which of its rows these are.
     """
 
     images: Tensor
     labels: Tensor
     hash: str
+    part: str = "all"
     classes, side = CLASSES, SIDE
 
     def __len__(self) -> int:
@@ -64,14 +66,13 @@ class Table:
 
     def to(self, device: torch.device) -> "Table":
         """The same table on a device."""
-        return Table(self.images.to(device), self.labels.to(device), self.hash)
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
-    def subset(self, samples: int) -> "Table":
-        """The same ``samples`` images of it every time, in their old order; 0 for all."""
-        if not samples:
-            return self
-        rows = torch.from_numpy(np.sort(draws.permutation(len(self), "classify/subset")[:samples]))
-        return Table(self.images[rows], self.labels[rows], self.hash)
+    def take(self, rows: np.ndarray) -> "Table":
+        """Some of its rows, in this order."""
+        part = sha256(rows.astype("<i8").tobytes()).hexdigest()
+        rows = torch.from_numpy(rows)
+        return Table(self.images[rows], self.labels[rows], self.hash, part)
 
     def in_order(self, rows: Tensor, size: int, images: bool = True) -> Iterator[Batch]:
         """The plain views of some rows, ``size`` at a time."""
@@ -163,13 +164,21 @@ def normalise(
     return pixels.float().sub_(mean).div_(std).permute(0, 3, 1, 2)  # channels last as it is
 
 
-def split_rows(total: int, holdout: int) -> tuple[np.ndarray, np.ndarray]:
+def split_rows(total: int, holdout: int, subset: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on and rows held out: the same whatever the seed.
 
     A larger holdout contains a smaller one.
+
+    Args:
+        total: how many rows there are.
+        holdout: how many are held out.
+        subset: how many of the others are trained on, if there are more; 0: all.
     """
     order = draws.permutation(total, "classify/holdout")
-    return np.sort(order[holdout:]), np.sort(order[:holdout])
+    rows = np.sort(order[holdout:])
+    if subset:
+        rows = np.sort(rows[draws.permutation(len(rows), "classify/subset")[:subset]])
+    return rows, np.sort(order[:holdout])
 
 
 def load_cifar100(directory: Path, split: str) -> Table:

@@ -126,7 +126,7 @@ def _data_flags(g) -> None:
         "--holdout", type=int, default=0, help="training images kept back for validation"
     )
     g.add_argument("--workers", type=int, default=4, help="imagenet: processes that decode")
-    g.add_argument("--subset", type=int, default=0, help="use only so many training images")
+    g.add_argument("--subset", type=int, default=0, help="train on only so many images")
     g.add_argument("--final", action="store_true", help="evaluate the test split, once, at the end")
 
 

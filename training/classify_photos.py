@@ -116,11 +116,8 @@ class PhotoTable:
         """The same table, with batches on a device."""
         return replace(self, labels=self.labels.to(device), device=device)
 
-    def subset(self, samples: int) -> "PhotoTable":
-        """The same ``samples`` images of it every time; 0 for all."""
-        if not samples:
-            return self
-        rows = np.sort(draws.permutation(len(self), "classify/subset")[:samples])
+    def take(self, rows: np.ndarray) -> "PhotoTable":
+        """Some of its rows, in this order."""
         labels = self.labels[torch.from_numpy(rows)]
         return replace(self, photos=self.photos.take(rows), labels=labels)
 

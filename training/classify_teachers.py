@@ -220,7 +220,7 @@ class CachedTeachers:
         self._rows = len(table)
         every = []
         for model, name in zip(live.models, hashes, strict=True):
-            file = f"{name[:16]}_{table.hash[:16]}_{len(table)}_{augment}.safetensors"
+            file = f"{name[:16]}_{table.hash[:16]}_{table.part[:16]}_{augment}.safetensors"
             every.append(self._answers(model, table, augment, directory and directory / file))
         chunks = zip(*(zip(*(t.split(EVALUATION_BATCH) for t in pair)) for pair in every))
         parts = [live.outputs(list(answers)) for answers in chunks]
