@@ -12,6 +12,7 @@ import torch
 from eval import benchmark
 from eval.datasets import open_folder
 from eval.models import count_parameters
+from experiments import gradient_shares
 from experiments.clip_small import __main__ as study
 from experiments.clip_small import plan as plans
 from experiments.clip_small import table
@@ -230,6 +231,14 @@ def test_differences_are_paired_by_seed():
     assert "| gap10 | cifd3 | 3 | 22.00 ± 11.00 | +2.00 ± 0.58 |" in text
 
 
+def test_a_term_pulls_with_its_share_of_the_gradient():
+    model = torch.nn.ModuleDict({"visual": torch.nn.Linear(1, 1, bias=False)})
+    model["text"] = torch.nn.Linear(1, 1, bias=False)
+    image, text = model["visual"].weight.sum(), model["text"].weight.sum()
+    shares = gradient_shares.pulls({"a": 3 * image, "b": image + text}, model)
+    assert shares == {"a": {"image": 0.75, "text": 0}, "b": {"image": 0.25, "text": 1}}
+
+
 def test_tuning_weighs_classification_and_retrieval_alike():
     kept = made("kd", 0, top1=0.4, recall=0.2)
     assert score(kept) == pytest.approx(30)
@@ -279,6 +288,15 @@ def test_the_study_tunes_trains_compares_and_goes_on(smaller, tmp_path, capsys):
     assert asked == [(plans.DEFAULT, 2), *[("λ_CL", 2)] * 2]
     assert all(r["minus_default"]["n"] == 2 for r in content["choices"])
     assert (tmp_path / "logs" / "report.html").is_file()
+    capsys.readouterr()
+    assert gradient_shares.main([f"{tmp_path}/logs/cifd3_gap10_s0", "--batches=1"]) == 0
+    terms = {
+        line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:] if line
+    }
+    assert terms == {
+        "contrastive_loss", "image_embedding_loss", "image_rate_loss",
+        "text_embedding_loss", "text_rate_loss",
+    }  # fmt: skip
 
     kept = results / "runs" / "none_gap10_s0_test.json"
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"flags": ["--lr=9"]}))
