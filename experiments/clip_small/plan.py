@@ -107,7 +107,7 @@ METHODS = {
     "cifd3-noibm": Method("cifd", ("--no-ibm",), rates=THREE, weight=LAMBDA_CL),
 }
 #: One learning rate for everybody: the one that is best for these on average.
-RATES_OF_LEARNING = (5e-4, 1e-3, 2e-3)
+RATES_OF_LEARNING = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 JUDGES = ("none", "clipkd", "cifd3")
 #: Open choices of docs/paper.md: question → what departs from the default of cifd3 (`DEFAULT`), as
 #: a student and flags. Where the bottleneck sits is asked of a student whose image tower has a
