@@ -278,9 +278,10 @@ def main(argv: list[str]) -> int:
         "CIFAR-100: percent, mean ± standard deviation over n seeds; −: the mean of the "
         "differences seed by seed ± its standard error.\n\n" + told_by_seed
     )
-    times_kd = costs(args.results)
-    write_json(args.results / "costs.json", {"times kd, cpu time": times_kd})
-    print("cost, × KD:", ", ".join(f"{k} {v:.2f}" for k, v in times_kd.items()))
+    if not args.few:  # whose assistants are trained on more images than they are
+        times_kd = costs(args.results)
+        write_json(args.results / "costs.json", {"times kd, cpu time": times_kd})
+        print("cost, × KD:", ", ".join(f"{k} {v:.2f}" for k, v in times_kd.items()))
     report([str(args.results), f"--out={args.results / 'report.html'}", "--title=CIFAR-100"])
     return 0
 
