@@ -1,9 +1,9 @@
 """What is run: teachers, caches, banks, and students under every method.
 
 Teachers see all of CIFAR-100 and Flickr8k, students a part of CIFAR-100 beside Flickr8k: as the
-paper's students, they are taught by who has seen much more, and on their own they overfit. All
-students see the same views of the same pairs for the same number of steps, with one optimizer and
-schedule; the teachers' embeddings of those views are computed once.
+paper's students, they are taught by who has seen much more. All students see the same views of the
+same pairs for the same number of steps, with one optimizer and schedule; the teachers' embeddings
+of those views are computed once.
 """
 
 import os
