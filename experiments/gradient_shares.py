@@ -60,6 +60,9 @@ def measure(run: Path, batches: int) -> dict[str, dict[str, dict[str, float]]]:
     if not config.is_file():
         raise UsageError(f"{run} is no run of training.main: {config.name} is not there")
     args = argparse.Namespace(**json.loads(config.read_text()))
+    trained = Checkpoints(run / "checkpoints").newest()
+    if args.distill == "rdm" or args.lock_image or args.lock_text or trained is None:
+        raise UsageError(f"{run}: expected a student with both towers trained, and a checkpoint")
     add_model_configs(args.model_config)
     world, cpu = World(), torch.device("cpu")
     sources = open_data(args, world)
@@ -68,7 +71,7 @@ def measure(run: Path, batches: int) -> dict[str, dict[str, dict[str, float]]]:
         stage = StudentStage(args, cpu, world)
         trainer = Trainer(args, stage, world, cpu, epoch_steps(args, sources, args.batch_size))
         if moment == "end":
-            trainer.load(Checkpoints(run / "checkpoints").newest()[1])
+            trainer.load(trained[1])
         stage.task.train()
         loader = make_loader(args, sources, trainer, args.batch_size)
         seen, first = [], trainer.progress.step
