@@ -94,7 +94,8 @@ class Method:
 
 
 THREE = (1000.0, 300.0, 100.0)
-LAMBDA_CL = ("lambda-cl", (0.0005, 0.005, 0.05))
+#: With means as reductions, one over the values that clipkd's λ_FD takes: the same shares.
+LAMBDA_CL = ("lambda-cl", (0.00005, 0.0005, 0.005))
 METHODS = {
     "none": Method("none", teachers=0),
     "kd": Method("kd"),
