@@ -27,7 +27,7 @@ from experiments.runs import (
     write_json,
 )
 from experiments.seeds import paired, summarise, told
-from training.classify_params import parse_args, run_config
+from training.classify_params import parse_args, parser, run_config
 from training.control import STOPPED_EXIT
 from training.errors import cli
 from training.rundir import RunDirectory
@@ -149,7 +149,8 @@ def keep_results(run: Run, data: Path, logs: Path, results: Path) -> None:
     if not is_finished(run, logs):
         return
     directory = logs / run.name
-    RunDirectory(directory, run_config(parse_args(run.command(data, logs)[2:])), resume=True)
+    config = run_config(parse_args(run.command(data, logs)[2:]))
+    RunDirectory(directory, config, parser(), resume=True)
     for file, kept in run.kept(results).items():
         if not kept.is_file():
             result = json.loads((directory / file).read_text())

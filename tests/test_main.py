@@ -217,6 +217,18 @@ def test_an_existing_run_and_a_changed_configuration_are_refused(flags, tmp_path
         main([*command, "--lr", "0.1", "--resume", "latest"])
 
 
+def test_a_run_older_than_a_flag_goes_on_with_the_flags_default(flags, tmp_path):
+    command = [*flags, "--logs", str(tmp_path), "--name", "run"]
+    assert main(command) == 0
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    del config["rdm_output"]
+    path.write_text(json.dumps(config))
+    assert main([*command, "--resume", "latest"]) == 0
+    with pytest.raises(UsageError, match="--rdm-output was 'rounded', now 'raw'"):
+        main([*command, "--resume", "latest", "--rdm-output", "raw"])
+
+
 def test_a_missing_bank_and_a_foreign_bank_are_refused(flags, bank, teacher, tmp_path):
     command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--logs", str(tmp_path)]
     with pytest.raises(UsageError, match="holds no RDM bank"):

@@ -33,7 +33,7 @@ from training.classify_data import (
     load_cifar100,
     split_rows,
 )
-from training.classify_params import parse_args, run_config
+from training.classify_params import parse_args, parser, run_config
 from training.classify_photos import PhotoBatches, PhotoTable, load_photos
 from training.classify_teachers import (
     EVALUATION_BATCH,
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     check_share(args.batch_size, world)
     path = Path(args.logs) / args.name
     try:
-        directory = RunDirectory(path, run_config(args), args.resume == "latest")
+        directory = RunDirectory(path, run_config(args), parser(), args.resume == "latest")
         if directory.finished:
             log.info("%s is finished already", directory.path)
             return 0

@@ -25,7 +25,7 @@ from training.errors import UsageError, cli
 from training.loop import train
 from training.metrics import Sinks
 from training.models import add_model_configs
-from training.params import batch_share, parse_args
+from training.params import batch_share, parse_args, parser
 from training.rundir import RunDirectory, resolved_config
 from training.stages import RDMStage, Stage, StudentStage
 from training.trainer import Trainer
@@ -90,7 +90,7 @@ def run(args: Namespace, path: Path, world: World, device: torch.device) -> bool
         Whether it is finished; False when a signal stopped it with a checkpoint on disk.
     """
     config = resolved_config(args, world.size)
-    directory = RunDirectory(path, config, args.resume == "latest")
+    directory = RunDirectory(path, config, parser(), args.resume == "latest")
     if directory.finished:
         logging.info("%s is finished already", path)
         return True

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,14 @@ class RunDirectory:
     Args:
         path: the directory.
         config: every flag, resolved, as JSON values.
+        parser: of those flags. One that is younger than the run has had its default in it.
         resume: whether an existing run is to be continued.
 
     Raises:
         UsageError: the run exists and is not to be resumed, or its configuration differs.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], resume: bool):
+    def __init__(self, path: Path, config: dict[str, Any], parser: ArgumentParser, resume: bool):
         self.path = path
         existing = path / "config.json"
         if existing.is_file():
@@ -53,7 +54,9 @@ class RunDirectory:
                     f"{path} holds a run already: choose another --name, or continue it with "
                     "--resume latest"
                 )
-            _check_same(path, json.loads(existing.read_text()), config)
+            before = json.loads(existing.read_text())
+            younger = {key: parser.get_default(key) for key in config.keys() - before.keys()}
+            _check_same(path, before | json.loads(json.dumps(younger)), config)
         path.mkdir(parents=True, exist_ok=True)
         self.config = config
 

@@ -8,7 +8,7 @@ from typing import Any
 from experiments.clip_small.plan import Plan
 from experiments.runs import Run, curve, is_finished, write_json
 from training.errors import Failure
-from training.params import parse_args
+from training.params import parse_args, parser
 from training.rundir import RunDirectory, resolved_config
 
 
@@ -25,7 +25,7 @@ def keep_result(plan: Plan, run: Run, data: Path, logs: Path, results: Path) -> 
     trained = plan.by_name[run.about["run"]]
     directory = logs / trained.name
     config = resolved_config(parse_args(trained.command(data, logs)[2:]), 1)
-    RunDirectory(directory, config, resume=True)
+    RunDirectory(directory, config, parser(), resume=True)
     made = _read(directory / "environment.json")
     content = {
         "flags": run.depends,
