@@ -1,10 +1,11 @@
 """The study's data: CIFAR-100 as image-text pairs beside Flickr8k, and what is held out of both.
 
-Written: training pairs in img2dataset's layout, ``cifar100/*.tar``, ``cifar100_few/*.tar`` (what
-students see of it) and ``flickr8k/*.tar``; and ``benchmark/NAME`` in clip_benchmark's layout, each
-with the splits ``test`` and ``val`` (held-out training data). NAME is ``cifar100``, ``flickr8k``,
-and, to measure what a student gains by having seen its data, ``cifar100_seen`` and
-``flickr8k_seen``: training images, as many as the split has beside it or as there are.
+Written: training pairs in img2dataset's layout, ``cifar100/*.tar`` and ``flickr8k/*.tar``, which
+teachers see, and ``cifar100_few/*.tar`` and ``flickr8k_few/*.tar``, what students see of them; and
+``benchmark/NAME`` in clip_benchmark's layout, each with the splits ``test`` and ``val`` (held-out
+training data). NAME is ``cifar100``, ``flickr8k``, and, to measure what a student gains by having
+seen its data, ``cifar100_seen`` and ``flickr8k_seen``: what it saw, as many as the split has beside
+it or as there are.
 """
 
 import io
@@ -30,11 +31,12 @@ class Sizes(NamedTuple):
     """Most samples of each kind; 0 for all there are."""
 
     cifar_train: int = 0
-    cifar_few: int = 10_000
+    cifar_few: int = 2_500
     """What students see of the training images; teachers see all."""
     cifar_val: int = 5_000
     cifar_test: int = 0
     flickr_train: int = 0
+    flickr_few: int = 1_500
     flickr_val: int = 591
     """The two last shards: the last alone has 91 photos."""
     flickr_test: int = 0
@@ -89,10 +91,12 @@ def prepare(out: Path, cifar100: Path, flickr8k: Path, sizes: Sizes) -> None:
     train, val = photos[: -sizes.flickr_val], photos[-sizes.flickr_val :]
     train = _some(train, sizes.flickr_train)
     test = _some(list(flickr_pairs(flickr8k / "test")), sizes.flickr_test)
+    few = _some(train, sizes.flickr_few)
     write_pairs(draft / "flickr8k", train)
+    write_pairs(draft / "flickr8k_few", few)
     for name, splits in {
         "flickr8k": {"test": test, "val": val},
-        "flickr8k_seen": {"test": train[: len(test)], "val": train[: len(val)]},
+        "flickr8k_seen": {"test": few[: len(test)], "val": few[: len(val)]},
     }.items():
         write_benchmark(benchmark / name, splits, "retrieval")
     (draft / "made.json").write_text(json.dumps(made, indent=1) + "\n")
