@@ -173,8 +173,8 @@ def test_clipkd_is_task_crd_icl_and_fd(cfg):
     t_image, t_text, _ = taught
     with torch.no_grad():
         heads = made.method.projectors
-        image = unit(heads.image[0](model.encode_image(batch[0])).double())
-        text = unit(heads.text[0](model.encode_text(batch[1])).double())
+        image = unit(heads.head("image", 0)(model.encode_image(batch[0])).double())
+        text = unit(heads.head("text", 0)(model.encode_text(batch[1])).double())
     scale = math.exp(math.log(1 / 0.07))
     icl = [
         cross_entropy_to_pairs(cosines(image, t_text, scale)),
@@ -193,6 +193,23 @@ def test_clipkd_trains_its_interactive_temperature():
     made = task("clipkd", clip("tiny-student"), [48])
     total(run(made, batch, [other(*batch)])[0]).backward()
     assert made.method.cross_logit_scale.grad.abs() > 0
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
+def test_matching_a_teacher_aligns_image_and_text_only_through_one_projector(shared):
+    """What ships is the student's own space: there, with a projector each, nothing pairs them."""
+    batch, taught = pairs(12), torch.eye(48)[:12]
+    made = task("fd", clip("tiny-student"), [48], shared_projector=float(shared))
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = total(run(made, batch, [Features(taught, taught, torch.tensor(10.0))])[0])
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1 / 48, "both match the teacher"
+    image, text, _ = student_features(made.student.model, batch)
+    found = ((image @ text.T).argmax(1) == torch.arange(12)).sum()
+    assert found >= 10 if shared else found <= 5, f"{found} of 12 images find their text"
 
 
 # -- CIFD --------------------------------------------------------------------------------------
@@ -243,8 +260,8 @@ def test_cifd_is_equations_12_and_13(cfg, site):
     _, nats, noisy = through_bottleneck(made, batch, 4, 9)
     with torch.no_grad():
         heads = made.method.projectors
-        image = unit(heads.image[0](noisy.image).double())
-        text = unit(heads.text[0](noisy.text).double())
+        image = unit(heads.head("image", 0)(noisy.image).double())
+        text = unit(heads.head("text", 0)(noisy.text).double())
     expected = {"image": 0.0, "text": 0.0}
     for x, lambda_n in ((taught, 1.0), (helpers[0], 0.5), (helpers[1], 0.5)):
         expected["image"] += lambda_n * mean_square(image, x.image.double())

@@ -162,6 +162,13 @@ def _method_flags(g) -> None:
         default="all",
         help="cifd: whether the contrastive term sees the noise too",
     )
+    g.add_argument(
+        "--projector",
+        choices=("shared", "separate"),
+        default="shared",
+        help="fd, clipkd, cifd: to a teacher of another dimension, one map for images and texts or "
+        "one for each",
+    )
     g.add_argument("--lambda-kd", type=float, default=1.0, help="mobileclip: share of distillation")
     g.add_argument("--lambda-fd", type=float, default=2000.0, help="clipkd: feature term")
     g.add_argument("--lambda-crd", type=float, default=1.0, help="clipkd: relational term")

@@ -267,6 +267,7 @@ def make_task(
         "lambda_i": args.lambda_i,
         "ibm": not args.no_ibm,
         "ibm_contrastive": args.ibm_branch == "all",
+        "shared_projector": args.projector == "shared",
         "lambda_kd": args.lambda_kd,
         "lambda_fd": args.lambda_fd,
         "lambda_crd": args.lambda_crd,

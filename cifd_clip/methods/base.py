@@ -13,24 +13,44 @@ Report = dict[str, Tensor]
 
 
 class Projectors(nn.Module):
-    """One linear map per teacher space and modality, none where the dimensions agree.
+    """One linear map per teacher space, none where the dimensions agree.
+
+    Shared, it serves both modalities: an image and a text that match the teacher's pair then match
+    each other in the student's own space too, which is the one that ships. With a map for each
+    modality the two may lie anywhere, and only a contrastive term brings them together
+    (docs/paper.md, "One projector").
 
     Args:
         dim: D, the student's embedding dimension.
         teacher_dims: T of each teacher space.
         generator: draws the initial weights.
+        shared: whether image and text embeddings go through one map.
     """
 
-    def __init__(self, dim: int, teacher_dims: list[int], generator: torch.Generator | None):
+    def __init__(
+        self,
+        dim: int,
+        teacher_dims: list[int],
+        generator: torch.Generator | None,
+        shared: bool = True,
+    ):
         super().__init__()
-        self.image = nn.ModuleList(_projector(dim, t, generator) for t in teacher_dims)
-        self.text = nn.ModuleList(_projector(dim, t, generator) for t in teacher_dims)
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.ModuleList(_projector(dim, t, generator) for t in teacher_dims)
+                for name in (("both",) if shared else Pooled._fields)
+            }
+        )
+
+    def head(self, modality: str, space: int) -> nn.Module:
+        """The map of a modality's embeddings to a teacher's space."""
+        return self.heads["both" if "both" in self.heads else modality][space]
 
     def forward(self, student: StudentEmbeddings, space: int) -> tuple[Tensor, Tensor]:
         """The student's unit-norm image and text embeddings in a teacher's space, (b, T)."""
         return (
-            F.normalize(self.image[space](student.image), dim=-1),
-            F.normalize(self.text[space](student.text), dim=-1),
+            F.normalize(self.head("image", space)(student.image), dim=-1),
+            F.normalize(self.head("text", space)(student.text), dim=-1),
         )
 
 

@@ -29,7 +29,9 @@ class CIFD(FeatureDistillation):
             ("present only when there is feedback to the student", section 3.2).
     """
 
-    defaults = {"lambda_cl": 0.005, "lambda_i": 1e-4, "ibm": 1.0, "ibm_contrastive": 1.0}
+    defaults = FeatureDistillation.defaults | {
+        "lambda_cl": 0.005, "lambda_i": 1e-4, "ibm": 1.0, "ibm_contrastive": 1.0,
+    }  # fmt: skip
 
     def build(self, student, teacher_dims, generator) -> None:
         super().build(student, teacher_dims, generator)

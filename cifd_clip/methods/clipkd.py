@@ -22,13 +22,15 @@ class CLIPKD(Method):
 
     Two repairs to the published code: the interactive term's temperature is exponentiated, and
     what trains (projectors, temperature) sits in this module, so that the optimizer, the
-    checkpoint and every rank agree on it.
+    checkpoint and every rank agree on it. Its scripts have a projector for each modality
+    (``shared_projector`` 0).
     """
 
-    defaults = {"lambda_crd": 1.0, "lambda_icl": 1.0, "lambda_fd": 2000.0}
+    defaults = {"lambda_crd": 1.0, "lambda_icl": 1.0, "lambda_fd": 2000.0, "shared_projector": 1.0}
 
     def build(self, student, teacher_dims, generator) -> None:
-        self.projectors = Projectors(student.dim, teacher_dims, generator)
+        shared = bool(self.weights["shared_projector"])
+        self.projectors = Projectors(student.dim, teacher_dims, generator, shared)
         self.cross_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(

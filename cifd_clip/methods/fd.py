@@ -7,14 +7,21 @@ from cifd_clip.student import Pooled, Student, StudentEmbeddings
 
 
 class FeatureDistillation(Method):
-    """Σ over teachers of the image and text embedding terms."""
+    """Σ over teachers of the image and text embedding terms.
+
+    Weights:
+        shared_projector: whether one projector serves both modalities, see `Projectors`.
+    """
+
+    defaults = {"shared_projector": 1.0}
 
     @property
     def uses_logit_scale(self) -> bool:
         return False
 
     def build(self, student, teacher_dims, generator) -> None:
-        self.projectors = Projectors(student.dim, teacher_dims, generator)
+        shared = bool(self.weights["shared_projector"])
+        self.projectors = Projectors(student.dim, teacher_dims, generator, shared)
 
     def forward(
         self,
