@@ -146,7 +146,7 @@ def _method_flags(g) -> None:
         help="cifd: what an RDM teaches: its rounded reconstruction at unit norm, one with noise "
         "in place of rounding, or one that is not normalised",
     )
-    g.add_argument("--lambda-cl", type=float, default=0.005, help="cifd: λ_CL of eq. 13")
+    g.add_argument("--lambda-cl", type=float, default=0.0005, help="cifd: λ_CL of eq. 13")
     g.add_argument("--lambda-i", type=float, default=1e-4, help="cifd: λ_I of eq. 12")
     g.add_argument("--lambda-n", type=float, default=1.0, help="cifd: λ_n of eq. 12")
     g.add_argument("--no-ibm", action="store_true", help="cifd: no Information Bottleneck Module")

@@ -30,7 +30,7 @@ class CIFD(FeatureDistillation):
     """
 
     defaults = FeatureDistillation.defaults | {
-        "lambda_cl": 0.005, "lambda_i": 1e-4, "ibm": 1.0, "ibm_contrastive": 1.0,
+        "lambda_cl": 0.0005, "lambda_i": 1e-4, "ibm": 1.0, "ibm_contrastive": 1.0,
     }  # fmt: skip
 
     def build(self, student, teacher_dims, generator) -> None:

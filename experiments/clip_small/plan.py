@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments.clip_small.data import Sizes
 from experiments.runs import Run
@@ -58,14 +59,9 @@ CPU_MINUTES = {
     "teacher": 3.7, "gap3": 1.0, "gap10": 0.7, "gap10-vit": 1.2,
     "bank": 0.2, "view": 0.7, "eval": 0.4, "calibrate": 5.0,
 }  # fmt: skip
-#: "cpu-10k" gives the students of "cpu" four times the data, so that they overfit less.
 SCALES = {
     "cpu": Scale(
         "small", Sizes(), 51_200, 128, 10, 2, 2, 3.0,
-        "--steps 1000 --batch-size 512", 0, CPU_MINUTES,
-    ),
-    "cpu-10k": Scale(
-        "small", Sizes(cifar_few=10_000, flickr_few=0), 51_200, 128, 10, 2, 2, 3.0,
         "--steps 1000 --batch-size 512", 0, CPU_MINUTES,
     ),
     "gpu": Scale(
@@ -98,42 +94,58 @@ class Method:
     weight: tuple[str, tuple[float, ...]] | None = None
 
 
-THREE = (1000.0, 300.0, 100.0)
-#: With means as reductions, one over the values that clipkd's λ_FD takes: the same shares.
-LAMBDA_CL = ("lambda-cl", (0.00005, 0.0005, 0.005))
+#: Higher than training.params has: an RDM at R = 100 loses most of this teacher (docs/paper.md).
+THREE = (3000.0, 1000.0, 300.0)
+#: One over the values that clipkd's λ_FD takes: the same shares of contrastive and feature term.
+LAMBDA_CL = ("lambda-cl", (0.00005, 0.00015, 0.0005))
 METHODS = {
     "none": Method("none", teachers=0),
     "kd": Method("kd"),
     "fd": Method("fd"),
+    "fd-separate": Method("fd", ("--projector=separate",)),
     "tinyclip": Method("tinyclip"),
     "mobileclip": Method("mobileclip", teachers=2, weight=("lambda-kd", (0.5, 0.8, 1.0))),
-    "clipkd": Method("clipkd", weight=("lambda-fd", (200.0, 2000.0, 20000.0))),
-    "cifd1": Method("cifd", rates=(300.0,), weight=LAMBDA_CL),
+    "clipkd": Method("clipkd", weight=("lambda-fd", (2000.0, 6000.0, 20000.0))),
+    "cifd1": Method("cifd", rates=(1000.0,), weight=LAMBDA_CL),
     "cifd3": Method("cifd", rates=THREE, weight=LAMBDA_CL),
     "cifd3-noibm": Method("cifd", ("--no-ibm",), rates=THREE, weight=LAMBDA_CL),
 }
 #: One learning rate for everybody: the one that is best for these on average.
-RATES_OF_LEARNING = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES_OF_LEARNING = (2e-3, 4e-3, 8e-3)
 JUDGES = ("none", "clipkd", "cifd3")
-#: Open choices of docs/paper.md: question → what departs from the default of cifd3 (`DEFAULT`), as
-#: a student and flags. Where the bottleneck sits is asked of a student whose image tower has a
-#: projection to sit before, which a ResNet's attention pool is not. Sums in place of means make the
-#: embedding terms 256 (T) and the rates 128 (D) times as large, which for AdamW are these weights.
-DEFAULT = "default"
-CHOICES: dict[str, dict[str, tuple[str, str]]] = {
-    DEFAULT: {model: (model, "") for model in (PROBE, "gap10-vit")},
-    "λ_I": {f"{v:g}": (PROBE, f"--lambda-i={v:g}") for v in (1e-5, 1e-3, 1e-2)},
-    "λ_CL": {f"{v:g}": (PROBE, f"--lambda-cl={v:g}") for v in (0.0005, 0.005)},
-    "reductions": {"sums": (PROBE, f"--lambda-cl={0.005 / 256:g} --lambda-i={1e-4 * 128 / 256:g}")},
-    "RDM output": {v: (PROBE, f"--rdm-output={v}") for v in ("noisy", "raw")},
+
+
+class Answer(NamedTuple):
+    """What departs: flags, the student, or the rates of its bank (None: calibrated ones)."""
+
+    flags: str = ""
+    model: str = PROBE
+    rates: tuple[float, ...] | None = ()
+
+
+#: Open choices of docs/paper.md: question → answers, each a departure from cifd3 as it was tuned
+#: (`DEFAULT`). Where the bottleneck sits is asked of a student whose image tower has a projection
+#: to sit before, which a ResNet's attention pool is not. Sums in place of means make the embedding
+#: terms 256 (T) and the rates 128 (D) times as large, which for AdamW are these weights.
+DEFAULT, VIT = "default", "gap10-vit"
+CHOICES = {
+    DEFAULT: {PROBE: Answer(), VIT: Answer(model=VIT)},
+    "projector": {"separate": Answer("--projector=separate")},
+    "rates": {
+        "1000 300 100": Answer(rates=(1000.0, 300.0, 100.0)),
+        "10000 3000 1000": Answer(rates=(10000.0, 3000.0, 1000.0)),
+    },
+    "λ_I": {f"{v:g}": Answer(f"--lambda-i={v:g}") for v in (1e-5, 1e-3, 1e-2)},
+    "λ_CL": {"0.005": Answer("--lambda-cl=0.005")},
+    "reductions": {"sums": Answer(f"--lambda-cl={0.005 / 256:g} --lambda-i={1e-4 * 128 / 256:g}")},
+    "RDM output": {v: Answer(f"--rdm-output={v}") for v in ("noisy", "raw")},
     "IBM": {
-        "projection, distill": ("gap10-vit", "--ibm-branch=distill"),
-        "embedding, all": ("gap10-vit", "--ibm-site=embedding"),
-        "embedding, distill": ("gap10-vit", "--ibm-site=embedding --ibm-branch=distill"),
-        "none": ("gap10-vit", "--no-ibm"),
+        "projection, distill": Answer("--ibm-branch=distill", VIT),
+        "embedding, all": Answer("--ibm-site=embedding", VIT),
+        "embedding, distill": Answer("--ibm-site=embedding --ibm-branch=distill", VIT),
+        "none": Answer("--no-ibm", VIT),
     },
 }
-CHOICE_RATES = ((3000.0, 1000.0, 300.0), (300.0, 100.0, 30.0), (100.0,))
 SHARES = "0.95 0.85 0.7"
 
 
@@ -356,11 +368,8 @@ def choices(plan: Plan, tuned: Tuned, seeds: list[int]) -> None:
     """The open choices: the default, and each answer that departs from it."""
     for seed in seeds:
         for question, answers in CHOICES.items():
-            for answer, (model, flags) in answers.items():
-                _ask(plan, tuned, seed, question, answer, model, *flags.split())
-        for rates in CHOICE_RATES:
-            answer = " ".join(f"{rate:g}" for rate in rates)
-            _ask(plan, tuned, seed, "rates", answer, PROBE, rates=rates)
+            for name, answer in answers.items():
+                _ask(plan, tuned, seed, question, name, answer)
 
 
 def calibrated(plan: Plan, tuned: Tuned, seeds: list[int]) -> None:
@@ -369,13 +378,14 @@ def calibrated(plan: Plan, tuned: Tuned, seeds: list[int]) -> None:
     By itself, after the others: a teacher may not have a rate for every share.
     """
     for seed in seeds if plan.scale.calibrate else ():
-        _ask(plan, tuned, seed, "rates", f"keeping {SHARES}", PROBE, rates=None)
+        _ask(plan, tuned, seed, "rates", f"keeping {SHARES}", Answer(rates=None))
 
 
-def _ask(plan: Plan, tuned: Tuned, seed: int, question: str, answer: str, model: str, *flags: str,
-         rates: tuple[float, ...] | None = ()) -> None:  # fmt: skip
-    about = {"stage": "choices", "question": question, "answer": answer}
-    slug = f"{question}_{answer}".replace(", ", "-").replace(" ", "-").replace("λ", "lambda")
-    flags = (*tuned.flags("cifd3"), *flags)  # later flags win
-    name = f"choice_{slug}_s{seed}"
-    plan.student(name, "cifd3", model, seed, tuned.lr, *flags, split="val", rates=rates, **about)
+def _ask(plan: Plan, tuned: Tuned, seed: int, question: str, name: str, answer: Answer) -> None:
+    about = {"stage": "choices", "question": question, "answer": name}
+    slug = f"{question}_{name}".replace(", ", "-").replace(" ", "-").replace("λ", "lambda")
+    flags = (*tuned.flags("cifd3"), *answer.flags.split())  # later flags win
+    plan.student(
+        f"choice_{slug}_s{seed}", "cifd3", answer.model, seed, tuned.lr, *flags, split="val",
+        rates=answer.rates, **about,
+    )  # fmt: skip
