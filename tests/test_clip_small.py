@@ -89,7 +89,7 @@ def test_every_run_comes_after_those_it_needs_and_its_command_is_valid(tmp_path)
 
 
 #: What may differ between the methods of one student and seed.
-OWN = {"distill", "teacher_cache", "rdm_bank", "no_ibm", "name"}
+OWN = {"distill", "teacher_cache", "rdm_bank", "no_ibm", "projector", "name"}
 OWN |= {row.weight[0].replace("-", "_") for row in METHODS.values() if row.weight}
 
 
@@ -116,7 +116,7 @@ def test_a_result_is_tied_to_the_settings_of_its_whole_chain():
         plan = Plan(SCALES["cpu"])
         plan.student("x", "cifd3", "gap10", 0, lr, stage="students")
         names[lr] = plan.by_name["x_test"].depends
-    assert len(names[1e-3]) == 5, "teacher, cache, bank, student, evaluation"
+    assert len(names[1e-3]) == 6, "data, teacher, cache, bank, student, evaluation"
     changed = [a.split()[0] for a, b in zip(*names.values()) if a != b]
     assert changed == ["training.main"] * 2, "the bank and the student have the learning rate"
 

@@ -315,7 +315,9 @@ class Plan:
         )  # fmt: skip
         where = ("--data-root={data}/benchmark", "--workers=0", f"--device={self.device}")
         chain = [self.by_name[need] for need in self.chain(name)]
-        settings = tuple(" ".join([run.module, *run.flags]) for run in chain)
+        sizes = [f"{key}={value}" for key, value in self.scale.sizes._asdict().items()]
+        settings = [" ".join(["data", *sizes])]
+        settings += [" ".join([run.module, *run.flags]) for run in chain]
         run = Run(
             f"{name}_{split}", "eval.benchmark", flags, (name,), ("result.json",),
             self.scale.minutes["eval"], where,
