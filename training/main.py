@@ -170,6 +170,7 @@ def make_loader(
     order = Order(
         sources, args.seed, window=args.shuffle_window, replacement=args.dataset_resampled
     )
+    options["memory"] = int(args.view_memory * 2**30)
     return Loader(order, sources, *inputs, fetchers=stage.source.fetchers(sources), **options)
 
 

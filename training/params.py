@@ -211,6 +211,13 @@ def _data_flags(g) -> None:
         "--view-seed", type=int, help="of augmentations and captions [--seed, or the cache's own]"
     )
     g.add_argument(
+        "--view-memory",
+        type=float,
+        default=0.0,
+        metavar="GIB",
+        help="decoded views that each reading process holds: for small data and --views",
+    )
+    g.add_argument(
         "--shuffle-window", type=int, default=20000, help="samples shuffled together (whole shards)"
     )
     g.add_argument(
@@ -460,6 +467,8 @@ def _check(args: argparse.Namespace) -> None:
             "--use-bn-sync with --accum-freq > 1 is not supported: batch statistics of a "
             "micro-batch are not those of the whole batch; use more processes instead"
         )
+    if args.view_memory and not args.views:
+        raise UsageError("--view-memory holds views that come again: say how many with --views")
     if args.ema is not None and not 0 < args.ema < 1:
         raise UsageError(f"--ema must lie between 0 and 1, such as 0.9999; got {args.ema}")
     if args.lr_scheduler == "const-cooldown" and args.epochs_cooldown is None:

@@ -22,6 +22,8 @@ PROBE = "gap10"
 DATASETS = ("cifar100", "cifar100_seen", "flickr8k", "flickr8k_seen")
 TEACHER_DATA = "{data}/cifar100::{data}/flickr8k"
 STUDENT_DATA = "{data}/cifar100_few::{data}/flickr8k_few"
+#: GiB: room for all views of the students' data.
+VIEW_MEMORY = 0.5
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,7 @@ class Plan:
         where = (
             f"--train-data={data}", "--logs={logs}", "--name={name}", "--resume=latest", "--keep=1",
             f"--workers={self.scale.workers}", f"--device={self.device}",
+            f"--view-memory={VIEW_MEMORY if data == STUDENT_DATA else 0}",
         )  # fmt: skip
         return self._add(Run(name, "training.main", flags, needs, (), cost, where))
 

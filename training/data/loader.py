@@ -167,12 +167,40 @@ class Assembly:
 
 
 @dataclass
+class Memory:
+    """Samples as they were made, for data that pass many times in the same few views.
+
+    Which are held does not change: with passes that go round, throwing out the oldest would throw
+    out what comes next.
+
+    Attributes:
+        limit: bytes of images it may hold.
+    """
+
+    limit: int = 0
+    held: int = 0
+    samples: dict[tuple[int, int], tuple[str, list[Tensor]]] = field(default_factory=dict)
+
+    def recall(self, row: int, view: int, make: Callable) -> tuple[str, list[Tensor]]:
+        """The caption and images of a sample, made by ``make()`` if they are not held."""
+        if (row, view) in self.samples:
+            return self.samples[row, view]
+        made = make()
+        size = sum(image.nbytes for image in made[1])
+        if self.held + size <= self.limit:
+            self.held += size
+            self.samples[row, view] = made
+        return made
+
+
+@dataclass
 class Reader:
     """Reads samples by row."""
 
     sources: Sources
     recipe: Recipe
     fetchers: Sequence[Fetcher] = ()
+    memory: Memory = field(default_factory=Memory)
 
     def batch(
         self,
@@ -220,7 +248,8 @@ class Reader:
             return None if offset < 0 else _read(shard.path, offset, size, limit, reason)
 
         key = record["key"]
-        return key, row, view, *self.recipe.sample(key, view, read)
+        made = self.memory.recall(row, view, lambda: self.recipe.sample(key, view, read))
+        return key, row, view, *made
 
 
 class Loader:
@@ -242,6 +271,7 @@ class Loader:
         workers: processes; 0: read in this one.
         start_method: ``fork``, ``spawn``, ``forkserver``, or None: Python's default.
         fetchers: `Fetcher` objects.
+        memory: bytes of images that each process holds, to make each view once.
         pin_memory: hand out pinned batches.
         prefetch: batches each worker works ahead.
 
@@ -265,13 +295,14 @@ class Loader:
         workers: int = 0,
         start_method: str | None = None,
         fetchers: Sequence[Fetcher] = (),
+        memory: int = 0,
         pin_memory: bool = False,
         prefetch: int = 2,
     ):
         if global_batch % world_size:
             raise ValueError(f"global batch {global_batch} is no multiple of {world_size} ranks")
         recipe = Recipe(image_transforms, tokenizers, seed, captions, caps or Caps())
-        reader = Reader(sources, recipe, fetchers)
+        reader = Reader(sources, recipe, fetchers, Memory(memory))
         self._steps = _Steps()
         batches = _StepBatches(reader, order, seed, views or 0, global_batch, rank, world_size)
         self._loader = data_loader(
