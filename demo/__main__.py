@@ -20,7 +20,7 @@ from training.errors import UsageError, cli
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
 EPOCHS = {"teacher": 10, "bank": 4, "student": 6}
-RATES = ["1000", "300", "100"]
+RATES = ["3000", "1000", "300"]
 
 
 def demo(out: Path, quick: bool, record: Path | None = None) -> None:

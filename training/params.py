@@ -125,7 +125,7 @@ def _method_flags(g) -> None:
         "--rates",
         type=float,
         nargs="*",
-        default=[1000.0, 300.0, 100.0],
+        default=[3000.0, 1000.0, 300.0],
         metavar="R",
         help="stage 1: one RDM per modality and rate (eq. 4); none: no RDM",
     )
@@ -457,7 +457,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.grad_clip_norm is not None and args.grad_clip_norm <= 0:
         raise UsageError("--grad-clip-norm must be positive; leave it out for no clipping")
     if args.distill == "rdm" and not args.rates:
-        raise UsageError("--distill rdm needs at least one rate: --rates 1000 300 100")
+        raise UsageError("--distill rdm needs at least one rate: --rates 3000 1000 300")
     if any(rate <= 0 for rate in args.rates):
         raise UsageError(f"--rates must be positive, got {args.rates}")
     if args.rdm_bank and args.distill != "cifd":
