@@ -59,7 +59,7 @@ class Scale:
 #: Of one of two busy cores, as measured; gap3 from the processor time of a few steps.
 CPU_MINUTES = {
     "teacher": 4.2, "gap3": 1.0, "gap10": 0.6, "gap10-vit": 1.5,
-    "bank": 0.4, "view": 0.2, "eval": 0.3, "calibrate": 15.0,
+    "bank": 0.4, "view": 0.2, "eval": 0.3, "calibrate": 20.0,
 }  # fmt: skip
 SCALES = {
     "cpu": Scale(
