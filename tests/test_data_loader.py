@@ -14,7 +14,7 @@ from torch import Tensor
 from shards import Letters, encode, picture, sample, write_shards, write_tar
 from training.data.decode import BadSample, Caps
 from training.data.index import index_shards
-from training.data.loader import Fetcher, Loader, sequential
+from training.data.loader import Fetcher, Loader, Memory, sequential
 from training.data.order import Order
 from training.data.views import ImageSpec, View, eval_view, train_view
 
@@ -174,6 +174,16 @@ def test_views_held_in_memory_change_nothing_but_how_often_they_are_made(sources
         assert len(rounds) < len(made) < drawn
     else:
         assert len(made) == drawn
+
+
+@pytest.mark.parametrize("limit", [0, 2**30])
+def test_samples_without_images_are_not_held_in_memory(limit):
+    memory = Memory(limit)
+    for row in range(5):
+        assert memory.recall(row, 0, lambda row=row: (f"caption {row}", [])) == (
+            f"caption {row}", [],
+        )  # fmt: skip
+    assert not memory.samples, "of eleven million samples these would be gigabytes"
 
 
 def test_signals_to_the_job_do_not_stop_its_workers(sources):

@@ -227,6 +227,11 @@ def test_a_run_older_than_a_flag_goes_on_with_the_flags_default(flags, tmp_path)
     assert main([*command, "--resume", "latest"]) == 0
     with pytest.raises(UsageError, match="--rdm-output was 'rounded', now 'raw'"):
         main([*command, "--resume", "latest", "--rdm-output", "raw"])
+    del config["projector"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="--projector was 'separate', now 'shared'"):
+        main([*command, "--resume", "latest"])
+    assert main([*command, "--resume", "latest", "--projector", "separate"]) == 0
 
 
 def test_a_missing_bank_and_a_foreign_bank_are_refused(flags, bank, teacher, tmp_path):

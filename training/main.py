@@ -180,6 +180,8 @@ def epoch_steps(args: Namespace, sources: Sources | None, global_batch: int) -> 
         raise UsageError("--train-num-samples is needed: remote shards can't be counted beforehand")
     if sources is None and args.teacher_cache:
         raise UsageError("--teacher-cache needs local --train-data, whose samples have numbers")
+    if sources is None and args.view_memory:
+        raise UsageError("--view-memory needs local --train-data, whose samples have numbers")
     samples = args.train_num_samples or sources.num_samples
     if samples < global_batch:
         raise UsageError(

@@ -26,6 +26,8 @@ FREE_TO_CHANGE = frozenset(
     "no_set_device_rank wandb_notes wandb_project_name cache_dir index_dir local_loss "
     "gather_with_grad val_frequency view_memory".split()
 )
+#: What a run did that is older than a flag, where that is not the flag's default.
+BEFORE = {"projector": "separate"}
 PACKAGES = (
     "torch", "torchvision", "open_clip_torch", "webdataset", "timm", "transformers", "numpy",
     "clip-benchmark", "safetensors", "Pillow",
@@ -38,7 +40,8 @@ class RunDirectory:
     Args:
         path: the directory.
         config: every flag, resolved, as JSON values.
-        parser: of those flags. One that is younger than the run has had its default in it.
+        parser: of those flags. One that is younger than the run counts as its default, or as what
+            was done before there was the flag (`BEFORE`).
         resume: whether an existing run is to be continued.
 
     Raises:
@@ -55,7 +58,8 @@ class RunDirectory:
                     "--resume latest"
                 )
             before = json.loads(existing.read_text())
-            younger = {key: parser.get_default(key) for key in config.keys() - before.keys()}
+            younger = {k: parser.get_default(k) for k in config.keys() - before.keys()}
+            younger |= {k: BEFORE[k] for k in younger.keys() & BEFORE.keys()}
             _check_same(path, before | json.loads(json.dumps(younger)), config)
         path.mkdir(parents=True, exist_ok=True)
         self.config = config

@@ -98,7 +98,7 @@ class Method:
 
 #: An RDM at R = 100 loses most of this teacher: "Which rates" in docs/paper.md.
 THREE = (3000.0, 1000.0, 300.0)
-#: One over the values that clipkd's λ_FD takes: the same shares of contrastive and feature term.
+#: About one over the values of clipkd's λ_FD: like shares of contrastive and feature term.
 LAMBDA_CL = ("lambda-cl", (0.00005, 0.00015, 0.0005))
 METHODS = {
     "none": Method("none", teachers=0),
