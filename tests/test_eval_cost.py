@@ -107,6 +107,16 @@ def test_training_costs_three_forwards_as_autograd_counts_them():
     assert forward / 2 / 4 == pytest.approx(parts, rel=1e-6)
 
 
+def test_a_projector_for_each_is_counted():
+    def head(projector):
+        return macs.head("fd", "ViT-B-32", (768,), 4, 2, projector)
+
+    one = 512 * 768 + 768
+    assert head("separate").params - head("shared").params == one
+    assert head("each").params - head("shared").params == 2 * one
+    assert head("each").macs - head("shared").macs == 2 * 2 * 512 * 768
+
+
 def stage(name, *flags):
     found = {s.name: s for s in stages.run_stages(cost.parse([RECIPE, *flags]))}
     return found[name]

@@ -36,7 +36,8 @@ class FeatureDistillation(Method):
     def embedding_losses(self, student: StudentEmbeddings, teachers: list[Features]) -> Losses:
         """Σ_n λ_n‖Û − X_n‖² of each modality, over teachers and assistants alike (eq. 8, 12)."""
         image_loss = text_loss = 0.0
-        projected = {t.space: self.projectors(student, t.space) for t in teachers}
+        spaces = dict.fromkeys(teacher.space for teacher in teachers)
+        projected = {space: self.projectors(student, space) for space in spaces}
         for teacher in teachers:
             image, text = projected[teacher.space]
             image_loss = image_loss + teacher.weight * embedding_loss(image, teacher.image)

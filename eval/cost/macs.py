@@ -110,6 +110,7 @@ def head(
     teacher_dims: tuple[int, ...],
     rows: int,
     rdms: int = 0,
+    projector: str = "shared",
     options: tuple[tuple[str, Any], ...] = (),
 ) -> Count:
     """What a method adds to the student's towers: projectors, bottlenecks, similarities.
@@ -120,15 +121,19 @@ def head(
         teacher_dims: T of each teacher.
         rows: of the global batch, whose similarities contrastive terms compute.
         rdms: RDMs beside the first teacher.
+        projector: ``--projector``.
         options: of the student, as in `clip`.
     """
     with torch.device("meta"):
         cut = Student(build_clip(student, **dict(options)).requires_grad_(False))
-        module = METHODS[method](cut, list(teacher_dims)).requires_grad_(False)
+        own = rdms if projector == "each" else 0
+        dims = [*teacher_dims, *teacher_dims[:1] * own]
+        shared = {"shared_projector": float(projector != "separate")}
+        module = METHODS[method](cut, dims, shared).requires_grad_(False)
         widths = cut.widths
         pooled = _pooled(rows, widths)
-        teachers = [_features(rows, dim, space) for space, dim in enumerate(teacher_dims)]
-        teachers += teachers[:1] * rdms
+        teachers = [_features(rows, dim, space) for space, dim in enumerate(dims)]
+        teachers += teachers[:1] * (rdms - own)
         macs = count_macs(module, cut, pooled, teachers, World(), None)
         macs -= count_macs(cut.embed, pooled)  # the towers' own projections, counted with them
     return Count(macs / rows, parameters(module))

@@ -142,7 +142,7 @@ def student_stage(
     rows = args.global_batch or args.batch_size * args.accum_freq * args.gpus
     rates = len(args.rates) if args.distill == "cifd" else 0
     dims = tuple(teacher.dim for teacher in teachers)
-    head = macs.head(args.distill, model, dims, rows, rates, options)
+    head = macs.head(args.distill, model, dims, rows, rates, args.projector, options)
     # Accumulation runs the towers once more for the gradients of its micro-batches, checkpointing
     # of activations once more for what it did not keep.
     passes = TRAINED + (args.accum_freq > 1) + args.grad_checkpointing
