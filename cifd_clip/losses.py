@@ -25,7 +25,8 @@ class Features(NamedTuple):
     logit_bias: Tensor | None = None
     """() additive bias of SigLIP-type models."""
     space: int = 0
-    """Which teacher's embedding space these live in; an assistant shares its teacher's."""
+    """Which teacher's embedding space these live in; an assistant shares its teacher's, unless
+    each of them gets a projector of its own."""
     weight: float = 1.0
     """λ_n of eq. (8) and (12): the weight of this teacher's embedding terms."""
 

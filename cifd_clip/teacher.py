@@ -75,6 +75,7 @@ def assistants(
     weight: float = 1.0,
     noise: Noise | None = None,
     unit_norm: bool = True,
+    first_space: int | None = None,
 ) -> list[Features]:
     """The bank's reconstructions of a teacher's features: one assistant per rate.
 
@@ -84,6 +85,7 @@ def assistants(
         weight: λ_n of eq. (12).
         noise: of this step, in place of rounding.
         unit_norm: whether reconstructions are normalised.
+        first_space: of the first assistant, each having a space of its own; None: the teacher's.
     """
     images, texts = (
         getattr(bank, modality).reconstruct(
@@ -92,6 +94,11 @@ def assistants(
         for modality, features in zip(MODALITIES, (teacher.image, teacher.text))
     )
     return [
-        teacher._replace(image=image, text=text, weight=weight)
-        for image, text in zip(images, texts)
+        teacher._replace(
+            image=image,
+            text=text,
+            weight=weight,
+            space=teacher.space if first_space is None else first_space + n,
+        )
+        for n, (image, text) in enumerate(zip(images, texts))
     ]

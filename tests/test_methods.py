@@ -282,6 +282,42 @@ def made_scale(model):
     return model.logit_scale.detach().exp().double()
 
 
+def test_squared_errors_pull_to_the_mean_of_teacher_and_assistants():
+    """docs/paper.md, "Several assistants are one barycentre"."""
+    batch, other = pairs(ROWS), teacher("tiny-teacher")
+    taught = other(*batch)
+    helpers = assistants(bank(other), taught, weight=0.5)
+    whole = 1.0 + 0.5 * len(helpers)
+
+    def mean(modality):
+        own, *others = (getattr(x, modality) for x in (taught, *helpers))
+        return (own + 0.5 * sum(others)) / whole
+
+    barycentre = taught._replace(image=mean("image"), text=mean("text"), weight=whole)
+    gradients = []
+    for teachers in ([taught, *helpers], [barycentre]):
+        made = task("fd", clip("tiny-student"), [other.dim])
+        total(run(made, batch, teachers)[0]).backward()
+        gradients.append({n: p.grad for n, p in made.named_parameters() if p.grad is not None})
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_an_assistant_with_a_projector_of_its_own_is_compared_through_it():
+    batch, other = pairs(ROWS), teacher("tiny-teacher")
+    taught = other(*batch)
+    teachers = [taught, *assistants(bank(other), taught, first_space=1)]
+    made = task("fd", clip("tiny-student"), [other.dim] * len(teachers))
+    losses, _ = run(made, batch, teachers)
+    expected = 0.0
+    with torch.no_grad():
+        embeddings = made.student.model.encode_image(batch[0])
+        for space, taught in enumerate(teachers):
+            image = unit(made.method.projectors.head("image", space)(embeddings).double())
+            expected += mean_square(image, taught.image.double())
+    close(losses["image_embedding_loss"], expected)
+
+
 def test_assistants_teach_something_else_than_their_teacher():
     batch, other = pairs(ROWS), teacher()
     taught, *helpers = lessons([other], batch, bank(other))

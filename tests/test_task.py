@@ -189,3 +189,12 @@ def test_the_flag_decides_what_an_assistant_teaches(form, home):
     wanted = assistants(stage.bank, teachers[0], 1.0, drawn, unit_norm)
     for a, b in zip(stage.assisted(teachers, noise), [*teachers, *wanted], strict=True):
         assert torch.equal(a.image, b.image) and torch.equal(a.text, b.text)
+
+
+@pytest.mark.parametrize("projector, spaces", [("shared", [0, 0, 0]), ("each", [0, 1, 2])])
+def test_the_flag_gives_each_assistant_a_projector_of_its_own(projector, spaces, home):
+    stage = trainer("cifd", home, "--projector", projector).stage
+    taught = stage.assisted(stage.teachers(batch(ROWS)), None)
+    assert [features.space for features in taught] == spaces
+    heads = stage.task.method.projectors.heads["both"]
+    assert len(heads) == 1 + max(spaces)

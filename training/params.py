@@ -164,10 +164,10 @@ def _method_flags(g) -> None:
     )
     g.add_argument(
         "--projector",
-        choices=("shared", "separate"),
+        choices=("shared", "separate", "each"),
         default="shared",
-        help="fd, clipkd, cifd: to a teacher of another dimension, one map for images and texts or "
-        "one for each",
+        help="fd, clipkd, cifd: to a teacher of another dimension, one map for images and texts, "
+        "one for each of the two, or one for the teacher and for each of its assistants",
     )
     g.add_argument("--lambda-kd", type=float, default=1.0, help="mobileclip: share of distillation")
     g.add_argument("--lambda-fd", type=float, default=2000.0, help="clipkd: feature term")

@@ -200,10 +200,15 @@ class StudentStage(Stage):
         self.source = make_teachers(args, device, self.inputs)
         self.bank = load_bank(args, self.source).to(device) if args.rdm_bank else None
         self.lambda_n, self.rdm_output = args.lambda_n, args.rdm_output
+        dims = list(self.source.dims)
+        self.own_space = None
+        if self.bank is not None and args.projector == "each":
+            self.own_space = len(dims)
+            dims += dims[:1] * len(self.bank.rates)
         self.rates = []
         if args.use_bn_sync and world.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.task = make_task(args, model, self.source.dims, world)
+        self.task = make_task(args, model, dims, world)
         self.task.to(device, memory_format=torch.channels_last)  # convolutions run faster
         if not self.task.method.uses_logit_scale:
             self._fix_temperature(model)
@@ -228,7 +233,9 @@ class StudentStage(Stage):
             return teachers
         drawn = noise if self.rdm_output == "noisy" else None
         unit_norm = self.rdm_output != "raw"
-        return teachers + assistants(self.bank, teachers[0], self.lambda_n, drawn, unit_norm)
+        first, space = teachers[0], self.own_space
+        found = assistants(self.bank, first, self.lambda_n, drawn, unit_norm, space)
+        return teachers + found
 
     def payload(self) -> dict[str, Any]:
         """``state_dict`` is what ships; with an average, what trains lies under ``training``."""
@@ -267,7 +274,7 @@ def make_task(
         "lambda_i": args.lambda_i,
         "ibm": not args.no_ibm,
         "ibm_contrastive": args.ibm_branch == "all",
-        "shared_projector": args.projector == "shared",
+        "shared_projector": args.projector != "separate",
         "lambda_kd": args.lambda_kd,
         "lambda_fd": args.lambda_fd,
         "lambda_crd": args.lambda_crd,
