@@ -5,10 +5,12 @@
     python -m eval.bank logs/bank --data-root DATA --datasets imagenet1k flickr30k
 
 Each RDM stands where its teacher would: image embeddings through the image RDM, the prompts' and
-captions' through the text RDM of the same rate, with rounding as in stage 2. The teacher is the one
-that the run's configuration names, and must be the bank's. Written to ``RUN/results/bank``, one
-file for each data set: the teacher's and every assistant's metrics and bits, and for classification
-a t-SNE map of the embeddings of ten classes. `eval.report` draws them.
+captions' through the text RDM of the same rate, with rounding as in stage 2. So does the mean of
+the teacher and all of them, to which squared errors pull a student (docs/paper.md, "Several
+assistants are one barycentre"). The teacher is the one that the run's configuration names, and
+must be the bank's. Written to ``RUN/results/bank``, one file for each data set: the metrics of all
+of these, every assistant's bits, and for classification a t-SNE map of the embeddings of ten
+classes. `eval.report` draws them.
 """
 
 import argparse
@@ -125,13 +127,19 @@ def measure(found: LoadedBank, folder: Folder, args, device: torch.device) -> di
         return metrics.classification_metrics(logits.cpu(), labels)
 
     both = (found.bank.image, images), (found.bank.text, texts)
-    assistants, embeddings = [], [images]
+    assistants, embeddings, total = [], [images], [images, texts]
     for k, rate in enumerate(found.bank.rates):
         made = [reconstruct(modules, x, k, args.batch_size) for modules, x in both]
         bits = dict(zip(("image", "text"), (b for _, b in made)))
         assistants.append({"rate": rate, "bits": bits, "metrics": scored(*(x for x, _ in made))})
         embeddings.append(made[0][0])
-    result = {"teacher": {"metrics": scored(images, texts)}, "assistants": assistants}
+        total = [so_far + x for so_far, (x, _) in zip(total, made)]
+    mean = [F.normalize(x, dim=-1) for x in total]
+    result = {
+        "teacher": {"metrics": scored(images, texts)},
+        "assistants": assistants,
+        "mean": {"metrics": scored(*mean)},
+    }
     if folder.task == "zeroshot_classification":
         names = ["teacher", *(f"{rate:g}" for rate in found.bank.rates)]
         result["map"] = embedding_map(embeddings, names, labels, folder.classnames)

@@ -87,6 +87,8 @@ def _measured_table(bank: dict):
     lines = []
     shown = [(f"R = {a['rate']:g}", a) for a in _by_rate(bank)[::-1]]
     shown = [("teacher", bank["teacher"]), *shown]
+    if "mean" in bank:  # not in results of older versions
+        shown.append(("mean of these", bank["mean"]))
     for name, one in shown:
         rates = [f"{v:.1f}" for v in one.get("bits", {}).values()] or [""] * len(bits)
         lines.append((name, *rates, *(f"{100 * one['metrics'][k]:.1f}" for k in labels)))

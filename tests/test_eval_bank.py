@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cifd_clip import RDMBank
 from cifd_clip.losses import Features
@@ -59,6 +60,12 @@ def test_an_assistant_is_measured_as_it_teaches(measured, teacher, bank_run, sce
         wanted = metrics.retrieval_metrics(of_images[k].image, of_texts[k].text, image_of)
         assert one["metrics"] == pytest.approx(wanted), f"R = {one['rate']}"
         assert one["rate"] == loaded.rates[k]
+    mean = [
+        F.normalize(torch.stack([own, *(getattr(a, kind) for a in helpers)]).mean(0), dim=-1)
+        for own, kind, helpers in ((images, "image", of_images), (texts, "text", of_texts))
+    ]
+    wanted = metrics.retrieval_metrics(*mean, image_of)
+    assert found["digit_scenes"]["mean"]["metrics"] == pytest.approx(wanted)
 
 
 def test_bits_are_those_of_the_density(measured, teacher, bank_run, scenes):
