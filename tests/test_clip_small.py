@@ -89,7 +89,7 @@ def test_every_run_comes_after_those_it_needs_and_its_command_is_valid(tmp_path)
 
 
 #: What may differ between the methods of one student and seed.
-OWN = {"distill", "teacher_cache", "rdm_bank", "no_ibm", "projector", "name"}
+OWN = {"distill", "teacher_cache", "rdm_bank", "rates", "no_ibm", "projector", "name"}
 OWN |= {row.weight[0].replace("-", "_") for row in METHODS.values() if row.weight}
 
 
@@ -286,7 +286,7 @@ def test_the_study_tunes_trains_compares_and_goes_on(smaller, tmp_path, capsys):
     assert rows["gap10", "cifd3"]["seeds"] == [0, 1]
     assert rows["gap10", "cifd3"]["minus_clipkd"]["top1"]["n"] == 2
     asked = [(r["question"], len(r["seeds"])) for r in content["choices"]]
-    assert asked == [(plans.DEFAULT, 2), ("λ_CL", 2)]
+    assert asked == [(plans.DEFAULT, 2), *[("λ_CL", 2)] * len(plans.CHOICES["λ_CL"])]
     assert all(r["minus_default"]["n"] == 2 for r in content["choices"])
     assert (tmp_path / "logs" / "report.html").is_file()
     capsys.readouterr()

@@ -108,6 +108,8 @@ METHODS = {
     "tinyclip": Method("tinyclip"),
     "mobileclip": Method("mobileclip", teachers=2, weight=("lambda-kd", (0.5, 0.8, 1.0))),
     "clipkd": Method("clipkd", weight=("lambda-fd", (2000.0, 6000.0, 20000.0))),
+    "cifd0-noibm": Method("cifd", ("--rates", "--no-ibm"), weight=LAMBDA_CL),
+    "cifd0": Method("cifd", ("--rates",), weight=LAMBDA_CL),
     "cifd1": Method("cifd", rates=(1000.0,), weight=LAMBDA_CL),
     "cifd3": Method("cifd", rates=THREE, weight=LAMBDA_CL),
     "cifd3-noibm": Method("cifd", ("--no-ibm",), rates=THREE, weight=LAMBDA_CL),
@@ -118,27 +120,29 @@ JUDGES = ("none", "clipkd", "cifd3")
 
 
 class Answer(NamedTuple):
-    """What departs: flags, the student, or the rates of its bank (None: calibrated ones)."""
+    """What departs: flags, the student, the rates of its bank (None: calibrated ones), or more."""
 
     flags: str = ""
     model: str = PROBE
     rates: tuple[float, ...] | None = ()
+    method: str = "cifd3"
 
 
 #: Open choices of docs/paper.md: question → answers, each a departure from cifd3 as it was tuned
 #: (`DEFAULT`). Where the bottleneck sits is asked of a student whose image tower has a projection
 #: to sit before, which a ResNet's attention pool is not. Sums in place of means make the embedding
-#: terms 256 (T) and the rates 128 (D) times as large, which for AdamW are these weights.
+#: terms 256 (T) and the rates 128 (D) times as large, which for AdamW are these weights. CLIP-KD,
+#: whole and in parts, is there to see what sets the two apart.
 DEFAULT, VIT = "default", "gap10-vit"
 CHOICES = {
     DEFAULT: {PROBE: Answer(), VIT: Answer(model=VIT)},
-    "projector": {"separate": Answer("--projector=separate")},
+    "projector": {v: Answer(f"--projector={v}") for v in ("separate", "each")},
     "rates": {
         "1000 300 100": Answer(rates=(1000.0, 300.0, 100.0)),
         "10000 3000 1000": Answer(rates=(10000.0, 3000.0, 1000.0)),
     },
     "λ_I": {f"{v:g}": Answer(f"--lambda-i={v:g}") for v in (1e-5, 1e-3, 1e-2)},
-    "λ_CL": {"0.005": Answer("--lambda-cl=0.005")},
+    "λ_CL": {f"{v:g}": Answer(f"--lambda-cl={v:g}") for v in (1.5e-3, 5e-3)},
     "reductions": {"sums": Answer(f"--lambda-cl={0.005 / 256:g} --lambda-i={1e-4 * 128 / 256:g}")},
     "RDM output": {v: Answer(f"--rdm-output={v}") for v in ("noisy", "raw")},
     "IBM": {
@@ -146,6 +150,11 @@ CHOICES = {
         "embedding, all": Answer("--ibm-site=embedding", VIT),
         "embedding, distill": Answer("--ibm-site=embedding --ibm-branch=distill", VIT),
         "none": Answer("--no-ibm", VIT),
+    },
+    "CLIP-KD instead": {
+        "as tuned": Answer(method="clipkd"),
+        "not interactive": Answer("--lambda-icl=0", method="clipkd"),
+        "not relational": Answer("--lambda-crd=0", method="clipkd"),
     },
 }
 SHARES = "0.9 0.8 0.7"
@@ -389,8 +398,8 @@ def calibrated(plan: Plan, tuned: Tuned, seeds: list[int]) -> None:
 def _ask(plan: Plan, tuned: Tuned, seed: int, question: str, name: str, answer: Answer) -> None:
     about = {"stage": "choices", "question": question, "answer": name}
     slug = f"{question}_{name}".replace(", ", "-").replace(" ", "-").replace("λ", "lambda")
-    flags = (*tuned.flags("cifd3"), *answer.flags.split())  # later flags win
+    flags = (*tuned.flags(answer.method), *answer.flags.split())  # later flags win
     plan.student(
-        f"choice_{slug}_s{seed}", "cifd3", answer.model, seed, tuned.lr, *flags, split="val",
+        f"choice_{slug}_s{seed}", answer.method, answer.model, seed, tuned.lr, *flags, split="val",
         rates=answer.rates, **about,
     )  # fmt: skip
