@@ -80,6 +80,20 @@ def test_the_same_command_finds_the_same_rates(calibrated, cache, tmp_path):
     assert (again["rates"], again["curve"]) == (found["rates"], found["curve"])
 
 
+def test_other_shares_are_read_off_the_curve_that_is_there(calibrated, cache, tmp_path, capsys):
+    """A share out of reach costs no second sweep; other settings do."""
+    _, found = calibrated
+    out, trained = tmp_path / "c.json", "pairs to train on"
+    with pytest.raises(UsageError, match=r"shares 0\.999 can't be reached"):
+        run(cache, out, "--shares", "0.5", "0.999")
+    assert trained in capsys.readouterr().out and not out.with_suffix(".args").exists()
+    again = run(cache, out, "--shares", "0.6", "0.4")
+    assert trained not in capsys.readouterr().out
+    assert (again["rates"], again["curve"]) == (found["rates"], found["curve"])
+    other = run(cache, out, "--shares", "0.6", "0.4", "--seed", "1")
+    assert trained in capsys.readouterr().out and other["curve"] != found["curve"]
+
+
 def test_the_flag_file_is_read_by_training_main(calibrated):
     out, found = calibrated
     assert parser().parse_args([f"@{out.with_suffix('.args')}"]).rates == found["rates"]

@@ -7,7 +7,8 @@ its points on a logarithmic scale. What is held out are rows of the cache: no te
 at, no label is needed.
 
 Takes the flags of `training.main` (a recipe serves both); written: FILE.json with the curve and how
-it was made, and FILE.args for ``training.main @FILE.args``.
+it was made, and FILE.args for ``training.main @FILE.args``. Asked again for other shares, it reads
+the curve from FILE.json.
 """
 
 import json
@@ -33,6 +34,12 @@ from training.optim import make_optimizer, make_schedule
 from training.params import _defaults, parser
 from training.rundir import environment
 
+#: Flags that the curve depends on, beside the cache.
+SETTINGS = (
+    "sweep", "seed", "steps", "batch_size", "lr", "wd", "density_lr", "beta1", "beta2", "eps",
+    "warmup", "lr_scheduler", "epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power",
+    "rdm_hidden", "rdm_channels", "among", "held_out", "samples",
+)  # fmt: skip
 SWEEP = [10.0, 22.0, 46.0, 100.0, 220.0, 460.0, 1000.0, 2200.0, 4600.0, 10000.0]
 
 
@@ -64,9 +71,81 @@ def main(argv: list[str]) -> int:
     """Train the sweep, read the rates off its curve, and write them."""
     args = _parse(argv)
     _, device = start_processes(args)
-    directory = Path(args.teacher_cache)
-    teacher = read_config(directory)["teacher"]
+    directory, out = Path(args.teacher_cache), Path(args.out)
+    config = read_config(directory)
     shards = find_shards(directory, args.train_data)
+    made = how(args, config, shards)
+    found = read(out, made)
+    if found is None:
+        among, own, curve = sweep(args, shards, config["teacher"], device)
+        found = {"made": made, "among": among, "teacher_accuracy": own, "curve": curve}
+        found["environment"] = environment()
+        write(out, found)  # a share that can't be reached must not lose it
+    own, among, curve = found["teacher_accuracy"], found["among"], found["curve"]
+    print(f"image → text top-1 among {among} held-out pairs: the teacher {100 * own:.1f} %")
+    for point in curve:
+        bits = ", ".join(f"{v:.0f} bits per {m}" for m, v in point["bits"].items())
+        kept = f"{100 * point['accuracy']:5.1f} %, share {point['share']:.3f}, {bits}"
+        print(f"  R = {point['rate']:<8g} {kept}")
+    if own < 3 / among:
+        raise UsageError(
+            f"--teacher-cache '{directory}': the teacher finds {100 * own:.1f} % of the captions "
+            f"among {among}, hardly more than chance: there is no accuracy to keep a share of"
+        )
+    rates = rates_for(args.shares, *([point[k] for point in curve] for k in ("rate", "share")))
+    write(out, {"shares": args.shares, "rates": rates, **found})
+    flags = f"--rates {' '.join(f'{rate:g}' for rate in rates)}"
+    out.with_suffix(".args").write_text(f"# training.calibrate, see {out.name}\n{flags}\n")
+    print(f"{out}, {out.with_suffix('.args')}")
+    print(f"keeping {' '.join(f'{k:g}' for k in args.shares)}: {flags}")
+    return 0
+
+
+def how(args: Namespace, config: dict, shards: list[str]) -> dict:
+    """All that a curve hangs on, as JSON values."""
+    directory = Path(args.teacher_cache)
+    return {
+        "settings": {name: getattr(args, name) for name in SETTINGS},
+        "cache": {
+            **config,
+            "shards": {name: file_hash(directory / f"{name}.json")[:16] for name in shards},
+        },
+    }
+
+
+def read(out: Path, made: dict) -> dict | None:
+    """What an earlier command has measured in the same way and left in ``out``, without its rates.
+
+    None if there is no such file, or it is of other data or settings.
+    """
+    if not out.is_file():
+        return None
+    content = json.loads(out.read_text())
+    if content.get("made") != made:
+        return None
+    print(f"{out} holds the curve of this cache and these settings: read", flush=True)
+    return {name: value for name, value in content.items() if name not in ("shares", "rates")}
+
+
+def write(out: Path, content: dict) -> None:
+    """The JSON, whole or not at all; a flag file of earlier rates goes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".args").unlink(missing_ok=True)
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.rename(out)
+
+
+def sweep(
+    args: Namespace, shards: list[str], teacher: dict, device: torch.device
+) -> tuple[int, float, list[dict]]:
+    """Train the sweep and measure it.
+
+    Returns:
+        How many captions an image chose from, the teacher's accuracy, and the points of the curve
+        with their shares of it.
+    """
+    directory = Path(args.teacher_cache)
     pairs = read_pairs(directory, shards, args.samples, args.seed)
     training, held_out = split(pairs.image.shape[1], args.held_out, args.among, args.seed)
     among = min(args.among, len(held_out))
@@ -78,21 +157,7 @@ def main(argv: list[str]) -> int:
     pairs = Pairs(*(x.to(device) for x in pairs))
     bank = train_sweep(args, pairs, training, teacher).eval()
     own, curve = measure(bank, *pairs.rows(held_out), among)
-    shares = [point.accuracy / own for point in curve] if own else [math.nan] * len(curve)
-    print(f"image → text top-1 among {among} held-out pairs: the teacher {100 * own:.1f} %")
-    for point, share in zip(curve, shares):
-        bits = ", ".join(f"{v:.0f} bits per {m}" for m, v in point.bits.items())
-        print(f"  R = {point.rate:<8g} {100 * point.accuracy:5.1f} %, share {share:.3f}, {bits}")
-    if own < 3 / among:
-        raise UsageError(
-            f"--teacher-cache '{directory}': the teacher finds {100 * own:.1f} % of the captions "
-            f"among {among}, hardly more than chance: there is no accuracy to keep a share of"
-        )
-    rates = rates_for(args.shares, [point.rate for point in curve], shares)
-    flags = f"--rates {' '.join(f'{rate:g}' for rate in rates)}"
-    write(args, rates, flags, own, curve, shares, shards)
-    print(f"keeping {' '.join(f'{k:g}' for k in args.shares)}: {flags}")
-    return 0
+    return among, own, [{**p._asdict(), "share": p.accuracy / own if own else 0.0} for p in curve]
 
 
 def find_shards(directory: Path, train_data: str | None) -> list[str]:
@@ -258,38 +323,6 @@ def rates_for(wanted: list[float], sweep: list[float], shares: list[float]) -> l
         part = (share - fitted[i - 1]) / step if step else 0.0
         rates.append(float(f"{math.exp(x[i - 1] + part * (x[i] - x[i - 1])):.3g}"))
     return rates
-
-
-def write(args: Namespace, rates, flags: str, own: float, curve, shares, shards) -> None:
-    """The JSON with provenance, and the flag file."""
-    directory, out = Path(args.teacher_cache), Path(args.out)
-    names = (
-        "seed",
-        "steps",
-        "batch_size",
-        "lr",
-        "wd",
-        "density_lr",
-        "among",
-        "held_out",
-        "samples",
-    )
-    content = {
-        "shares": args.shares,
-        "rates": rates,
-        "teacher_accuracy": own,
-        "curve": [{**p._asdict(), "share": s} for p, s in zip(curve, shares)],
-        "settings": {name: getattr(args, name) for name in names},
-        "cache": {
-            **read_config(directory),
-            "shards": {name: file_hash(directory / f"{name}.json")[:16] for name in shards},
-        },
-        "environment": environment(),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=2) + "\n")
-    out.with_suffix(".args").write_text(f"# training.calibrate, see {out.name}\n{flags}\n")
-    print(f"{out}, {out.with_suffix('.args')}")
 
 
 def _parse(argv: list[str]) -> Namespace:
