@@ -17,6 +17,7 @@ from pathlib import Path
 
 from demo import scenes
 from training.errors import UsageError, cli
+from training.rundir import cores
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
 EPOCHS = {"teacher": 10, "bank": 4, "student": 6}
@@ -116,9 +117,7 @@ def keep(out: Path, directory: Path, seconds: float) -> None:
 def call(*commands: list[str]) -> None:
     """Print and run ``python -m MODULE ...``, several side by side; a failure is the demo's."""
     # a thread for each model, and cores for what decodes images: waiting OpenMP threads spin
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // 2)), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(max(1, cores() // 2)), **os.environ}
     processes = []
     for module, *arguments in commands:
         say(shlex.join(["python", "-m", module, *arguments]))

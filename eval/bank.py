@@ -35,6 +35,7 @@ from eval import benchmark, datasets, metrics, models
 from eval.datasets import Folder, Gap
 from eval.models import Evaluated
 from training.errors import UsageError, cli
+from training.rundir import cores
 
 CLASSES, PER_CLASS = 10, 40  # of the t-SNE map
 
@@ -263,7 +264,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--out", type=Path, help="folder of results (default: RUN/results)")
     add("--precision", choices=benchmark.PRECISIONS, default="fp32", help="of the teacher's towers")
     add("--batch-size", type=int, default=256)
-    add("--workers", type=int, default=4, help="processes that decode images")
+    add("--workers", type=int, default=min(4, cores()), help="processes that decode images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 

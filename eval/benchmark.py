@@ -39,6 +39,7 @@ from eval import datasets, metrics, models
 from eval.datasets import Folder, Gap
 from eval.models import Evaluated
 from training.errors import UsageError, cli
+from training.rundir import cores
 
 PRECISIONS = {"fp32": None, "amp_bf16": torch.bfloat16, "amp": torch.float16}
 PACKAGES = ("torch", "open_clip_torch", "clip-benchmark", "timm", "transformers", "numpy", "Pillow")
@@ -315,7 +316,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--out", type=Path, help="folder of results (default: RUN/results; results for others)")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the towers' forward pass")
     add("--batch-size", type=int, default=256)
-    add("--workers", type=int, default=4, help="processes that decode images")
+    add("--workers", type=int, default=min(4, cores()), help="processes that decode images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--part", type=part, default=(1, 1), help="I/N: the I-th of N parts of the evaluations")
     return parser.parse_args(argv)

@@ -28,7 +28,7 @@ from training.classify_data import Table
 from training.classify_photos import PhotoTable
 from training.classify_teachers import EVALUATION_BATCH, LiveTeachers, load_rdms, load_teacher
 from training.errors import UsageError, cli
-from training.rundir import environment
+from training.rundir import cores, environment
 
 
 @torch.no_grad()
@@ -83,7 +83,8 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("bank", type=Path, help="a finished run of --method rdm")
     parser.add_argument("--data", type=Path, required=True, help="as for training.classify")
-    parser.add_argument("--workers", type=int, default=4, help="processes that decode images")
+    workers = min(4, cores())
+    parser.add_argument("--workers", type=int, default=workers, help="processes that decode images")
     parser.add_argument("--out", type=Path, help="the file to write (default: in RUN/results/bank)")
     args = parser.parse_args(argv)
     if not (args.bank / "rdm.json").is_file():

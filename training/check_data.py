@@ -29,6 +29,7 @@ from training.data.decode import (
 )
 from training.data.index import NotAShard, Shard, Sources, expand, index_shard, is_remote
 from training.errors import UsageError, cli
+from training.rundir import cores
 
 HEADER = 1 << 14  # most images tell their size in these first bytes
 EXAMPLES = 3
@@ -191,8 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--deep", action="store_true", help="decode every image")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--index-dir", help="keep indexes there instead of beside the shards")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, help="processes (default: cores)")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: cores)")
     return parser
 
 

@@ -110,6 +110,13 @@ def resolved_config(args: Namespace, world_size: int) -> dict[str, Any]:
     return json.loads(json.dumps(config))
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def environment() -> dict[str, Any]:
     """Command, commit, versions and hardware of this process."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
