@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cifd_clip.classification.losses import EMBEDDING_LOSSES
 from cifd_clip.classification.models import NAMES
 from cifd_clip.classification.rdm import FORMS
@@ -114,7 +116,14 @@ def _data_flags(g) -> None:
         help="imagenet: any data in its layout, {train,val}/CLASS/*.jpg, or {train,val}/*.tar of "
         "key.jpg and key.cls",
     )
-    g.add_argument("--data", type=Path, required=True, metavar="DIR", help="where they are")
+    g.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where they are; cifar100: the folder of cifar100_{train,test}.npz, of "
+        "clip_benchmark's tars, or of torchvision's cifar-100-python/",
+    )
     g.add_argument(
         "--augment",
         choices=AUGMENTATIONS,
@@ -156,7 +165,8 @@ def _run_flags(g) -> None:
     g.add_argument("--name", help="the run directory's name [from method, model and seed]")
     g.add_argument("--resume", choices=("latest",), help="go on where the run stopped")
     g.add_argument("--keep", type=int, default=2, help="newest checkpoints that stay; 0: all")
-    g.add_argument("--device", default="cpu", help="cpu or cuda")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    g.add_argument("--device", default=device, help="cpu or cuda, if there is a GPU")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
