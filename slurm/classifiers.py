@@ -9,6 +9,7 @@ ImageNet have the site's processes, which share each batch; those on CIFAR-100 o
 
 from pathlib import Path
 
+from cifd_clip.classification.models import STOCK
 from slurm.jobs import Job, Run, Site, read_lines
 from training.classify_params import parse_args
 from training.errors import UsageError
@@ -19,7 +20,7 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
 
     Raises:
         UsageError: a line is no valid command line, or needs a run that neither an earlier line
-            nor the disk has.
+            nor the disk has. Files of weights may be `missing`.
     """
     logs = Path(site["LOGS"]) / path.stem
     device = "cuda" if site["GRES"] else "cpu"
@@ -29,7 +30,7 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
         flags = ["--device", device, *line, *extra, "--logs", str(logs)]
         run = Run(flags, parse_args(flags))
         for needed in needs(run):
-            if needed not in earlier and not needed.exists():
+            if not (needed in earlier or needed in weights([run]) or needed.exists()):
                 raise UsageError(f"'{needed}' neither exists nor is trained by an earlier line")
         earlier.add(run.path)
         return run
@@ -42,6 +43,27 @@ def needs(run: Run) -> list[Path]:
     args = run.args
     places = [*args.teacher, args.rdm_bank, args.paraphraser]
     return [Path(place.partition(":")[2] or place) for place in places if place]
+
+
+def weights(runs: list[Run]) -> dict[Path, str]:
+    """The files of stock models' weights that runs read, and whose they are."""
+    places = (place.partition(":") for run in runs for place in run.args.teacher)
+    return {Path(file): name for name, _, file in places if file and name in STOCK}
+
+
+def missing(runs: list[Run]) -> list[str]:
+    """Files that are not there and that no job makes, with where they come from."""
+    files = weights(runs).items()
+    return [f"{file} ({origin(name)})" for file, name in files if not file.is_file()]
+
+
+def origin(name: str) -> str:
+    """Where the weights of a stock model come from: torchvision's first ones are the paper's."""
+    if STOCK[name][0] != "torchvision":
+        return f"{STOCK[name][0]}'s {name}"
+    from torchvision.models import get_model_weights  # takes seconds to import
+
+    return get_model_weights(name)["IMAGENET1K_V1"].url
 
 
 def levels(runs: list[Run]) -> list[list[Run]]:
@@ -75,8 +97,9 @@ def cost(job: Job, site: Site) -> tuple[float | None, float | None]:
 
 
 def preparation(runs: list[Run], site: Site) -> str:
-    """What has to be there before."""
+    """What has to be there before; of what is missing, where it comes from."""
     given = {str(run.args.data): None for run in runs}
     made = {run.path for run in runs}
     given |= {str(path): None for run in runs for path in needs(run) if path not in made}
-    return ", ".join(given)
+    not_there = f"; not there yet: {', '.join(files)}" if (files := missing(runs)) else ""
+    return ", ".join(given) + not_there

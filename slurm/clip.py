@@ -47,29 +47,34 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
 def with_caches(runs: list[Run], site: Site) -> tuple[list[Run], list[list[str]]]:
     """Runs that read their teachers' caches under ``TEACHER_CACHE``, where that is set.
 
-    Runs that validate keep the live teacher, which held-out images need.
+    All runs then see the same ``VIEWS`` of an image, also those without a teacher, and those that
+    validate, whose held-out images need the live one. A run's own flags win.
 
     Returns:
         The runs, and the command lines that write the caches, part by part.
     """
     if not site.get("TEACHER_CACHE"):
         return runs, []
-    views, parts = ["--views", site["VIEWS"]], site.number("CACHE_PARTS")
-    reading, writers = [], {}
+    parts = site.number("CACHE_PARTS")
+    reading, writers, most = [], {}, {}
     for run in runs:
+        views = run.args.views or site.number("VIEWS")
+        # caches are the site's: their views hang on no run's --seed
+        flags = ["--view-seed", "0", *run.flags, "--views", str(views)]
         if run.args.teacher_cache or run.args.val_data or run.args.distill == "none":
-            reading.append(run)
+            reading.append(Run(flags, parse_args(flags)))
             continue
         names = []
         for name, weights in teacher_names(run.args):
             names.append(str(Path(site["TEACHER_CACHE"]) / slug(f"{name}-{weights or ''}")))
             model = ["--distill-model", name, "--distill-pretrained", weights or ""]
-            writer = [*run.flags, *model, *views, "--teacher-cache", names[-1]]
-            writers.setdefault(names[-1], writer)
-        flags = [*run.flags, *views, "--teacher-cache", ",".join(names)]
+            writers.setdefault(names[-1], [*flags, *model, "--teacher-cache", names[-1]])
+            most[names[-1]] = max(views, most.get(names[-1], 0))
+        flags += ["--teacher-cache", ",".join(names)]
         reading.append(Run(flags, parse_args(flags)))
     shares = [f"{i}/{parts}" for i in range(1, parts + 1)]
-    return reading, [[*w, "--part", share] for w in writers.values() for share in shares]
+    written = [[*flags, "--views", str(most[name])] for name, flags in writers.items()]
+    return reading, [[*flags, "--part", share] for flags in written for share in shares]
 
 
 def slug(text: str) -> str:
@@ -149,4 +154,11 @@ def preparation(runs: list[Run], site: Site) -> str:
     models = [*teachers(runs), *(r.args.model for r in runs if r.args.distill != "rdm")]
     sets = datasets.names(shlex.split(site["DATASETS"]))
     fetch = ["python", "-m", "training.prefetch", *dict.fromkeys(models)]
-    return shlex.join([*fetch, "--datasets", *sets, "--data-root", site["DATA_ROOT"]])
+    line = shlex.join([*fetch, "--datasets", *sets, "--data-root", site["DATA_ROOT"]])
+    home = site.get("HF_HOME")  # the jobs look there
+    return f"HF_HOME={shlex.quote(home)} {line}" if home else line
+
+
+def missing(runs: list[Run]) -> list[str]:
+    """Files that are not there and that no job makes: none that this machine could know of."""
+    return []

@@ -77,6 +77,9 @@ def main(argv: list[str]) -> None:
     site["CLUSTER"] = str(args.cluster)  # the jobs read it too
     paths = [grid_path(study) for study in args.studies]
     plans = [(path, kind(path), kind(path).read_grid(path, site, extra)) for path in paths]
+    missing = [file for _, study, runs in plans for file in study.missing(runs)]
+    if missing and not args.dry_run:
+        raise UsageError(f"not there yet: {', '.join(dict.fromkeys(missing))}")
     for path, study, runs in plans:
         jobs, logs = study.chain(runs, site), Path(site["LOGS"]) / path.stem
         if args.dry_run:

@@ -9,7 +9,7 @@ import pytest
 
 from runs import ROOT
 from slurm import classifiers
-from slurm.clip import chain, read_grid
+from slurm.clip import chain, preparation, read_grid
 from slurm.jobs import Site, sbatch
 from slurm.plan import GRIDS, grid_path, main
 from training.errors import UsageError
@@ -80,6 +80,44 @@ def test_teachers_of_an_ensemble_have_a_cache_each_and_share_it_with_other_runs(
     assert "cache" not in [job.name for job in live]
 
 
+def test_with_a_cache_every_run_of_a_study_sees_the_same_views(site):
+    for name in ("table4", "table5", "lambda_i"):
+        jobs = chain(read_grid(grid_path(name), site, []), site)
+        runs = [
+            parse_args(task) for job in jobs if job.name in ("rdm", "distill") for task in job.tasks
+        ]
+        assert {(a.views, a.view_seed) for a in runs} == {(2, 0)}
+        assert any(a.distill == "none" or a.val_data for a in runs) == (name != "table5")
+    jobs = chain(read_grid(grid_path("table4"), site, []), Site(site, TEACHER_CACHE=""))
+    live = [parse_args(task) for job in jobs if job.name == "distill" for task in job.tasks]
+    assert {(a.views, a.view_seed) for a in live} == {(0, None)}
+
+
+def test_a_runs_own_views_win_and_its_cache_holds_them(site, tmp_path):
+    teacher = "--distill fd --distill-model ViT-B-32 --distill-pretrained x"
+    grid = tmp_path / "x.grid"
+    grid.write_text(
+        f"--name a {teacher}\n--name b {teacher} --views 4 --seed 1\n--name c --views 3\n"
+    )
+
+    def views(*extra: str) -> dict[str, set[int]]:
+        jobs = {job.name: job for job in chain(read_grid(grid, site, [*extra]), site)}
+        parsed = [parse_args(task) for task in jobs["distill"].tasks]
+        written = {parse_args(task[:-2]).views for task in jobs["cache"].tasks}
+        return {**{a.name: {a.views} for a in parsed}, "cache": written}
+
+    assert views() == {"a": {2}, "b": {4}, "c": {3}, "cache": {4}}
+    assert set().union(*views("--views", "5").values()) == {5}
+
+
+def test_weights_are_fetched_to_where_the_jobs_look(site):
+    runs = read_grid(grid_path("table5"), site, [])
+    own = Site({name: value for name, value in site.items() if name != "HF_HOME"})
+    assert preparation(runs, own).startswith("python -m training.prefetch ViT-B-16:")
+    moved = preparation(runs, Site(site, HF_HOME="/a b"))
+    assert moved == f"HF_HOME='/a b' {preparation(runs, own)}"
+
+
 @pytest.mark.parametrize(
     ("name", "pairs"),
     [
@@ -88,8 +126,7 @@ def test_teachers_of_an_ensemble_have_a_cache_each_and_share_it_with_other_runs(
         ("table7", [(f"resnet{n}", "resnet18") for n in (50, 101, 152)]),
     ],
 )
-def test_classifiers_come_after_their_teachers_and_rdms(name, pairs, site, monkeypatch):
-    monkeypatch.setattr(Path, "exists", lambda path: "weights" in str(path))  # torchvision's
+def test_classifiers_come_after_their_teachers_and_rdms(name, pairs, site):
     runs = classifiers.read_grid(grid_path(f"classify/{name}"), site, [])
     cifd = [run.args for run in runs if run.args.method == "cifd"]
     taught = [(Path(a.teacher[0].partition(":")[0]).name, a.model) for a in cifd]
@@ -117,6 +154,23 @@ def test_a_classifier_whose_teacher_nobody_trains_is_refused(site, tmp_path):
     grid.write_text("--data d --method kd --model cnn2 --teacher $LOGS/nobody\n")
     with pytest.raises(UsageError, match=r"x.grid:1: '.*nobody' neither exists nor is trained"):
         classifiers.read_grid(grid, site, [])
+
+
+def test_weights_that_are_missing_are_named_by_a_dry_run_and_refused_by_a_submission(
+    tmp_path, capsys
+):
+    env = tmp_path / "my.env"
+    env.write_text(f"source slurm/cluster.env\nLOGS={tmp_path}/logs\nWEIGHTS={tmp_path}\n")
+    (tmp_path / "resnet50.pth").touch()
+    command = ["--cluster", str(env), "classify/table3"]
+    main(["--dry-run", *command])
+    there, lacking = capsys.readouterr().out.partition("before: ")[2].split("; not there yet: ")
+    assert there == f"imagenet, {tmp_path}/resnet34.pth, {tmp_path}/resnet50.pth"
+    assert lacking.startswith(f"{tmp_path}/resnet34.pth (https://")
+    assert "/resnet34-b627a593.pth)" in lacking and "resnet50" not in lacking
+    with pytest.raises(UsageError, match=r"not there yet: .*resnet34\.pth \(https"):
+        main(command)
+    assert not (tmp_path / "logs").exists()
 
 
 def test_any_number_of_processes_that_divides_it_makes_up_the_global_batch():
