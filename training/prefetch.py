@@ -1,7 +1,7 @@
 """Fetch weights, tokenizers and evaluation sets where there is a network, for jobs that have none.
 
     python -m training.prefetch ViT-L-14:datacomp_xl_s13b_b90k RN50 \\
-        --datasets imagenetv2 flickr30k --data-root benchmarks
+        --datasets imagenetv2 flickr30k --data-root eval_data
 
 A model is NAME[:PRETRAINED], as `eval.benchmark` takes it. What is here already is not fetched
 again, and nothing counts as here before a process without a network has loaded it. Weights go where
