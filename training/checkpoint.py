@@ -33,7 +33,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int = 0):
         self.directory, self.keep = directory, keep
         self._thread: threading.Thread | None = None
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
 
     def save(self, step: int, payload: dict[str, Any]) -> None:
         """Copy ``payload`` to host memory and write it in the background.
@@ -86,7 +86,7 @@ class Checkpoints:
             _write_json(self.directory / "latest.json", manifest)
             self._prune()
             self._failure = None
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk
             log.error("checkpoint of step %d was not written: %s", step, error)
             self._failure = error
             path.with_suffix(".pt.tmp").unlink(missing_ok=True)
