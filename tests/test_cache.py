@@ -1,6 +1,9 @@
 """A teacher cache stands where the live teacher would, and refuses to stand where it must not."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from runs import assert_bit_equal, final, lines
 from training.cache_teacher import main as write_cache
 from training.errors import Failure, UsageError
 from training.main import main
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +138,23 @@ def test_samples_that_could_not_be_embedded_are_replaced_not_taught(
     assert main([*command, "--name", "run"]) == 0
     assert final(tmp_path / "run")["progress"]["skipped"] == {"teacher cache: nothing stored": 1}
     assert all(torch.isfinite(t).all() for t in final(tmp_path / "run")["state_dict"].values())
+
+
+def test_a_cache_of_a_teacher_without_weights_is_refused(flags, tmp_path):
+    command = [*flags, "--distill-model", "tiny-teacher", "--views", "1"]
+    with pytest.raises(UsageError, match="--distill-pretrained names 0 weights"):
+        write_cache([*command, "--teacher-cache", str(tmp_path / "cache")])
+
+
+def test_two_jobs_that_write_the_same_cache_do_not_disturb_each_other(flags, teacher, tmp_path):
+    folder = tmp_path / "cache"
+    command = [*flags, "--distill-model", teacher, "--views", "1", "--teacher-cache", str(folder)]
+    command = [sys.executable, "-m", "training.cache_teacher", *map(str, command)]
+    jobs = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(3)]
+    for job in jobs:
+        _, errors = job.communicate()
+        assert job.returncode == 0, errors.decode()
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_a_cache_says_whose_it_is(cache):

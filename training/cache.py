@@ -7,6 +7,8 @@ any data set made of shards it has, in any order. A sample the reader could not 
 """
 
 import json
+import os
+import platform
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
@@ -86,19 +88,24 @@ def is_complete(directory: Path, shard: Shard) -> bool:
     )
 
 
+def own_temporary(path: Path) -> Path:
+    """Where this process writes before it renames: several may write one file at once."""
+    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
+
+
 def write_shard(directory: Path, shard: Shard, arrays: dict[str, np.ndarray]) -> None:
     """Write one shard's embeddings; its manifest appears last."""
     name = shard_name(shard)
     files = {}
     for modality, array in arrays.items():
         path = directory / f"{name}.{modality}.npy"
-        temporary = path.with_suffix(".npy.tmp")
+        temporary = own_temporary(path)
         with open(temporary, "wb") as file:
             np.save(file, array)
         temporary.rename(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
     manifest = directory / f"{name}.json"
-    temporary = manifest.with_suffix(".json.tmp")
+    temporary = own_temporary(manifest)
     temporary.write_text(json.dumps({"samples": shard.samples, "files": files}) + "\n")
     temporary.rename(manifest)
 
@@ -209,6 +216,8 @@ class CachedTeachers:
         image, text = (
             F.normalize(batch.extras[f"teacher{space}/{m}"].float(), dim=-1) for m in MODALITIES
         )
-        scale = image.new_tensor(identity["logit_scale"])
+        # new_full, not new_tensor, which would copy from the host and wait for it in every step
+        scale = image.new_full((), identity["logit_scale"])
         bias = identity["logit_bias"]
-        return Features(image, text, scale, None if bias is None else image.new_tensor(bias), space)
+        bias = None if bias is None else image.new_full((), bias)
+        return Features(image, text, scale, bias, space)

@@ -23,6 +23,7 @@ from training.cache import (
     check_config,
     file_hash,
     is_complete,
+    own_temporary,
     read_config,
     shard_name,
     write_shard,
@@ -33,7 +34,7 @@ from training.data.loader import sequential
 from training.data.views import ImageSpec, normalise, train_view
 from training.errors import Failure, UsageError, cli
 from training.models import add_model_configs, build_teachers, model_config
-from training.params import parser
+from training.params import check_teacher_weights, parser
 from training.stages import Inputs
 
 #: How far a recomputed unit vector may lie from the stored float16 one (amp_bf16 is coarser).
@@ -120,7 +121,7 @@ class Cache:
                     f"--views {self.args.views}"
                 )
             return
-        temporary = path.with_suffix(".json.tmp")
+        temporary = own_temporary(path)
         temporary.write_text(json.dumps(config, indent=2) + "\n")
         temporary.rename(path)
 
@@ -232,6 +233,7 @@ def _parse(argv: list[str]) -> Namespace:
     for flag in ("train_data", "distill_model", "teacher_cache"):
         if not getattr(args, flag):
             raise UsageError(f"--{flag.replace('_', '-')} is missing")
+    check_teacher_weights(args)
     if args.views < 1:
         raise UsageError("--views must be at least 1: how many augmentations of an image to store")
     match = re.fullmatch(r"(\d+)/(\d+)", args.part)
