@@ -34,7 +34,7 @@ from cifd_clip.teacher import weights_hash
 from eval import benchmark, datasets, metrics, models
 from eval.datasets import Folder, Gap
 from eval.models import Evaluated
-from training.errors import UsageError, cli
+from training.errors import UsageError, cli, sentence
 from training.rundir import cores
 
 CLASSES, PER_CLASS = 10, 40  # of the t-SNE map
@@ -203,7 +203,7 @@ def run(args, device: torch.device) -> list[str]:
                 folder = datasets.open_folder(root, name, args.split)
                 told = measure_once(found, folder, args, device)
             except Gap as error:
-                reason = str(error).strip().splitlines()[-1].removeprefix("eval.datasets.Gap: ")
+                reason = sentence(error)
                 gap.parent.mkdir(parents=True, exist_ok=True)
                 line = {"dataset": name, "model": found.name, "gap": reason}
                 gap.write_text(json.dumps(line, indent=2) + "\n")
@@ -276,6 +276,8 @@ def main(argv: list[str]) -> int:
         device = torch.device(args.device)
     except RuntimeError as error:
         raise UsageError(f"--device '{args.device}': expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device '{device}': no GPU is to be seen here; use --device cpu")
     gaps = run(args, device)
     if gaps:
         print(f"{len(gaps)} of the evaluations asked for are gaps", file=sys.stderr)

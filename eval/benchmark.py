@@ -38,7 +38,7 @@ from tqdm import tqdm
 from eval import datasets, metrics, models
 from eval.datasets import Folder, Gap
 from eval.models import Evaluated
-from training.errors import UsageError, cli
+from training.errors import UsageError, cli, sentence
 from training.rundir import cores
 
 PRECISIONS = {"fp32": None, "amp_bf16": torch.bfloat16, "amp": torch.float16}
@@ -62,9 +62,8 @@ class Classifiers:
             for start in progress(range(0, len(missing), step), "classes"):
                 some = missing[start : start + step]
                 texts = [template.format(c=name) for name in some for template in templates]
-                vectors = self.model.encode_text(texts, self.device).view(
-                    len(some), len(templates), -1
-                )
+                vectors = self.model.encode_text(texts, self.device)
+                vectors = finite(vectors, "text", self.model).view(len(some), len(templates), -1)
                 mean = torch.nn.functional.normalize(vectors.mean(dim=1), dim=-1)
                 self.known.update({(c, templates): v for c, v in zip(some, mean)})
         return torch.stack([self.known[c, templates] for c in classnames], dim=1)
@@ -88,7 +87,7 @@ def embed_images(model: Evaluated, folder: Folder, args, device: torch.device) -
     )
     with torch.no_grad(), autocast(device, args.precision):
         batches = [model.encode_image(x.to(device)) for x in progress(loader, folder.name)]
-    return torch.cat(batches)
+    return finite(torch.cat(batches), "image", model)
 
 
 def embed_texts(model: Evaluated, texts: list[str], args, device: torch.device) -> torch.Tensor:
@@ -96,7 +95,22 @@ def embed_texts(model: Evaluated, texts: list[str], args, device: torch.device) 
     starts = progress(range(0, len(texts), args.batch_size), "captions")
     with torch.no_grad(), autocast(device, args.precision):
         batches = [model.encode_text(texts[s : s + args.batch_size], device) for s in starts]
-    return torch.cat(batches)
+    return finite(torch.cat(batches), "text", model)
+
+
+def finite(embeddings: torch.Tensor, kind: str, model: Evaluated) -> torch.Tensor:
+    """The embeddings (N, D), unless there are others than numbers: no comparison with them holds.
+
+    Raises:
+        Gap: saying how many.
+    """
+    bad = int((~embeddings.isfinite()).any(dim=-1).sum())
+    if bad:
+        raise Gap(
+            f"{bad} of {len(embeddings)} {kind} embeddings of {model.name} are not finite: its "
+            "weights are, or --precision overflows"
+        )
+    return embeddings
 
 
 def classify(model: Evaluated, folder: Folder, classifiers: Classifiers, args, device):
@@ -278,7 +292,7 @@ def evaluate_once(model, name: str, opened, classifiers, args, device) -> str | 
         result, shown = evaluate(model, folder, classifiers, args, device)
     except Gap as error:
         # one that comes from a loader's process ends the traceback it has there
-        reason = str(error).strip().splitlines()[-1].removeprefix("eval.datasets.Gap: ")
+        reason = sentence(error)
         gap.parent.mkdir(parents=True, exist_ok=True)
         line = {"dataset": name, "model": model.name, "weights": model.weights, "gap": reason}
         gap.write_text(json.dumps(line, indent=2) + "\n")

@@ -128,7 +128,10 @@ def _evaluated(spec: str, name: str, run: Path | None, model, transform, tokeniz
 
 def _from_folder(spec: str, folder: Path, name: str, run: Path | None, device) -> Evaluated:
     local = f"local-dir:{folder}"
-    model, _, transform = open_clip.create_model_and_transforms(local, device=device)
+    try:
+        model, transform = open_clip.create_model_from_pretrained(local, device=device)
+    except RuntimeError as error:
+        raise UsageError(f"'{spec}': {str(error).splitlines()[0]}") from error
     return _evaluated(spec, name, run, model, transform, open_clip.get_tokenizer(local))
 
 
@@ -151,9 +154,17 @@ def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
     options = {name: config[name] for name in MODEL_FLAGS if config.get(name)}
     if len(size := options.get("force_image_size", ())) == 1:
         options["force_image_size"] = size[0]
+    # Of a model that began as a tag's, the images are the tag's too. What it began with is not
+    # loaded: OpenCLIP would prefer a local-dir: model's own weights to the checkpoint's.
+    began = open_clip.get_pretrained_cfg(config["model"], config.get("pretrained") or "") or {}
+    for name in ("mean", "std", "interpolation", "resize_mode"):
+        if began.get(name) is not None:
+            options.setdefault(f"image_{name}", began[name])
     model, _, transform = open_clip.create_model_and_transforms(
-        config["model"], pretrained=str(path), device=device, **options
+        config["model"], device=device, load_weights=False, **options
     )
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(checkpoint["state_dict"])
     tokenizer = open_clip.get_tokenizer(config["model"], options.get("force_context_length"))
     return _evaluated(spec, f"{run.name}@{path.stem}", run, model, transform, tokenizer)
 
@@ -167,9 +178,12 @@ def _from_openclip(spec: str, device) -> Evaluated:
             "model (open_clip.list_models())"
         )
     try:
-        model, _, transform = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained or None, device=device
-        )
+        if schema or pretrained:
+            model, transform = open_clip.create_model_from_pretrained(
+                name, pretrained=pretrained or None, device=device
+            )
+        else:  # an architecture's initial weights
+            model, _, transform = open_clip.create_model_and_transforms(name, device=device)
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, OSError, ValueError) as error:
         raise UsageError(f"'{spec}': {str(error).splitlines()[0]}") from error

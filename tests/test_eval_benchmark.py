@@ -13,7 +13,7 @@ import pytest
 import torch
 from clip_benchmark.datasets.builder import build_dataset
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from demo import scenes
 from eval import benchmark, datasets, models
@@ -253,6 +253,54 @@ def test_a_runs_results_lie_in_the_run_and_a_checkpoints_beside_them(root, tmp_p
     assert (of_student["model"], of_checkpoint["model"]) == ("run", "run@step_00000010")
     assert of_student["metrics"] == of_checkpoint["metrics"]
     assert of_student["pretrained"] == of_checkpoint["pretrained"]
+
+
+def test_a_checkpoint_is_scored_by_its_own_weights_whatever_its_run_began_with(tmp_path):
+    """OpenCLIP prefers a local-dir: model's weights to the file that it is given."""
+    began = model_folder(tmp_path / "began")
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"model": f"local-dir:{began}"}))
+    state = open_clip.create_model(f"local-dir:{began}").state_dict()
+    state["text_projection"] = state["text_projection"] + 1
+    checkpoint = run / "checkpoints" / "step_00000010.pt"
+    torch.save({"state_dict": state}, checkpoint)
+    found = models.load(str(checkpoint), CPU).model.state_dict()
+    assert torch.equal(found["text_projection"], state["text_projection"])
+
+
+def test_a_checkpoint_of_a_run_that_began_with_a_tag_gets_the_tags_images(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    began = {"model": "MobileCLIP-S1", "pretrained": "datacompdr", "image_std": [0.5] * 3}
+    (run / "config.json").write_text(json.dumps(began))
+    state = open_clip.create_model("MobileCLIP-S1").state_dict()
+    checkpoint = run / "checkpoints" / "step_00000010.pt"
+    torch.save({"state_dict": state}, checkpoint)
+    found = models.load(str(checkpoint), CPU).preprocessing
+    assert list(found["mean"]) == [0.0] * 3 and found["interpolation"] == "bilinear"
+    assert list(found["std"]) == [0.5] * 3, "the run's own flag wins"
+
+
+def test_a_folder_without_weights_is_no_model(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    (folder / "open_clip_model.safetensors").unlink()
+    with pytest.raises(UsageError, match="could not be loaded"):
+        models.load(str(folder), CPU)
+
+
+@pytest.mark.parametrize("name", ["digits", "digit_scenes"])
+def test_embeddings_that_are_no_numbers_are_a_gap_and_no_perfect_score(name, root, tmp_path):
+    folder = model_folder(tmp_path / "model")
+    weights = folder / "open_clip_model.safetensors"
+    state = load_file(weights)
+    state["visual.proj"] = state["visual.proj"] * float("nan")
+    save_file(state, weights)
+    out = tmp_path / "out"
+    assert evaluate(folder, "--data-root", root, "--datasets", name, "--out", out) == 1
+    assert not results(out)
+    (gap,) = (out / "gaps").glob("*.json")
+    assert "image embeddings of model are not finite" in json.loads(gap.read_text())["gap"]
 
 
 class Bomb:

@@ -22,10 +22,16 @@ class NonFinite(Failure):
     exit_code = 3
 
 
+def sentence(error: Exception) -> str:
+    """Its message; of an error that comes out of a loader's worker, without the traceback there."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+
+
 def cli(main: Callable[[list[str]], int | None]) -> None:
     """Run an entry point on ``sys.argv`` and exit; a `Failure` becomes one line and its code."""
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {sentence(failure)}", file=sys.stderr)
         sys.exit(failure.exit_code)
