@@ -17,6 +17,7 @@ from training.data.index import index_shards
 from training.data.loader import Fetcher, Loader, Memory, sequential
 from training.data.order import Order
 from training.data.views import ImageSpec, View, eval_view, train_view
+from training.errors import Failure
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -257,7 +258,7 @@ def test_data_without_a_good_sample_ends_with_an_error(tmp_path):
     for i in range(4):
         members |= sample(str(i)) | {f"{i}.jpg": b"no image"}
     write_tar(tmp_path / "0.tar", members)
-    with pytest.raises(RuntimeError, match=r"image: broken.*check_data"):
+    with pytest.raises(Failure, match=r"image: broken.*check_data"):
         global_batches(index_shards(str(tmp_path)), 0, 1)
 
 
@@ -328,7 +329,7 @@ def test_sequential_reading_visits_each_sample_once_in_file_order(sources, ranks
             keys += batch.keys
             sizes.append(len(batch))
     assert keys == [f"{i:06d}" for i in range(40)]
-    assert sizes == {1: [6] * 6 + [4], 3: [6, 6, 1, 6, 6, 1, 6, 6, 2]}[ranks]
+    assert sizes == [6] * 6 + [4], "a contrastive loss would depend on the number of processes"
 
 
 def test_reading_leaves_the_callers_generators_alone(sources):

@@ -9,6 +9,7 @@ from training.data.decode import Caps
 from training.data.index import is_remote
 from training.data.stream import StreamLoader, read_shard
 from training.data.views import ImageSpec, eval_view
+from training.errors import Failure
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -112,5 +113,5 @@ def test_a_damaged_or_missing_remote_shard_is_counted_and_left(tmp_path):
 
 
 def test_streams_without_a_sample_end_with_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="2 shards in a row without a usable sample"):
+    with pytest.raises(Failure, match="2 shards in a row without a usable sample"):
         next(stream(piped(tmp_path, 2)).batches(0, 1))

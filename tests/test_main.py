@@ -192,6 +192,15 @@ WRONG = {
     "missing flag file": (["@nowhere.args"], [], "no such flag file"),
     "CoCa student": (["--model", "coca_ViT-B-32"], [], "CoCa"),
     "batch norm and accumulation": (["--model", "RN50", "--accum-freq", "2"], [], "normalisation"),
+    "no checkpoint kept": (["--keep", "-1"], [], "--keep can't be negative"),
+    "no window": (["--shuffle-window", "0"], [], "--shuffle-window must be positive"),
+    "negative workers": (["--workers", "-1"], [], "--workers can't be negative"),
+    "negative views": (["--views", "-2"], [], "--views can't be negative"),
+    "negative learning rate": (["--lr", "-1"], [], "--lr must be positive"),
+    "nothing left to train": (["--lock-image", "--lock-text"], [], "leave nothing"),
+    "weights of a model that has its own": (
+        ["--model", "local-dir:x", "--pretrained", "y.pt"], [], "--model 'local-dir:x'"),
+    "no held-out shards": (["--val-data", "/nowhere/0.tar"], [], "--val-data: /nowhere/0.tar"),
 }  # fmt: skip
 
 
@@ -206,6 +215,7 @@ def test_wrong_input_ends_in_one_sentence(case, flags, tmp_path):
         main(given)
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.rglob("*.pt")), "nothing was trained"
+    assert not list(tmp_path.rglob("config.json")), "the corrected command finds the name taken"
 
 
 def test_an_existing_run_and_a_changed_configuration_are_refused(flags, tmp_path):
@@ -242,6 +252,54 @@ def test_a_missing_bank_and_a_foreign_bank_are_refused(flags, bank, teacher, tmp
     other = [*command, "--distill-model", f"local-dir:{tmp_path / 'other' / 'student'}"]
     with pytest.raises(UsageError, match="was trained on"):
         main([*other, "--rdm-bank", str(bank)])
+
+
+def test_a_student_that_cannot_be_made_is_refused_before_its_bank_is_trained(
+    flags, teacher, tmp_path
+):
+    command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--logs", str(tmp_path)]
+    command += ["--rates", "300", "--rdm-epochs", "1", "--name", "run"]
+    with pytest.raises(UsageError, match="--model 'tiny-stuent'"):
+        main([*command, "--model", "tiny-stuent"])
+    assert not list(tmp_path.rglob("finished.json")), "the bank was trained in vain"
+
+
+def test_a_run_with_a_bank_of_its_own_goes_on_where_it_was_moved_to(flags, teacher, tmp_path):
+    command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--name", "run"]
+    command += ["--rates", "300", "--rdm-epochs", "1"]
+    assert main([*command, "--logs", str(tmp_path / "a")]) == 0
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "b" / "run" / "finished.json").unlink()
+    assert main([*command, "--logs", str(tmp_path / "b"), "--resume", "latest"]) == 0
+
+
+def test_rates_that_are_not_the_banks_are_refused(flags, bank, teacher, tmp_path):
+    command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--logs", str(tmp_path)]
+    command += ["--rdm-bank", str(bank), "--name", "run"]
+    with pytest.raises(UsageError, match=r"--rates \[1000.0\]: the bank"):
+        main([*command, "--rates", "1000"])
+    assert main(command) == 0
+    rates = json.loads((bank / "config.json").read_text())["rates"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["rates"] == rates
+
+
+def test_a_teacher_without_weights_is_refused(flags, teacher, tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    config = Path(teacher.removeprefix("local-dir:")) / "open_clip_config.json"
+    (folder / config.name).write_bytes(config.read_bytes())
+    command = [*flags, "--distill", "fd", "--distill-model", f"local-dir:{folder}"]
+    with pytest.raises(UsageError, match="could not be"):
+        main([*command, "--logs", str(tmp_path)])
+
+
+def test_remote_shards_refuse_what_needs_numbered_samples(flags, tmp_path):
+    place = flags.index("--train-data")
+    given = [*flags[:place], *flags[place + 2 :], "--train-data", "pipe:cat x.tar"]
+    given += ["--train-num-samples", "100", "--logs", str(tmp_path)]
+    for flag, value in {"train-data-upsampling-factors": ["1"], "dataset-resampled": []}.items():
+        with pytest.raises(UsageError, match=f"--{flag} needs local --train-data"):
+            main([*given, f"--{flag}", *value])
 
 
 def test_the_command_itself_ends_with_one_line_and_a_code(tmp_path):

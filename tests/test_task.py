@@ -8,7 +8,10 @@ import torch
 
 from cifd_clip import Noise, assistants
 from cifd_clip.student import Pooled
-from trainers import CASES, batch, gradients, prepare, trainer, worst
+from trainers import CASES, SIZE, batch, gradients, prepare, trainer, worst
+from training.data.views import ImageSpec
+from training.metrics import _wandb_id, _wandb_name
+from training.stages import Inputs
 from training.trainer import split
 
 ROWS = 8
@@ -198,3 +201,24 @@ def test_the_flag_gives_each_assistant_a_projector_of_its_own(projector, spaces,
     assert [features.space for features in taught] == spaces
     heads = stage.task.method.projectors.heads["both"]
     assert len(heads) == 1 + max(spaces)
+
+
+@pytest.mark.parametrize("erasing", [False, True])
+def test_models_share_an_image_only_where_each_can_normalise_it_itself(erasing):
+    """Random erasing works on normalised images: with another mean they are another image."""
+    ours, theirs = ImageSpec(SIZE), ImageSpec(SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
+    inputs = Inputs({"use_timm": True, "re_prob": 1.0} if erasing else {})
+    places = [inputs.add_images(ours), inputs.add_images(theirs), inputs.add_images(ours)]
+    assert places == ([0, 1, 0] if erasing else [0, 0, 0])
+    assert len(inputs.train_views()) == 1 + erasing
+
+
+def test_runs_of_one_name_are_two_runs_to_wandb_and_a_resumed_one_stays_itself(tmp_path):
+    ids = set()
+    for student in ("a", "b"):
+        for directory in (tmp_path / student, tmp_path / student / "rdm"):
+            directory.mkdir()
+            ids.add(_wandb_id(directory))
+            assert _wandb_id(directory) in ids
+    assert len(ids) == 4
+    assert _wandb_name(tmp_path / "a") == "a" and _wandb_name(tmp_path / "a" / "rdm") == "a/rdm"

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     _, device = start_processes(args)
     directory, out = Path(args.teacher_cache), Path(args.out)
     config = read_config(directory)
-    shards = find_shards(directory, args.train_data)
+    shards = find_shards(directory, args.train_data, args.index_dir)
     made = how(args, config, shards)
     found = read(out, made)
     if found is None:
@@ -160,7 +160,7 @@ def sweep(
     return among, own, [{**p._asdict(), "share": p.accuracy / own if own else 0.0} for p in curve]
 
 
-def find_shards(directory: Path, train_data: str | None) -> list[str]:
+def find_shards(directory: Path, train_data: str | None, index_dir: str | None = None) -> list[str]:
     """Names of a cache's shards: those of a data set, or all.
 
     Raises:
@@ -169,7 +169,9 @@ def find_shards(directory: Path, train_data: str | None) -> list[str]:
     there = sorted(path.stem for path in directory.glob("*.json") if path.stem != "config")
     there = [name for name in there if (directory / f"{name}.image.npy").is_file()]
     if train_data:
-        wanted = [shard_name(shard) for shard in index_shards(train_data).shards]
+        wanted = [
+            shard_name(shard) for shard in index_shards(train_data, cache_dir=index_dir).shards
+        ]
         if missing := set(wanted) - set(there):
             raise UsageError(
                 f"--teacher-cache '{directory}' lacks {len(missing)} of {len(wanted)} shards of "

@@ -229,6 +229,8 @@ def _check(args: argparse.Namespace) -> None:
     for flag in ("epochs", "batch_size", "tau"):
         if getattr(args, flag) <= 0:
             raise UsageError(f"--{flag.replace('_', '-')} must be positive")
+    if args.keep < 0:
+        raise UsageError("--keep can't be negative; 0 keeps all")
     if args.warmup_epochs >= args.epochs:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs")
     if args.device not in ("cpu", "cuda"):

@@ -3,6 +3,7 @@
 ``--distill cifd`` without ``--rdm-bank`` is two runs: the bank in ``RUN/rdm``, then the student.
 """
 
+import contextlib
 import copy
 import logging
 import time
@@ -17,18 +18,28 @@ from cifd_clip import World
 from training.cache import read_config
 from training.checkpoint import Checkpoints
 from training.control import STOPPED_EXIT, StopFlag, log_level, start_processes
-from training.data.index import Sources, index_shards, is_remote
+from training.data.index import (
+    NotAShard,
+    Sources,
+    expand,
+    index_shard,
+    index_shards,
+    is_remote,
+)
 from training.data.loader import Loader, sequential
 from training.data.order import Order
 from training.data.stream import StreamLoader, stream_fingerprint
 from training.errors import UsageError, cli
 from training.loop import train
 from training.metrics import Sinks
-from training.models import add_model_configs
+from training.models import add_model_configs, build_student
 from training.params import batch_share, parse_args, parser
 from training.rundir import RunDirectory, resolved_config
 from training.stages import RDMStage, Stage, StudentStage
 from training.trainer import Trainer
+
+#: Rows of a held-out batch: a contrastive loss depends on it, and must not on the processes.
+VALIDATION_BATCH = 256
 
 
 def main(argv: list[str]) -> int:
@@ -51,12 +62,12 @@ def main(argv: list[str]) -> int:
     path = Path(args.logs) / args.name
     try:
         if args.distill == "cifd" and not args.rdm_bank:
-            args = copy.copy(args)
+            args, stage1 = copy.copy(args), bank_args(args)
             if args.rates:
-                done = run(bank_args(args), path / "rdm", world, device)
-                if not done:
-                    return STOPPED_EXIT
                 args.rdm_bank = str(path / "rdm" / "bank")
+                check_student(args, path, world)
+                if not run(stage1, path / "rdm", world, device):
+                    return STOPPED_EXIT
         return 0 if run(args, path, world, device) else STOPPED_EXIT
     finally:
         if dist.is_initialized():
@@ -83,6 +94,16 @@ def bank_args(args: Namespace) -> Namespace:
     return stage1
 
 
+def check_student(args: Namespace, path: Path, world: World) -> None:
+    """Refuse now what stage 2 would refuse after stage 1 has been trained.
+
+    Raises:
+        UsageError: the student can't be made, or its run directory is another run's.
+    """
+    RunDirectory(path, resolved_config(args, world.size), parser(), args.resume == "latest")
+    build_student(args)
+
+
 def run(args: Namespace, path: Path, world: World, device: torch.device) -> bool:
     """One run directory from wherever it is to its end.
 
@@ -103,17 +124,19 @@ def run(args: Namespace, path: Path, world: World, device: torch.device) -> bool
     found = checkpoints.newest() if args.resume else None
     if found is not None:
         trainer.load(found[1])
+    # Whatever may still be wrong with the command line is found before the directory is taken.
+    loader = make_loader(args, sources, trainer, config["global_batch"])
+    validation = held_out(args, stage, world)
     sinks = None
     if world.rank == 0:
         directory.open()
         describe(directory, trainer, sources, found[0] if found else None)
         step = trainer.progress.step
         sinks = Sinks(path, args.report_to, config, args.wandb_project_name, args.wandb_notes, step)
-    loader = make_loader(args, sources, trainer, config["global_batch"])
     stop = StopFlag(world)
     try:
         rank0 = checkpoints if world.rank == 0 else None
-        done = train(trainer, loader, rank0, sinks, stop, held_out(args, stage, world))
+        done = train(trainer, loader, rank0, sinks, stop, validation)
         if done and world.rank == 0:
             stage.finish(path)
             directory.write_json("finished.json", trainer.progress.state())
@@ -130,13 +153,15 @@ def run(args: Namespace, path: Path, world: World, device: torch.device) -> bool
 
 
 def open_data(args: Namespace, world: World) -> Sources:
-    """Index the training shards; rank 0 first, so that the others find the indexes made."""
-    factors = args.train_data_upsampling_factors
-    opening = partial(index_shards, args.train_data, weights=factors, cache_dir=args.index_dir)
-    sources = opening() if world.rank == 0 else None
+    """Index the training shards, each rank its part first: no rank waits long for another."""
     if world.size > 1:
+        paths = [path for source in expand(args.train_data) for path in source]
+        for path in paths[world.rank :: world.size]:
+            with contextlib.suppress(NotAShard):  # what is wrong is said below
+                index_shard(path, args.index_dir)
         dist.barrier()
-        sources = sources or opening()
+    factors = args.train_data_upsampling_factors
+    sources = index_shards(args.train_data, weights=factors, cache_dir=args.index_dir)
     bad = sum(sources.skipped.values())
     if bad > args.max_bad_fraction * (bad + sources.num_samples):
         raise UsageError(
@@ -152,7 +177,7 @@ def make_loader(
 ) -> Loader | StreamLoader:
     """What delivers this rank's part of each global batch; remote shards (no sources) stream."""
     stage, world = trainer.stage, trainer.world
-    inputs = (stage.inputs.train_views(args.aug_cfg), stage.inputs.tokenizers)
+    inputs = (stage.inputs.train_views(), stage.inputs.tokenizers)
     options = {
         "seed": args.view_seed,
         "global_batch": global_batch,
@@ -178,10 +203,16 @@ def epoch_steps(args: Namespace, sources: Sources | None, global_batch: int) -> 
     """Optimizer steps of an epoch: its samples, in whole global batches."""
     if sources is None and not args.train_num_samples:
         raise UsageError("--train-num-samples is needed: remote shards can't be counted beforehand")
-    if sources is None and args.teacher_cache:
-        raise UsageError("--teacher-cache needs local --train-data, whose samples have numbers")
-    if sources is None and args.view_memory:
-        raise UsageError("--view-memory needs local --train-data, whose samples have numbers")
+    if sources is None:
+        for flag in (
+            *("teacher_cache", "view_memory"),
+            *("train_data_upsampling_factors", "dataset_resampled"),
+        ):
+            if getattr(args, flag):
+                raise UsageError(
+                    f"--{flag.replace('_', '-')} needs local --train-data, whose samples have "
+                    "numbers"
+                )
     samples = args.train_num_samples or sources.num_samples
     if samples < global_batch:
         raise UsageError(
@@ -197,10 +228,10 @@ def held_out(args: Namespace, stage: Stage, world: World):
         return None
     return partial(
         sequential,
-        index_shards(args.val_data, cache_dir=args.index_dir),
+        index_shards(args.val_data, cache_dir=args.index_dir, flag="--val-data"),
         stage.inputs.eval_views(),
         stage.inputs.tokenizers,
-        batch_size=args.batch_size,
+        batch_size=VALIDATION_BATCH,
         rank=world.rank,
         world_size=world.size,
         workers=args.workers,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,11 +91,10 @@ class Sinks:
         if "wandb" in report_to:
             import wandb
 
-            # The same id after a restart: one curve, whatever the number of jobs.
             self._wandb = wandb.init(
                 project=wandb_project,
-                name=directory.name,
-                id=directory.name,
+                name=_wandb_name(directory),
+                id=_wandb_id(directory),
                 notes=wandb_notes,
                 config=config,
                 resume="allow",
@@ -119,6 +119,20 @@ class Sinks:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _wandb_name(directory: Path) -> str:
+    """The run's; of the bank that a student's run trains first, ``RUN/rdm``."""
+    own_bank = directory.name == "rdm"
+    return f"{directory.parent.name}/rdm" if own_bank else directory.name
+
+
+def _wandb_id(directory: Path) -> str:
+    """Made once and kept: one curve, whatever the number of jobs, and never another run's."""
+    path = directory / "wandb_id"
+    if not path.is_file():
+        path.write_text(secrets.token_hex(8))
+    return path.read_text()
 
 
 def _finite(value: Any) -> Any:

@@ -85,6 +85,11 @@ def build_student(args: Namespace) -> nn.Module:
     config = student_config(args)
     if "multimodal_cfg" in config:
         raise UsageError(f"--model '{args.model}': CoCa students are not supported")
+    if args.pretrained and args.model.startswith(("local-dir:", "hf-hub:")):
+        raise UsageError(
+            f"--pretrained '{args.pretrained}' with --model '{args.model}', which brings its own "
+            "weights: leave one of them out"
+        )
     if args.pretrained:
         check_weights(args.model, args.pretrained, "--pretrained", args.force_quick_gelu)
     size = args.force_image_size
@@ -128,7 +133,8 @@ def build_teachers(args: Namespace, device: torch.device) -> list[Teacher]:
     for space, (name, pretrained) in enumerate(teacher_names(args)):
         if pretrained:
             check_weights(name, pretrained, "--distill-pretrained")
-        model = _create(name, pretrained, "--distill-model", cache_dir=args.cache_dir)
+        options = {"cache_dir": args.cache_dir, "require_pretrained": True}
+        model = _create(name, pretrained, "--distill-model", **options)
         teachers.append(Teacher(model, name, space))
         model.to(device, memory_format=torch.channels_last)  # convolutions run faster
         logging.info("teacher %s, weights %s", name, teachers[-1].weights[:12])

@@ -7,12 +7,15 @@ command ends within a second.
 import argparse
 import ast
 import importlib.util
+import json
 import shlex
 from pathlib import Path
 
 from training.errors import UsageError
 
 DISTILL = ("none", "kd", "fd", "clipkd", "tinyclip", "mobileclip", "rdm", "cifd")
+#: R of a bank's RDMs where the command line says nothing: docs/paper.md, "Which rates".
+RATES = (3000.0, 1000.0, 300.0)
 
 #: OpenCLIP flags that are not taken, and why.
 REFUSED = {
@@ -125,9 +128,8 @@ def _method_flags(g) -> None:
         "--rates",
         type=float,
         nargs="*",
-        default=[3000.0, 1000.0, 300.0],
         metavar="R",
-        help="stage 1: one RDM per modality and rate (eq. 4); none: no RDM",
+        help="stage 1: one RDM per modality and rate (eq. 4) [3000 1000 300]; none: no RDM",
     )
     g.add_argument(
         "--rdm-bank",
@@ -454,11 +456,20 @@ def _check(args: argparse.Namespace) -> None:
     for flag in ("batch_size", "accum_freq", "epochs", "log_every_n_steps", "rdm_epochs"):
         if getattr(args, flag) < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1")
+    for flag in ("keep", "workers", "views", "wd", "view_memory", "lr_cooldown_end", "warmup"):
+        if (getattr(args, flag) or 0) < 0:
+            raise UsageError(f"--{flag.replace('_', '-')} can't be negative")
+    for flag in ("lr", "density_lr", "shuffle_window", "train_num_samples"):
+        if getattr(args, flag) is not None and getattr(args, flag) <= 0:
+            raise UsageError(f"--{flag.replace('_', '-')} must be positive")
+    unlocked = args.lock_image_unlocked_groups or args.lock_text_unlocked_layers
+    if args.lock_image and args.lock_text and not unlocked:
+        raise UsageError("--lock-image and --lock-text leave nothing of the student to train")
     if args.grad_clip_norm is not None and args.grad_clip_norm <= 0:
         raise UsageError("--grad-clip-norm must be positive; leave it out for no clipping")
-    if args.distill == "rdm" and not args.rates:
+    if args.distill == "rdm" and args.rates == []:
         raise UsageError("--distill rdm needs at least one rate: --rates 3000 1000 300")
-    if any(rate <= 0 for rate in args.rates):
+    if any(rate <= 0 for rate in args.rates or ()):
         raise UsageError(f"--rates must be positive, got {args.rates}")
     if args.rdm_bank and args.distill != "cifd":
         raise UsageError(f"--rdm-bank belongs to --distill cifd, not to --distill {args.distill}")
@@ -508,6 +519,13 @@ def _check_teachers(args: argparse.Namespace) -> None:
             f"--distill {args.distill} needs a teacher: --distill-model NAME and "
             "--distill-pretrained TAG_OR_PATH"
         )
+    check_teacher_weights(args)
+
+
+def check_teacher_weights(args: argparse.Namespace) -> None:
+    """Refuse teachers of ``--distill-model`` without weights, or weights without a teacher."""
+    names = args.distill_model.split(",")
+    weights = args.distill_pretrained.split(",") if args.distill_pretrained else []
     needed = sum(not _own_weights(name) for name in names)
     if len(weights) != needed:
         raise UsageError(
@@ -517,6 +535,9 @@ def _check_teachers(args: argparse.Namespace) -> None:
 
 
 def _defaults(args: argparse.Namespace) -> None:
+    if args.rates is None:
+        bank = Path(args.rdm_bank or "") / "config.json"
+        args.rates = json.loads(bank.read_text())["rates"] if bank.is_file() else list(RATES)
     if args.global_batch is not None:
         args.batch_size = batch_share(args)
     vit = "vit" in args.model.lower()

@@ -4,11 +4,13 @@ import copy
 import logging
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from cifd_clip import METHODS, DistillationTask, RDMBank, RDMTask, Student, Task, Teacher, World
@@ -34,22 +36,31 @@ from training.params import teacher_names
 class Inputs:
     """The distinct image transforms and tokenizers that a run's models need.
 
-    Models whose images differ only in mean and std share one uint8 image.
+    Models whose images differ only in mean and std share one uint8 image, unless the augmentation
+    works on normalised images.
+
+    Args:
+        aug_cfg: ``--aug-cfg``.
     """
 
-    def __init__(self):
+    def __init__(self, aug_cfg: dict | None = None):
+        self.aug_cfg = aug_cfg
+        self._normalised = bool(train_view(ImageSpec(), aug_cfg).finish)
         self.specs: list[ImageSpec] = []
         self.tokenizers: list[Callable[[list[str]], Tensor]] = []
         self._tokenizer_keys: list[tuple] = []
 
     def add_images(self, spec: ImageSpec) -> int:
         """The place in ``Batch.images`` of a model's images."""
-        geometry = [(s.size, s.interpolation, s.resize_mode, s.fill_color) for s in self.specs]
-        wanted = (spec.size, spec.interpolation, spec.resize_mode, spec.fill_color)
-        if wanted not in geometry:
+        known = [self._shared(s) for s in self.specs]
+        if self._shared(spec) not in known:
             self.specs.append(spec)
-            return len(geometry)
-        return geometry.index(wanted)
+            return len(known)
+        return known.index(self._shared(spec))
+
+    def _shared(self, spec: ImageSpec) -> ImageSpec:
+        """What models that share an image agree in."""
+        return spec if self._normalised else replace(spec, mean=(), std=())
 
     def add_texts(self, name: str, config: dict) -> int:
         """The place in ``Batch.texts`` of a model's tokens."""
@@ -64,9 +75,9 @@ class Inputs:
             self.tokenizers.append(tokenizer)
         return self._tokenizer_keys.index(key)
 
-    def train_views(self, aug_cfg: dict) -> list[View]:
+    def train_views(self) -> list[View]:
         """The augmenting transforms."""
-        return [train_view(spec, aug_cfg) for spec in self.specs]
+        return [train_view(spec, self.aug_cfg) for spec in self.specs]
 
     def eval_views(self) -> list[View]:
         """The transforms without augmentation."""
@@ -163,7 +174,7 @@ class RDMStage(Stage):
     """Stage 1: train the bank of the (only) teacher."""
 
     def __init__(self, args: Namespace, device: torch.device):
-        self.inputs = Inputs()
+        self.inputs = Inputs(args.aug_cfg)
         self.source = make_teachers(args, device, self.inputs)
         self.bank = RDMBank(
             self.source.identities[0],
@@ -191,7 +202,7 @@ class StudentStage(Stage):
     """Stage 2 of CIFD, every other method, and training without a teacher."""
 
     def __init__(self, args: Namespace, device: torch.device, world: World):
-        self.inputs = Inputs()
+        self.inputs = Inputs(args.aug_cfg)
         self.config = student_config(args)
         model = build_student(args)
         self.spec = ImageSpec.of(model.visual.preprocess_cfg)
@@ -207,7 +218,7 @@ class StudentStage(Stage):
             dims += dims[:1] * len(self.bank.rates)
         self.rates = []
         if args.use_bn_sync and world.size > 1:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = convert_sync_batchnorm(model)  # timm's keeps the activations of its own layers
         self.task = make_task(args, model, dims, world)
         self.task.to(device, memory_format=torch.channels_last)  # convolutions run faster
         if not self.task.method.uses_logit_scale:
@@ -305,10 +316,16 @@ def load_bank(args: Namespace, source: LiveTeachers | CachedTeachers) -> RDMBank
         UsageError: it is missing, or another teacher's.
     """
     try:
-        return RDMBank.load(Path(args.rdm_bank), source.identities[0])
+        bank = RDMBank.load(Path(args.rdm_bank), source.identities[0])
     except FileNotFoundError as error:
         raise UsageError(
             f"--rdm-bank: {error}; train one with --distill rdm, or leave --rdm-bank out"
         ) from error
     except ValueError as error:
         raise UsageError(f"--rdm-bank: {error}; train a bank for this teacher") from error
+    if bank.rates != args.rates:
+        raise UsageError(
+            f"--rates {args.rates}: the bank {args.rdm_bank} has {bank.rates}, and all of them "
+            "teach; leave --rates out"
+        )
+    return bank

@@ -32,6 +32,7 @@ from training.data.draws import words
 from training.data.index import Sources
 from training.data.order import Order
 from training.data.views import View, draw, private_randomness
+from training.errors import Failure
 
 MAX_ATTEMPTS = 64
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -227,7 +228,7 @@ class Reader:
                             break
                         row = substitute(i, attempt)
                 else:
-                    raise RuntimeError(
+                    raise Failure(
                         f"{MAX_ATTEMPTS} samples in a row cannot be used "
                         f"({dict(assembly.skipped)}); "
                         "run `python -m training.check_data --deep` on the data"
@@ -340,11 +341,14 @@ def sequential(
 ) -> Iterator[Batch]:
     """Every sample once, in file order: validation, or (with a training view) a teacher's cache.
 
-    Bad samples are left out and counted. Each rank reads one contiguous part of ``rows`` (default:
-    all); its last batch may be short. Other arguments as of `Loader`.
+    Bad samples are left out and counted. The batches are those of one process, whatever the number
+    of ranks: each reads consecutive ones of ``rows`` (default: all). Other arguments as of
+    `Loader`.
     """
     rows = range(sources.num_samples) if rows is None else rows
-    rows = rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
+    batches = -(-len(rows) // batch_size)
+    first, last = (batches * r // world_size * batch_size for r in (rank, rank + 1))
+    rows = rows[first:last]
     reader = Reader(
         sources, Recipe(image_transforms, tokenizers, seed, captions, caps or Caps()), fetchers
     )

@@ -22,6 +22,7 @@ from training.data.index import REQUIRED, fault_of, split_name
 from training.data.loader import Assembly, Batch, Recipe, data_loader, end, iterate
 from training.data.tar import BadTar, members
 from training.data.views import View, private_randomness
+from training.errors import Failure
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ class _Stream(IterableDataset):
                 yield number, "shard: damaged or unreadable"
             barren = 0 if good else barren + 1
             if barren == min(len(self.urls), 100):
-                raise RuntimeError(f"{barren} shards in a row without a usable sample, last {url}")
+                raise Failure(f"{barren} shards in a row without a usable sample, last {url}")
 
 
 def read_shard(url: str, caps: Caps) -> Iterator[dict | str]:
