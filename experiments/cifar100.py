@@ -72,6 +72,7 @@ WHERE = (
     "--name={name}",
     "--resume=latest",
     "--teacher-cache={logs}/answers",
+    "--device=cpu",
 )
 
 

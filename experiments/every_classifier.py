@@ -62,7 +62,10 @@ def plan(dataset: str, teacher: str, student: str) -> list[Run]:
         ("ft", "ft", under, f"--model={student} --paraphraser={here['paraphraser']}"),
         ("cifd", "cifd", under, f"--model={student} --rdm-bank={here['rdm']} {CIFD[dataset]}"),
     ]
-    where = ("--data={data}/" + dataset, "--logs={logs}", "--name={name}", "--resume=latest")
+    where = (
+        *("--data={data}/" + dataset, "--logs={logs}", "--name={name}", "--resume=latest"),
+        "--device=cpu",
+    )
     runs = []
     for kind, method, place, flags in wanted:
         made = f"--method={method} {EVERY_RUN} {DATA[dataset]} {flags} {place}".split()

@@ -132,7 +132,8 @@ def run(trial, args: argparse.Namespace, flags: list[str], pruned: type[Exceptio
         low, high, log = SPACE[name]
         chosen.append(f"--{name}={trial.suggest_float(name, low, high, log=log)!r}")
     directory = args.logs / args.name / f"trial{trial.number}"
-    where = [f"--logs={directory.parent}", f"--name={directory.name}", "--keep=1"]
+    where = [f"--logs={directory.parent}", f"--name={directory.name}"]
+    where += ["--keep=1", "--device=cpu"]
     command = [sys.executable, "-m", "training.classify", *flags, *chosen, *where]
     directory.parent.mkdir(parents=True, exist_ok=True)
     said = directory.parent / f"{directory.name}.err"

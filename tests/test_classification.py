@@ -497,7 +497,7 @@ def run_classify():
 
     def go(logs: Path, name: str, *flags: str) -> Path:
         common = ["--data", str(CIFAR), "--logs", str(logs), "--name", name, "--subset", "256"]
-        assert classify.main([*common, "--batch-size", "32", *flags]) == 0
+        assert classify.main([*common, "--device=cpu", "--batch-size", "32", *flags]) == 0
         return logs / name
 
     yield go
@@ -604,7 +604,7 @@ def folder(tmp_path_factory) -> Path:
 
 def folder_flags(folder: Path, name: str) -> list[str]:
     common = ["--dataset=imagenet", f"--data={folder}", f"--logs={folder}/runs", f"--name={name}"]
-    return [*common, "--batch-size=3", "--epochs=1", "--workers=1"]
+    return [*common, "--device=cpu", "--batch-size=3", "--epochs=1", "--workers=1"]
 
 
 def run_folder(folder: Path, name: str, *flags: str) -> Path:

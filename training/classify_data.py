@@ -8,6 +8,7 @@ import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -160,8 +161,13 @@ def normalise(
     pixels: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
 ) -> Tensor:
     """(B, H, W, 3) uint8 → (B, 3, H, W) float32 of about zero mean and unit variance."""
-    mean, std = (255 * torch.tensor(values, device=pixels.device) for values in (mean, std))
+    mean, std = _statistics(mean, std, pixels.device)
     return pixels.float().sub_(mean).div_(std).permute(0, 3, 1, 2)  # channels last as it is
+
+
+@lru_cache
+def _statistics(mean, std, device: torch.device) -> tuple[Tensor, Tensor]:
+    return tuple(255 * torch.tensor(values, device=device) for values in (mean, std))
 
 
 def split_rows(total: int, holdout: int, subset: int = 0) -> tuple[np.ndarray, np.ndarray]:

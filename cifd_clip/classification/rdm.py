@@ -185,7 +185,8 @@ def rdm_loss(
     Returns:
         ``ce_loss``, ``kl_loss``, ``rate_loss`` and, to reconstruct, ``distortion_loss``, (K,) each.
     """
-    rates = output.nats.new_tensor(modules.rates)
+    # Filled on the device: a tensor made of the numbers would have to cross to it in every step.
+    rates = torch.stack([output.nats.new_full((), rate) for rate in modules.rates])
     count = len(rates)
     classes = output.logits.shape[-1]
     ce = F.cross_entropy(
