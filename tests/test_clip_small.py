@@ -1,13 +1,17 @@
 """The CLIP study: equal treatment, tuning away from test data, going on, and its arithmetic."""
 
+import io
 import json
+import pickle
 import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 
 from eval import benchmark
 from eval.datasets import open_folder
@@ -16,7 +20,7 @@ from experiments import gradient_shares
 from experiments.clip_small import __main__ as study
 from experiments.clip_small import plan as plans
 from experiments.clip_small import table
-from experiments.clip_small.data import TEMPLATES, Sizes, prepare
+from experiments.clip_small.data import TEMPLATES, Sizes, cifar_pairs, prepare
 from experiments.clip_small.keep import figures, score
 from experiments.clip_small.plan import METHODS, MODELS, SCALES, Plan, Tuned
 from experiments.runs import Queue, Run
@@ -186,6 +190,27 @@ def test_data_are_held_out_and_lie_in_both_layouts(tmp_path):
     assert held.templates == TEMPLATES and "aquarium fish" in held.classnames
     with pytest.raises(UsageError, match="holds data of other sizes"):
         prepare(tmp_path / "data", CIFAR, FLICKR.parent, Sizes())
+
+
+@needs_cifar
+def test_cifar100_as_its_authors_pack_it_gives_the_same_pairs(tmp_path, monkeypatch):
+    names, packed = cifar_pairs(CIFAR, "test")
+    some = packed[:30]
+    pixels = [np.asarray(Image.open(io.BytesIO(pair.image)).convert("RGB")) for pair in some]
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    rows = np.stack(pixels).transpose(0, 3, 1, 2).reshape(len(some), -1)
+    content = {"data": rows, "fine_labels": [pair.label for pair in some]}
+    (folder / "test").write_bytes(pickle.dumps(content))
+    meta = {"fine_label_names": [name.replace(" ", "_") for name in names]}
+    (folder / "meta").write_bytes(pickle.dumps(meta))
+    # the hashes are those of the whole data set
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    classnames, pairs = cifar_pairs(tmp_path, "test")
+    assert classnames == names
+    for pair, wanted, image in zip(pairs, some, pixels, strict=True):
+        assert (pair.captions, pair.label) == (wanted.captions, wanted.label)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(pair.image))), image)
 
 
 def images_of(folder: Path) -> set[bytes]:

@@ -172,7 +172,7 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--cifar100", type=Path, required=True, help="folder of cifar100_{train,test}.npz")
+    add("--cifar100", type=Path, required=True, help="folder with cifar-100-python/")
     add("--flickr8k", type=Path, required=True, help="folder with train/*.tar and test/*.tar")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--stage", nargs="+", choices=STAGES, default=STAGES, help="(default: all)")

@@ -13,12 +13,14 @@ import json
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+from PIL import Image
+from torchvision.datasets import CIFAR100
 
 from training.errors import UsageError
 
@@ -56,8 +58,8 @@ def prepare(out: Path, cifar100: Path, flickr8k: Path, sizes: Sizes) -> None:
 
     Args:
         out: folder to write.
-        cifar100: has ``cifar100_{train,test}.npz``: ``webp`` (all images' bytes), ``offsets``,
-            ``labels``, ``classnames``.
+        cifar100: has torchvision's ``cifar-100-python/``, or ``cifar100_{train,test}.npz``:
+            ``webp`` (all images' bytes), ``offsets``, ``labels``, ``classnames``.
         flickr8k: has ``train/*.tar`` (img2dataset's layout, all captions in ``key.json``) and
             ``test/*.tar`` (clip_benchmark's).
         sizes: how much of it.
@@ -115,17 +117,39 @@ def cifar_split(folder: Path, sizes: Sizes) -> tuple[list[str], list[Pair], list
 
 def cifar_pairs(folder: Path, split: str) -> tuple[list[str], list[Pair]]:
     """Class names and all pairs of a split, in its order."""
-    path = folder / f"cifar100_{split}.npz"
-    if not path.is_file():
-        raise UsageError(f"--cifar100 '{folder}': {path.name} is not there")
-    packed = np.load(path)
-    blob, offsets = packed["webp"].tobytes(), packed["offsets"].tolist()
-    classnames = [str(name).replace("_", " ") for name in packed["classnames"]]
+    packed = folder / f"cifar100_{split}.npz"
+    if packed.is_file():
+        extension, images, labels, names = "webp", *_from_npz(packed)
+    elif (folder / "cifar-100-python").is_dir():
+        extension, images, labels, names = "png", *_from_torchvision(folder, split)
+    else:
+        raise UsageError(
+            f"--cifar100 '{folder}': neither {packed.name} nor torchvision's cifar-100-python/ is "
+            "there"
+        )
+    classnames = [str(name).replace("_", " ") for name in names]
     captions = [[t.format(c=name) for t in TEMPLATES] for name in classnames]
     return classnames, [
-        Pair("webp", blob[start:stop], captions[label], label)
-        for start, stop, label in zip(offsets, offsets[1:], packed["labels"].tolist())
+        Pair(extension, image, captions[label], label) for image, label in zip(images, labels)
     ]
+
+
+def _from_npz(path: Path) -> tuple[list[bytes], list[int], Iterable[str]]:
+    packed = np.load(path)
+    blob, offsets = packed["webp"].tobytes(), packed["offsets"].tolist()
+    images = [blob[start:stop] for start, stop in pairwise(offsets)]
+    return images, packed["labels"].tolist(), packed["classnames"]
+
+
+def _from_torchvision(folder: Path, split: str) -> tuple[list[bytes], list[int], list[str]]:
+    data = CIFAR100(str(folder), train=split == "train")
+
+    def png(pixels: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    return [png(pixels) for pixels in data.data], data.targets, data.classes
 
 
 def flickr_pairs(folder: Path) -> Iterator[Pair]:
@@ -147,7 +171,7 @@ def flickr_pairs(folder: Path) -> Iterator[Pair]:
 
 
 def write_pairs(folder: Path, pairs: list[Pair]) -> None:
-    """Training shards: key.jpg or key.webp, key.txt (the first caption), key.json (all)."""
+    """Training shards: the image, key.txt (the first caption), key.json (all)."""
     _write_shards(
         folder,
         (
