@@ -198,7 +198,8 @@ def run(args, device: torch.device) -> list[str]:
     for path in args.banks:
         found = load(path, args.teacher, args.out, device)
         for name in datasets.names(args.datasets):
-            gap = found.out / "gaps" / f"bank_{benchmark.slug(name)}_{args.split}.json"
+            stem = "_".join(map(benchmark.slug, ("bank", name, args.split, found.name)))
+            gap = found.out / "gaps" / f"{stem}_{found.weights[:10]}.json"
             try:
                 folder = datasets.open_folder(root, name, args.split)
                 told = measure_once(found, folder, args, device)

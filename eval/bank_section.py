@@ -4,10 +4,11 @@ import html
 import re
 import statistics
 from collections import defaultdict
+from pathlib import Path
 
 from eval import plots
 from eval.sections import html_table, section
-from eval.sources import Source
+from eval.sources import Setting, Source, setting_of
 from eval.tables import TASKS, markdown
 
 #: What is drawn and tabulated of a data set, of the metrics that it has.
@@ -45,7 +46,7 @@ def to_markdown(sources: list[Source]) -> list[str]:
             heads, lines = _measured_table(bank)
             parts.append(_markdown(f"The bank on {bank['dataset']}: {bank['model']}", heads, lines))
     for name, found in classifier_banks(sources).items():
-        parts.append(_markdown(f"The RDMs of {name[1]} on {name[0]}", *_classifier_table(found)))
+        parts.append(_markdown(f"The RDMs of {name}", *_classifier_table(found)))
     return parts
 
 
@@ -136,22 +137,40 @@ def _maps_html(bank: dict) -> str:
     return f'<div class="plot">{plot}</div><p>{note}</p>'
 
 
-def classifier_banks(sources: list[Source]) -> dict[tuple[str, str], dict]:
-    """(data set, teacher) -> accuracies by R over seeds, and the teacher's own (Figure 5)."""
-    found: dict[tuple[str, str], dict] = {}
+def classifier_banks(sources: list[Source]) -> dict[str, dict]:
+    """What banks -> accuracies by R over seeds, and the teacher's own (Figure 5).
+
+    Banks are one where they differ by their seed alone.
+    """
     results = [r for s in sources for r in s.results if r["task"] == "classification"]
+    banks: dict[Setting, list[dict]] = {}
     for result in results:
-        if result.get("role") != "rdm" or not result.get("metrics"):
-            continue
-        empty = {"rates": defaultdict(dict), "teacher": {}}
-        bank = found.setdefault((result["dataset"], result["teacher"]), empty)
-        bank["rates"][result["rate"]][result.get("seed")] = 100 * result["metrics"]["acc1"]
-    for (dataset, teacher), bank in found.items():
-        for result in results:
-            alone = result["method"] == "none" and result.get("metrics")
-            if alone and (result["dataset"], result["student"]) == (dataset, teacher):
-                bank["teacher"][result.get("seed")] = 100 * result["metrics"]["acc1"]
+        if result.get("role") == "rdm" and result.get("metrics"):
+            setting, _ = setting_of(Source(Path()), result)
+            banks.setdefault(setting, []).append(result)
+    found = {}
+    for setting, of_bank in banks.items():
+        teacher, dataset = setting.teachers[0], setting.dataset
+        name = f"{teacher} on {dataset}"
+        if sum((s.teachers, s.dataset) == (setting.teachers, dataset) for s in banks) > 1:
+            name += f" ({', '.join(sorted({_run_name(r) for r in of_bank}))})"
+        rates: dict[float, dict] = defaultdict(dict)
+        for result in of_bank:
+            rates[result["rate"]][result.get("seed")] = 100 * result["metrics"]["acc1"]
+        found[name] = {
+            "rates": rates,
+            "teacher": {
+                r.get("seed"): 100 * r["metrics"]["acc1"]
+                for r in results
+                if (r["method"], r["dataset"], r["student"]) == ("none", dataset, teacher)
+                and r.get("metrics")
+            },
+        }
     return found
+
+
+def _run_name(result: dict) -> str:
+    return result.get("provenance", {}).get("settings", {}).get("name") or "a bank"
 
 
 def _classifier_table(bank: dict):
@@ -168,12 +187,12 @@ def _mean(values: list[float]) -> str:
     return f"{statistics.fmean(values):.2f}{spread}"
 
 
-def _classifier_html(name: tuple[str, str], bank: dict) -> str:
+def _classifier_html(name: str, bank: dict) -> str:
     rates = sorted(bank["rates"])
     values = [list(bank["rates"][rate].values()) for rate in rates]
     spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
     teacher = statistics.fmean(bank["teacher"].values()) if bank["teacher"] else None
     line = ("top-1", rates, list(map(statistics.fmean, values)), spread, teacher)
-    plot = plots.against_rate(f"Figure 5: RDMs of {name[1]} on {name[0]}", [line])
+    plot = plots.against_rate(f"Figure 5: RDMs of {name}", [line])
     table = html_table(*_classifier_table(bank))
     return f'<div class="side"><div class="plot">{plot}</div>{table}</div>'

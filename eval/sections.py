@@ -97,7 +97,7 @@ def contrastive_weight(config: dict) -> float:
     method = config.get("distill")
     if method == "cifd":
         return 2 * config.get("lambda_cl", 0)
-    return {"tinyclip": 2, "mobileclip": 2 * (1 - config.get("lambda_kd", 0))}.get(method, 1)
+    return {"tinyclip": 2, "mobileclip": 1 - config.get("lambda_kd", 0)}.get(method, 1)
 
 
 def training_section(sources: list[Source], colour: Colours) -> str:

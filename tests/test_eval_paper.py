@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval import paper, report, sources
+from training.classify_params import DATASETS
 from training.errors import UsageError
 
 TEXT = Path(__file__).resolve().parents[2] / "shared/paper/cifd.txt"
@@ -299,3 +300,15 @@ def test_results_of_one_run_on_two_data_sets_of_one_name_are_refused(tmp_path):
     write(run / "results" / "s.json", result)
     with pytest.raises(UsageError, match="different data"):
         tables(run)
+
+
+def test_classifiers_on_imagenet_reach_their_tables(tmp_path):
+    """Under the name that training.classify gives the data set."""
+    assert "imagenet" in DATASETS
+    result = classifier(
+        "resnet18", "cifd", 0.72, teacher="resnet34", rates=[3, 2, 1], dataset="imagenet"
+    )
+    placed = tables(study(tmp_path, [result]))
+    for number in ("3", "6", "7"):
+        cells = [cell for line in placed[number].lines for cell in map(str, line.cells)]
+        assert any("72.0" in cell for cell in cells), f"Table {number}"

@@ -148,6 +148,25 @@ def test_weighted_contrastive_losses_are_drawn_unweighted(runs):
     assert drawn["cifd"] == pytest.approx(drawn["none"]) == [1, 1 / 2, 1 / 3]
 
 
+def test_banks_of_one_teacher_that_differ_in_more_than_their_seed_are_two(tmp_path):
+    def of(form, seed, acc1):
+        settings = {"rdm_form": form, "seed": seed, "name": f"{form}-seed{seed}"}
+        return {
+            "task": "classification", "role": "rdm", "method": "rdm", "dataset": "cifar100",
+            "teacher": "cnn10", "student": None, "rate": 10.0, "rates": [10.0], "seed": seed,
+            "metrics": {"acc1": acc1}, "provenance": {"settings": settings},
+        }  # fmt: skip
+
+    results = [of("classify", 0, 0.5), of("classify", 1, 0.6), of("reconstruct", 0, 0.2)]
+    banks = bank_section.classifier_banks([sources.Source(tmp_path, results=results)])
+    assert {name: dict(bank["rates"]) for name, bank in banks.items()} == {
+        "cnn10 on cifar100 (classify-seed0, classify-seed1)": {10.0: {0: 50.0, 1: 60.0}},
+        "cnn10 on cifar100 (reconstruct-seed0)": {10.0: {0: 20.0}},
+    }
+    alone = bank_section.classifier_banks([sources.Source(tmp_path, results=results[:2])])
+    assert list(alone) == ["cnn10 on cifar100"]
+
+
 def test_the_bank_is_shown_by_its_held_out_rates_where_there_are_any(runs):
     (bank,) = sources.read_source(runs[1])
     bank.metrics.append({"kind": "train", "step": 9, "image/R=1000/bits": 1.0})

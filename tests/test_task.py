@@ -8,6 +8,7 @@ import torch
 
 from cifd_clip import Noise, assistants
 from cifd_clip.student import Pooled
+from eval.sections import contrastive_weight
 from trainers import CASES, SIZE, batch, gradients, prepare, trainer, worst
 from training.data.views import ImageSpec
 from training.metrics import _wandb_id, _wandb_name
@@ -201,6 +202,19 @@ def test_the_flag_gives_each_assistant_a_projector_of_its_own(projector, spaces,
     assert [features.space for features in taught] == spaces
     heads = stage.task.method.projectors.heads["both"]
     assert len(heads) == 1 + max(spaces)
+
+
+@pytest.mark.parametrize("method", ["clipkd", "tinyclip", "mobileclip, two teachers", "cifd"])
+def test_the_report_knows_how_each_method_weighs_the_contrastive_term(method, home):
+    """Drawn side by side, losses must be the same thing: the mean of both directions."""
+
+    def contrastive(case, *flags):
+        made = trainer(case, home, *flags)
+        return made, made.step(batch(ROWS))["contrastive_loss"].item()
+
+    _, plain = contrastive("none")
+    made, weighted = contrastive(method, *(["--no-ibm"] if method == "cifd" else []))
+    assert weighted == pytest.approx(contrastive_weight(vars(made.args)) * plain, rel=1e-4)
 
 
 @pytest.mark.parametrize("erasing", [False, True])
