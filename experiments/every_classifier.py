@@ -7,6 +7,7 @@ Stopped, it goes on where it was.
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 from experiments.runs import Queue, Run, curve, is_finished, write_json
 from training.control import STOPPED_EXIT
-from training.errors import cli
+from training.errors import UsageError, cli
 from training.rundir import environment
 
 PAIRS = [
@@ -113,9 +114,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, default=Path("results/every_classifier.json"))
     args = parser.parse_args(argv)
     data = args.logs / "data"
-    if not data.is_dir():
-        draw_photos(data / "imagenet")
-        (data / "cifar100").symlink_to(args.cifar100.resolve())
+    if not args.cifar100.is_dir():
+        raise UsageError(f"--cifar100 '{args.cifar100}': no such folder")
+    if not (data / "imagenet").is_dir():
+        draft = data / "imagenet.draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        draw_photos(draft)
+        draft.rename(data / "imagenet")
+    (data / "cifar100").unlink(missing_ok=True)
+    (data / "cifar100").symlink_to(args.cifar100.resolve())
     runs = [run for pair in PAIRS for run in plan(*pair)]
     todo = [run for run in runs if not is_finished(run, args.logs)]
     if not Queue(todo, data, args.logs, args.jobs, lambda run: None).run():

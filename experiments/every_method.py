@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from training.data.index import index_shards
-from training.errors import Failure, cli
+from training.errors import Failure, UsageError, cli
 from training.rundir import environment
 
 MODELS = Path(os.path.relpath(Path(__file__).parent.parent / "demo" / "models"))
@@ -33,13 +33,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--index-dir", help="where shard indexes go [beside the shards]")
     parser.add_argument("--json", type=Path, default=Path("results/every_method.json"))
     args = parser.parse_args(argv)
-    record = {"environment": environment(), "seed": 0, "data": {}, "runs": {}}
-    for data in SIZES:
-        shards = getattr(args, data)
-        if shards:
-            sources = index_shards(shards, cache_dir=args.index_dir)
-            record["data"][data] = sources.fingerprint()
-            record["runs"][data] = run_all(args, data, shards)
+    given = {data: getattr(args, data) for data in SIZES if getattr(args, data)}
+    if not given:
+        raise UsageError("--cifar100 SHARDS or --flickr8k SHARDS, or both, are needed")
+    record = {"data": {}, "runs": {}}
+    if args.json.is_file():  # what it says of the other data set stays
+        record |= json.loads(args.json.read_text())
+    record |= {"environment": environment(), "seed": 0}
+    for data, shards in given.items():
+        sources = index_shards(shards, cache_dir=args.index_dir)
+        record["data"][data] = sources.fingerprint()
+        record["runs"][data] = run_all(args, data, shards)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(record, indent=2) + "\n")
 
@@ -75,12 +79,9 @@ def run_all(args: argparse.Namespace, data: str, shards: str) -> dict[str, dict]
 
 
 def run(directory: Path, flags: list[str]) -> dict:
-    """One run of ``training.main``, unless it is finished; what its losses did."""
+    """One run of ``training.main``, which ends at once if it is finished; what its losses did."""
     command = ["-m", "training.main", *flags, f"--name={directory.name}"]
-    if (
-        not (directory / "finished.json").exists()
-        and subprocess.run([sys.executable, *command]).returncode
-    ):
+    if subprocess.run([sys.executable, *command]).returncode:
         raise Failure(f"{directory} failed; its message is above")
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]

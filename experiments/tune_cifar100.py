@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from training.classify_params import parse_args
+from training.classify_params import STAGE1, parse_args
 from training.errors import Failure, UsageError, cli
 from training.rundir import environment
 
@@ -51,6 +51,12 @@ def main(argv: list[str]) -> None:
         sampler=optuna.samplers.TPESampler(seed=args.seed),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=args.min_epochs),
     )
+    fixed = study.user_attrs.get("fixed", shlex.join(flags))
+    if fixed != shlex.join(flags):
+        raise UsageError(
+            f"--name {args.name}: its trials had the flags {fixed!r}; use them, or another --name"
+        )
+    study.set_user_attr("fixed", fixed)
     finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     while len(study.get_trials(states=finished)) < args.trials:
         study.optimize(lambda trial: run(trial, args, flags, optuna.TrialPruned), n_trials=1)
@@ -109,6 +115,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--logs", type=Path, default=Path("logs/tune"))
     args = parser.parse_args(ours)
     common = parse_args(flags)
+    if common.method in STAGE1:
+        raise UsageError(f"--method {common.method} makes no student that could be judged")
     if not common.holdout or common.final:
         raise UsageError(
             "tuning looks at held-out training images alone: give the runs --holdout 5000, and no "

@@ -70,7 +70,9 @@ class Point(NamedTuple):
 def main(argv: list[str]) -> int:
     """Train the sweep, read the rates off its curve, and write them."""
     args = _parse(argv)
-    _, device = start_processes(args)
+    world, device = start_processes(args)
+    if world.size > 1:
+        raise UsageError(f"calibration is one process's work, got {world.size}: start it plainly")
     directory, out = Path(args.teacher_cache), Path(args.out)
     config = read_config(directory)
     shards = find_shards(directory, args.train_data, args.index_dir)
