@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 import shutil
 
 import numpy as np
@@ -26,6 +27,11 @@ SMALL_VIT = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "
 CAPTIONS = [
     "a photo of a cat", "snow!", "Two DOGS, one of   them brown, don't sit", "naïve 42 façades",
     "far too many words " * 9, "", "l'été; the end...",
+]  # fmt: skip
+#: What OpenCLIP mends before it tokenises.
+WILD = [
+    "it’s", "a “quoted” word", "a &amp; b", "&amp;lt;b&amp;gt; in bold", "ﬁre", "schÃ¶n",
+    "Ｆｕｌｌ　Ｗｉｄｔｈ", "ΟΔΟΣ, İstanbul", "wow !!! snake_case\n and\ttabs",
 ]  # fmt: skip
 
 
@@ -203,6 +209,55 @@ def test_the_tokenizer_files_give_open_clips_ids_up_to_the_end_of_text(student, 
         assert torch.equal(mine[:length], theirs[:length]), caption
 
 
+def card_code(out, monkeypatch, **given) -> dict:
+    """What the Python code in the card of ``out`` leaves behind."""
+    monkeypatch.chdir(out)
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    scope = dict(given)
+    exec(code.replace("PATH_OF_THIS_FOLDER", "."), scope)
+    return scope
+
+
+#: Text towers that see what is behind the end of text, and tokenizers with a cleaning of their own.
+TEXTS = {
+    "causal": {},
+    "not causal": {"no_causal_mask": True},
+    "class token": {"embed_cls": True},
+    "last token": {"pool_type": "last"},
+    "canonicalize": {"no_causal_mask": True, "tokenizer_kwargs": {"clean": "canonicalize"}},
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_code_in_an_onnx_card_gives_the_students_features(name, tmp_path, monkeypatch):
+    clean = "canonicalize" if name == "canonicalize" else "lower"
+    folder = save(small(text=TEXTS[name], custom_text=True), tmp_path / "in" / "model")
+    out, _ = export(folder, "onnx", tmp_path / "out")
+    images = noise(folder, 2)
+    image_features, text_features = stock(folder, images, CAPTIONS + WILD)
+    found = card_code(out, monkeypatch, captions=CAPTIONS + WILD, images=images.numpy())
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS + WILD)
+    np.testing.assert_array_equal(found["ids"], tokens)
+    about = json.loads((out / "preprocess.json").read_text())["text"]
+    assert (about["padding"], about["clean"]) == (0, clean)
+    np.testing.assert_allclose(found["text_features"], text_features, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found["image_features"], image_features, atol=1e-4, rtol=0)
+
+
+def test_the_code_in_a_transformers_card_gives_the_students_features(
+    student, tmp_path, monkeypatch
+):
+    folder = student("custom text")
+    out, _ = export(folder, "transformers", tmp_path / "out")
+    _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    image_features, text_features = stock(folder, preprocess(image)[None], CAPTIONS + WILD)
+    outputs = card_code(out, monkeypatch, captions=CAPTIONS + WILD, images=[image])["outputs"]
+    torch.testing.assert_close(outputs.text_embeds, text_features, atol=1e-4, rtol=0)
+    torch.testing.assert_close(outputs.image_embeds, image_features, atol=1e-4, rtol=0)
+
+
 REFUSED = {
     "ModifiedResNet": STUDENTS["RN50"],
     "TimmModel": STUDENTS["timm"],
@@ -278,6 +333,50 @@ def test_a_hugging_face_tokenizer_travels_with_the_folder(word_tokenizer, tmp_pa
     torch.testing.assert_close(features, student_features, atol=1e-4, rtol=0)
 
 
+def test_the_code_in_a_card_cuts_and_cleans_as_the_students_hugging_face_tokenizer(
+    word_tokenizer, tmp_path, monkeypatch
+):
+    text = {
+        "hf_tokenizer_name": str(word_tokenizer),
+        "tokenizer_kwargs": {"clean": "canonicalize", "model_max_length": 8},
+        "no_causal_mask": True,
+        "pool_type": "last",
+        "vocab_size": 13,
+    }
+    folder = save(small(text=text), tmp_path / "in" / "model")
+    captions = ["A Photo, of: the CAT!", "snow", "the dog in the door in the_snow", "cat " * 30]
+    source = load(folder)
+    tokens = source.tokenizer(captions)
+    out, _ = export(folder, "onnx", tmp_path / "out")
+    images = noise(folder, 1).numpy()
+    found = card_code(out, monkeypatch, captions=captions, images=images)
+    np.testing.assert_array_equal(found["ids"], tokens)
+    text_features = source.towers().text(tokens)
+    np.testing.assert_allclose(found["text_features"], text_features, atol=1e-4, rtol=0)
+    assert source.tokenizer.tokenizer.model_max_length == 8, "the student's own was changed"
+
+
+@pytest.mark.parametrize("kind", ["Hugging Face", "OpenCLIP"])
+def test_a_tokenizer_that_files_cannot_hold_is_refused(kind, word_tokenizer, tmp_path):
+    text = {"no_causal_mask": True, "tokenizer_kwargs": {"clean": "whitespace"}}  # keeps capitals
+    if kind == "Hugging Face":
+        separator = {"strip_sep_token": True, "sep_token": "[EOS]"}
+        text |= {"hf_tokenizer_name": str(word_tokenizer), "tokenizer_kwargs": separator}
+    folder = save(small(text=text), tmp_path / "in" / "model")
+    with pytest.raises(ValueError, match=r"tokenizer of model .* --format open_clip") as error:
+        export(folder, "onnx", tmp_path / "out" / "onnx")
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_transformers_refuses_padding_in_front_of_the_text(word_tokenizer, tmp_path):
+    text = {"hf_tokenizer_name": str(word_tokenizer), "pool_type": "eos", "eos_id": 3}
+    text |= {"vocab_size": 13, "tokenizer_kwargs": {"padding_side": "left"}}
+    folder = save(small(text=text), tmp_path / "in" / "model")
+    with pytest.raises(ValueError, match="pads in front of the text"):
+        export(folder, "transformers", tmp_path / "out")
+
+
 def test_an_export_that_computes_something_else_never_appears(student, tmp_path, monkeypatch):
     def wrong(source, folder):
         towers = source.towers()
@@ -287,6 +386,24 @@ def test_an_export_that_computes_something_else_never_appears(student, tmp_path,
     with pytest.raises(ValueError, match="differ by"):
         export(student("custom text"), "onnx", tmp_path / "logs" / "out")
     assert not list((tmp_path / "logs").iterdir())
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5])
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_weights_that_were_cut_short_are_one_line_and_exit_code_2(
+    name, kept, student, tmp_path, capsys
+):
+    folder = tmp_path / "model"
+    shutil.copytree(student("custom text"), folder)
+    weights = folder / "open_clip_model.safetensors"
+    if name != weights.name:
+        torch.save(load(str(folder)).model.state_dict(), folder / name)
+        weights.unlink()
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(kept * len(content)) if kept < 1 else kept])
+    assert command([str(folder), "--format", "open_clip"]) == 2
+    (error,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert "could not be loaded" in error
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(student, tmp_path, capsys):

@@ -1,7 +1,8 @@
 """A student leaves the project: OpenCLIP, ONNX or transformers, checked against what was trained.
 
 Every format is one function that writes a folder and reads it back as two towers; `export` compares
-these with the student's on a fixed probe and lets the folder appear only when they agree.
+these with the student's on a fixed probe, and captions through the written tokenizer with captions
+through the student's, and lets the folder appear only when they agree.
 """
 
 import tempfile
@@ -38,6 +39,17 @@ CAPTIONS = (
     "an espresso on a marble table next to a folded newspaper and a pair of reading glasses",
     "naïve façade, 3 × 5 m",
 )
+#: What OpenCLIP mends before it tokenises, and what tells tokenizers apart.
+WILD_CAPTIONS = (
+    "it’s a “quoted” word, isn’t it?",
+    "bread &amp; butter &amp;lt;3",
+    "a camp ﬁre",
+    "schÃ¶nes Wetter",
+    "Ｆｕｌｌ　ｗｉｄｔｈ",
+    "ΟΔΟΣ, İSTANBUL, a snake_case NAME",
+    "wow !!! two\n  lines\t",
+    "",
+)
 
 
 def export(spec: str, format: str, out: Path | None = None) -> tuple[Path, float]:
@@ -51,11 +63,11 @@ def export(spec: str, format: str, out: Path | None = None) -> tuple[Path, float
 
     Returns:
         The folder, and the largest difference between the student's unit-norm features and those
-        of what was written, over `BATCHES`.
+        of what was written, over `BATCHES` and the captions.
 
     Raises:
-        ValueError: no student there, a folder that holds something already, an architecture the
-            format has no place for, a missing package, or features that differ.
+        ValueError: no student there, a folder that holds something already, an architecture or a
+            tokenizer the format has no place for, a missing package, or features that differ.
     """
     source = load(spec)
     out = out or source.default_out(format)
@@ -72,9 +84,29 @@ def export(spec: str, format: str, out: Path | None = None) -> tuple[Path, float
                 f"--format {format}: the features of {source.name} differ by {found:.1e} after "
                 f"export, {TOLERANCE[format]:.0e} is allowed; nothing was written"
             )
+        if written.tokenizer:
+            found = max(found, _check_captions(source, written, format))
         (folder / "README.md").write_text(model_card(source, format, found))
         folder.rename(out)
     return out, found
+
+
+def _check_captions(source: Source, written: Towers, format: str) -> float:
+    # Towers that agree are not enough: users come with captions, and with what was written.
+    captions = [*CAPTIONS, *WILD_CAPTIONS, "snow on snow " * source.context_length]
+    own, theirs = source.tokenizer(captions), written.tokenizer(captions)
+    gaps = torch.full((len(captions),), torch.nan)
+    if own.shape == theirs.shape:
+        features = source.towers().text(own)
+        gaps = (features - written.text(theirs)).abs().amax(dim=1)
+    for caption, gap in zip(captions, gaps.tolist()):
+        if not gap <= TOLERANCE[format]:
+            raise ValueError(
+                f"--format {format}: what the tokenizer of {source.name} does has no place in a "
+                f"tokenizer's files: the features of {caption[:40]!r} differ by {gap:.1e}, "
+                f"{TOLERANCE[format]:.0e} is allowed; nothing was written; use --format open_clip"
+            )
+    return gaps.max().item()
 
 
 def probe(source: Source) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,15 @@
 """A model card made from what the run recorded: a figure that is not there is not given."""
 
+import inspect
 import json
 import textwrap
 from pathlib import Path
+from string import Template
 from typing import Any
 
+from cifd_clip.export.captions import CLEAN
 from cifd_clip.export.source import Source
+from cifd_clip.export.tokenizer import clean_name, pads_with_zeros
 from cifd_clip.teacher import weights_hash
 
 USE = {
@@ -25,24 +29,51 @@ USE = {
         int64, to `text_features`. Features have unit length: their product is the cosine
         similarity; `preprocess.json` has the scale (and bias) of the logits.
 
+        Captions must be cleaned as the student's were, which the tokenizer's files do not do: with
+        `ftfy.fix_text` and `html.unescape` twice, and as below. Without it a curly apostrophe or
+        an `&amp;` is another text.
+
         ```python
+        import html
+
+        import ftfy
         import onnxruntime
         from transformers import AutoTokenizer
+
+
+        $definition
+
 
         image = onnxruntime.InferenceSession("image.onnx")
         text = onnxruntime.InferenceSession("text.onnx")
         tokenizer = AutoTokenizer.from_pretrained(".")
+        captions = [$clean(caption) for caption in captions]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="np")
-        (text_features,) = text.run(None, {"tokens": tokens["input_ids"].astype("int64")})
+        ids = $ids
+        (text_features,) = text.run(None, {"tokens": ids.astype("int64")})
         (image_features,) = image.run(None, {"images": images})
         ```
         """,
     "transformers": """
+        Captions must be cleaned as the student's were, which the processor does not do: with
+        `ftfy.fix_text` and `html.unescape` twice, and as below. Without it a curly apostrophe or
+        an `&amp;` is another text.
+
         ```python
+        import html
+
+        import ftfy
         from transformers import AutoProcessor, CLIPModel
+
+
+        $definition
+
 
         model = CLIPModel.from_pretrained("PATH_OF_THIS_FOLDER")
         processor = AutoProcessor.from_pretrained("PATH_OF_THIS_FOLDER")
+        captions = [$clean(caption) for caption in captions]
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        outputs = model(**processor(text=captions, images=images, **options))
         ```
         """,
 }
@@ -61,8 +92,9 @@ def model_card(source: Source, format: str, difference: float) -> str:
         _front_matter(format),
         f"# {source.name}",
         _summary(source, weights),
-        "## Use\n\n" + textwrap.dedent(USE[format]).strip(),
-        "Checked at export against the trained student at batch 1 and 7: unit-norm features "
+        "## Use\n\n" + _use(source, format),
+        "Checked at export against the trained student at batch 1 and 7"
+        f"{'' if format == 'open_clip' else ', captions taken as above'}: unit-norm features "
         f"differ by at most {difference:.1e}.",
         *(_run_sections(source.run, weights) if source.run else [NO_RUN]),
         _licences(source),
@@ -87,6 +119,19 @@ def _front_matter(format: str) -> str:
         "---",
     ]
     return "\n".join(lines)
+
+
+def _use(source: Source, format: str) -> str:
+    clean = CLEAN[clean_name(source)]
+    # OpenCLIP pads with 0, which the tokenizer's files cannot say.
+    zeros = (
+        ' * tokens["attention_mask"]  # zeros behind the text' if pads_with_zeros(source) else ""
+    )
+    return Template(textwrap.dedent(USE[format]).strip()).substitute(
+        clean=clean.__name__,
+        definition=inspect.getsource(clean).strip(),
+        ids='tokens["input_ids"]' + zeros,
+    )
 
 
 def _summary(source: Source, weights: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cifd_clip.export.source import Source, Towers
-from cifd_clip.export.tokenizer import save_tokenizer
+from cifd_clip.export.tokenizer import clean_name, pads_with_zeros, read_tokenizer, save_tokenizer
 
 
 class ImageTower(nn.Module):
@@ -57,7 +57,9 @@ def write_onnx(source: Source, folder: Path) -> Towers:
     (folder / "preprocess.json").write_text(description + "\n")
     save_tokenizer(source, folder)
     return Towers(
-        _session(folder / "image.onnx", "images"), _session(folder / "text.onnx", "tokens")
+        _session(folder / "image.onnx", "images"),
+        _session(folder / "text.onnx", "tokens"),
+        read_tokenizer(source, folder, zeros=pads_with_zeros(source)),
     )
 
 
@@ -67,6 +69,7 @@ def describe(source: Source) -> dict[str, Any]:
     bias = source.model.logit_bias
     image = {"name": "images", "dtype": "float32", "shape": ["batch", 3, height, width]}
     text = {"name": "tokens", "dtype": "int64", "shape": ["batch", source.context_length]}
+    padding = 0 if pads_with_zeros(source) else source.tokenizer.tokenizer.pad_token_id
     return {
         "image": {
             "file": "image.onnx",
@@ -79,6 +82,8 @@ def describe(source: Source) -> dict[str, Any]:
             "input": text,
             "output": "text_features",
             "tokenizer": "tokenizer.json",
+            "clean": clean_name(source),
+            "padding": padding,
             "tokenizer_kwargs": source.text_config.get("tokenizer_kwargs") or {},
         },
         # logits = logit_scale * image_features @ text_features.T + logit_bias

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 CONFIG = "open_clip_config.json"
@@ -21,6 +22,8 @@ class Towers(NamedTuple):
     """(b, 3, H, W) float32, normalised -> (b, D) float32"""
     text: Callable[[Tensor], Tensor]
     """(b, context) int64 -> (b, D) float32"""
+    tokenizer: Callable[[list[str]], Tensor] | None = None
+    """b captions -> (b, context) int64, as the model card's code does it; None: OpenCLIP's own"""
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,9 @@ def load(spec: str) -> Source:
         config = json.loads((folder / CONFIG).read_text())
         model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         tokenizer = _tokenizer(folder, config["model_cfg"]["text_cfg"])
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+    # Of weights that were cut short safetensors and pickle say it in classes of their own.
+    except (RuntimeError, OSError, ValueError, KeyError, SafetensorError, EOFError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"'{spec}' could not be loaded from {folder}: {reason}") from error
     name = (run or folder).resolve().name
     return Source(folder, run, name, config, model.eval(), tokenizer)

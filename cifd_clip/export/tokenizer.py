@@ -1,23 +1,71 @@
 """A student's tokenizer as Hugging Face files, which need no OpenCLIP."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from torch import Tensor
 
+from cifd_clip.export.captions import CLEAN
 from cifd_clip.export.source import Source
 
 
 def save_tokenizer(source: Source, folder: Path) -> None:
     """Write the tokenizer of ``source`` as ``tokenizer.json`` and ``tokenizer_config.json``.
 
-    OpenCLIP's byte-pair encoding becomes a ``CLIPTokenizer``: the same ids up to the end of text;
-    behind it OpenCLIP pads with 0 and this with the end of text again, where a causal text tower
-    does not look.
+    The files do not clean captions, which OpenCLIP does first: see `clean_name`. OpenCLIP's
+    byte-pair encoding becomes a ``CLIPTokenizer``: the same ids of a cleaned caption up to the end
+    of text. Behind it OpenCLIP pads with 0 and this with the end of text again: id 0 is "!", which
+    as a padding token would be cut out of captions. Only a causal text tower that is read at the
+    end of text does not look there; multiplying by the attention mask gives OpenCLIP's zeros.
     """
-    if isinstance(source.tokenizer, HFTokenizer):
-        source.tokenizer.save_pretrained(folder)
+    if pads_with_zeros(source):
+        tokenizer = clip_tokenizer(source.tokenizer, source.context_length)
     else:
-        clip_tokenizer(source.tokenizer, source.context_length).save_pretrained(folder)
+        tokenizer = copy.deepcopy(source.tokenizer.tokenizer)
+        # OpenCLIP says the length at each call; the files' own may be another, or none.
+        tokenizer.model_max_length = source.context_length
+    tokenizer.save_pretrained(folder)
+
+
+def read_tokenizer(
+    source: Source, folder: Path, zeros: bool = False
+) -> Callable[[list[str]], Tensor]:
+    """The tokenizer that was written to ``folder``, called as the model card's code calls it.
+
+    Args:
+        source: the student it is of.
+        folder: an exported folder.
+        zeros: multiply by the attention mask, as the card does where `pads_with_zeros`.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    clean = CLEAN[clean_name(source)]
+
+    def tokenize(captions: list[str]) -> Tensor:
+        tokens = tokenizer(
+            [clean(caption) for caption in captions],
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        )
+        ids = tokens["input_ids"]
+        return ids * tokens["attention_mask"] if zeros else ids
+
+    return tokenize
+
+
+def pads_with_zeros(source: Source) -> bool:
+    """Whether 0 stands behind the student's texts; Hugging Face files name their own padding."""
+    return not isinstance(source.tokenizer, HFTokenizer)
+
+
+def clean_name(source: Source) -> str:
+    """Which of `captions.CLEAN` the student's tokenizer applies."""
+    default = "lower" if isinstance(source.tokenizer, SimpleTokenizer) else "whitespace"
+    return (source.text_config.get("tokenizer_kwargs") or {}).get("clean", default)
 
 
 def clip_tokenizer(tokenizer: SimpleTokenizer, context_length: int):

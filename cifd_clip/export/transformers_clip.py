@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cifd_clip.export.source import Source, Towers
-from cifd_clip.export.tokenizer import save_tokenizer
+from cifd_clip.export.tokenizer import read_tokenizer, save_tokenizer
 
 
 def write_transformers(source: Source, folder: Path) -> Towers:
@@ -52,7 +52,7 @@ def write_transformers(source: Source, folder: Path) -> Towers:
         features = model.text_projection(model.text_model(tokens).pooler_output)
         return nn.functional.normalize(features, dim=-1)
 
-    return Towers(torch.no_grad()(image), torch.no_grad()(text))
+    return Towers(torch.no_grad()(image), torch.no_grad()(text), read_tokenizer(source, folder))
 
 
 def misfits(source: Source) -> Iterator[str]:
@@ -117,6 +117,8 @@ def _pooling_misfits(source: Source) -> Iterator[str]:
         yield f"text_cfg.eos_id is {eos}, the tokenizer's is {source.tokenizer.eot_token_id}"
     elif pool == "eos" and eos == 2:
         yield "text_cfg.eos_id is 2, which CLIPTextModel takes for 'the highest token id'"
+    if not own and source.tokenizer.tokenizer.padding_side != "right":
+        yield "its tokenizer pads in front of the text, which the mask of CLIPTextModel hides"
     if own and source.text_config.get("tokenizer_kwargs"):
         yield f"its tokenizer has options: {source.text_config['tokenizer_kwargs']}"
 
