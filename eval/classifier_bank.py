@@ -11,6 +11,7 @@ finished ``training.classify --method rdm``. Written to ``RUN/results/bank`` in 
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -25,7 +26,7 @@ from eval.bank import embedding_map
 from eval.benchmark import write_once
 from training.classify import load_split
 from training.classify_data import Table
-from training.classify_photos import PhotoTable
+from training.classify_photos import PhotoTable, check_classes
 from training.classify_teachers import EVALUATION_BATCH, LiveTeachers, load_rdms, load_teacher
 from training.errors import UsageError, cli
 from training.rundir import cores, environment
@@ -74,6 +75,32 @@ def class_names(data: Path, table: Table | PhotoTable) -> list[str]:
     return [str(number) for number in range(table.classes)]
 
 
+def check_same(out: Path, asked: dict) -> None:
+    """Refuse a file of results that holds something else than what is asked for.
+
+    Raises:
+        UsageError: what differs, or that it holds no such result.
+    """
+    try:
+        found = json.loads(out.read_text())
+        provenance = found["provenance"]
+        held = {
+            "data set": found["dataset"],
+            "test images": provenance["data"]["test"],
+            "teacher": provenance["teacher"],
+            "rates": [one["rate"] for one in found["assistants"]],
+            "seed": provenance["seed"],
+            # older results don't say
+            "weights": provenance.get("weights", asked["weights"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(f"{out} holds no result of eval.classifier_bank: say --out FILE") from None
+    if different := [name for name in asked if held[name] != asked[name]]:
+        raise UsageError(
+            f"{out} holds another measurement ({', '.join(different)} differ): say --out FILE"
+        )
+
+
 def main(argv: list[str]) -> None:
     """Entry point of ``python -m eval.classifier_bank``."""
     parser = argparse.ArgumentParser(
@@ -92,19 +119,34 @@ def main(argv: list[str]) -> None:
     config = json.loads((args.bank / "config.json").read_text())
     args.dataset = config["dataset"]
     out = args.out or args.bank / "results" / "bank" / f"{args.dataset}_test.json"
+    rdm = json.loads((args.bank / "rdm.json").read_text())
+    table = load_split(args, "test")
+    if isinstance(table, PhotoTable):
+        trained = json.loads((args.bank / "data.json").read_text())["train"]
+        check_classes(args.data, table, trained.get("classes"), rdm["classes"])
+    weights = hashlib.sha256((args.bank / "rdm.safetensors").read_bytes()).hexdigest()
     if out.exists():
+        asked = {
+            "data set": args.dataset,
+            "test images": table.hash,
+            "teacher": rdm["teacher"],
+            "rates": rdm["rates"],
+            "seed": config["seed"],
+            "weights": weights,
+        }
+        check_same(out, asked)
         print(f"measured already, skipped ({out})")
         return
     teacher = load_teacher(config["teacher"][0], args.dataset)
     rdms = load_rdms(args.bank, teacher)
     picked = list(range(len(rdms.rates)))
-    table = load_split(args, "test")
     teachers = LiveTeachers([teacher.model], rdms, picked, [1.0] * len(picked))
     found = measure(teachers, table, class_names(args.data, table))
     head = {"task": "classification", "dataset": args.dataset, "model": f"RDMs of {teacher.name}"}
     provenance = {
         "environment": environment(),
         "teacher": teacher.hash,
+        "weights": weights,
         "data": {"test": table.hash},
         "seed": config["seed"],
         "scikit-learn": importlib.metadata.version("scikit-learn"),

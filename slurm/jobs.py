@@ -137,10 +137,7 @@ def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str
         text = "".join(f"{shlex.join(task)}\n" for task in job.tasks)
         (logs / "plan" / f"{job.name}.lines").write_text(text)
         command = sbatch(job, study, logs, site, submitted)
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, env=site, check=False)
-        except FileNotFoundError as error:
-            raise UsageError("sbatch is not here: submit from a login node of SLURM") from error
+        done = _ask(command, site)
         if done.returncode:
             if submitted:
                 subprocess.run(["scancel", *submitted.values()], env=site, check=False)
@@ -151,7 +148,13 @@ def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str
 
 def running(study: str, site: Site) -> list[str]:
     """Jobs of this study that wait or run already."""
-    command = ["squeue", "--noheader", "--me", "--format=%i %j"]
-    done = subprocess.run(command, capture_output=True, text=True, env=site, check=False)
+    done = _ask(["squeue", "--noheader", "--me", "--format=%i %j"], site)
     found = (line.split(maxsplit=1) for line in done.stdout.splitlines())
     return [number for number, name in found if name.startswith(f"{study}-")]
+
+
+def _ask(command: list[str], site: Site) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, env=site, check=False)
+    except FileNotFoundError as error:
+        raise UsageError(f"{command[0]} is not here: submit from a login node of SLURM") from error

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import tarfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -38,10 +39,11 @@ from runs import lines
 from test_launch import launch
 from training.classify_data import Batches, Table, load_cifar100, mirrored, normalise, split_rows
 from training.classify_params import METHODS as ALL_METHODS
-from training.classify_params import parse_args
-from training.classify_photos import PhotoBatches, load_photos
+from training.classify_params import parse_args, parser, run_config
+from training.classify_photos import PhotoBatches, check_classes, load_photos
 from training.classify_teachers import CachedTeachers, LiveTeachers
 from training.errors import UsageError
+from training.rundir import RunDirectory
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data"
 needs_cifar = pytest.mark.skipif(
@@ -452,6 +454,37 @@ def test_kept_answers_are_read_again_and_their_cost_is_counted(tmp_path):
             CachedTeachers(nobody, data, other[1], other[0], tmp_path)
 
 
+@pytest.mark.parametrize("layout", ["cifar100_test.npz", "test/0.tar", "cifar-100-python/test"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 was a file", b"nonsense" * 200])
+def test_damaged_data_are_named_in_a_sentence(layout, content, tmp_path):
+    (tmp_path / layout).parent.mkdir(exist_ok=True)
+    (tmp_path / layout).write_bytes(content)
+    named = layout.removesuffix("/test")
+    with pytest.raises(UsageError, match=rf"^--data: {tmp_path}/{named} is damaged: [^\n]+$"):
+        load_cifar100(tmp_path, "test")
+
+
+def test_an_image_that_is_damaged_or_of_another_size_is_no_traceback(tmp_path):
+    def pack(*images: bytes) -> None:
+        offsets = np.cumsum([0, *map(len, images)])
+        blob = np.frombuffer(b"".join(images), np.uint8)
+        labels = np.zeros(len(images), np.int64)
+        np.savez(tmp_path / "cifar100_test.npz", webp=blob, offsets=offsets, labels=labels)
+
+    def webp(side: int) -> bytes:
+        out = io.BytesIO()
+        Image.new("RGB", (side, side)).save(out, "webp")
+        return out.getvalue()
+
+    for images in ([webp(32), webp(32)[:20]], [webp(32), webp(31)]):
+        pack(*images)
+        with pytest.raises(UsageError, match="npz is damaged: "):
+            load_cifar100(tmp_path, "test")
+    pack(webp(32))
+    with pytest.raises(UsageError, match=r"has 1 images .* and 1 labels, CIFAR-100's has 10000"):
+        load_cifar100(tmp_path, "test")
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
@@ -467,13 +500,95 @@ def test_kept_answers_are_read_again_and_their_cost_is_counted(tmp_path):
         ("--method cifd --model cnn2 --teacher a --rates 1", "--rdm-bank RUN, which is missing"),
         ("--method kd --model cnn2 --teacher a --rdm-bank b", "--rdm-bank belongs to --method"),
         ("--method ft --model cnn2 --teacher a", "--paraphraser RUN go together"),
-        ("--method kd --model cnn2 --teacher a --kd-dropout 1", "a probability below 1"),
         ("--model cnn2 --epochs 2 --warmup-epochs 2", "leaves nothing"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, message):
     with pytest.raises(UsageError, match=message):
         parse_args(["--data", "x", *flags.split()])
+
+
+KD, CIFD = "--method kd --model cnn2 --teacher a", "--method cifd --model cnn2 --teacher a"
+DGKD, RDM = "--method dgkd --model cnn2 --teacher a,b", "--method rdm --teacher a"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--grad-clip-norm -1",
+        "--grad-clip-norm 0",
+        "--holdout -1000",
+        "--subset -5",
+        "--lr -1",
+        "--lr 0",
+        "--density-lr 0",
+        "--wd -1",
+        "--gamma -0.1",
+        "--warmup-epochs nan",
+        "--momentum 2",
+        "--momentum -0.1",
+        "--workers -1",
+        "--keep -1",
+        "--epochs 0",
+        "--tau nan",
+        "--label-smoothing 2",
+        "--lambda-ce -1",
+        f"--kd-dropout 1 {KD}",
+        f"--lambda-kl -1 {KD}",
+        f"--lambda-i -1 {CIFD}",
+        f"--lambda-emb nan {CIFD} --rdm-bank b",
+        f"--lambda-n 1 -1 {CIFD} --rdm-bank b",
+        f"--rates 10 10 {CIFD} --rdm-bank b",
+        "--lambda-ft -1 --method ft --model cnn2 --teacher a --paraphraser p",
+        "--factors 0 --method paraphraser --teacher a",
+        "--factors -3 --method paraphraser --teacher a",
+        f"--rates -1 0 {RDM}",
+        f"--rates nan {RDM}",
+        f"--rates 10 3 10.0000001 {RDM}",
+        f"--rdm-hidden 8 0 8 {RDM}",
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_flag(flags):
+    model = "" if "--method" in flags else "--model cnn2"
+    with pytest.raises(UsageError, match=f"^{flags.split()[0]} (must be|has one of)"):
+        parse_args(["--data", "x", *flags.split(), *model.split()])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        f"--lambda-n 0.1 {DGKD}",
+        f"--lambda-n 0.1 {CIFD}",
+        "--augment none --dataset imagenet --model resnet18",
+        "--augment flip --dataset imagenet --model resnet18",
+        f"--rdm-form reconstruct {CIFD} --rdm-bank b",
+        f"--rdm-form classify {CIFD} --rdm-bank b",
+        f"--rdm-hidden 8 8 8 {CIFD} --rdm-bank b",
+        f"--lambda-i 5 {KD}",
+        f"--no-ibm {KD}",
+        f"--lambda-ft 3 {KD}",
+        f"--factors 3 {KD}",
+        f"--embedding-loss smooth_l1 {KD}",
+        f"--kd-dropout 0.25 {RDM}",
+        f"--label-smoothing 0.1 {RDM}",
+        "--lambda-ce 1 --method paraphraser --teacher a",
+        "--kd-dropout 0.25 --model cnn2",
+    ],
+)
+def test_a_flag_that_would_have_no_effect_is_refused(flags):
+    said = f"^{flags.split()[0]}.*( belongs to --method | is of )"
+    with pytest.raises(UsageError, match=said):
+        parse_args(["--data", "x", *flags.split()])
+
+
+def test_flags_that_are_not_given_are_recorded_as_ever(tmp_path):
+    config = run_config(parse_args(["--data=x", "--dataset=imagenet", "--model=resnet18"]))
+    as_ever = {"augment": "none", "rdm_form": "classify", "embedding_loss": "mse", "no_ibm": False}
+    as_ever |= {"lambda_n": [1.0], "lambda_i": 0.005, "lambda_ft": 500.0, "kd_dropout": 0.0}
+    assert config.items() >= as_ever.items()
+    older = {name: value for name, value in config.items() if name not in as_ever}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    RunDirectory(tmp_path, config, parser(), resume=True)  # a run older than the flags
 
 
 def test_the_learning_rate_starts_and_ends_where_it_should():
@@ -624,12 +739,96 @@ def test_imagenets_layout_trains_under_a_live_teacher(folder):
     assert load_file(student / "model.safetensors")["head.weight"].shape == (3, 1024)
 
 
-def test_what_rdms_still_know_is_measured_as_after_their_training_and_drawn(folder, tmp_path):
+def copied(folder: Path, to: Path) -> Path:
+    for split in ("train", "val"):
+        shutil.copytree(folder / split, to / split)
+    return to
+
+
+def test_a_test_split_is_looked_for_and_its_classes_checked_before_training(folder, tmp_path):
+    data = copied(folder, tmp_path)
+
+    def refused(message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            run_folder(data, "student", "--model=cnn2", "--final")
+        assert not any((data / "runs" / "student").iterdir()), "it has begun"
+
+    other = (data / "val" / "n01443537").rename(data / "val" / "n02")
+    refused("classes are not those trained on: it lacks n01443537 and it has n02$")
+    shutil.rmtree(other)
+    refused("classes are not those trained on: it lacks n01443537$")
+    shutil.rmtree(data / "val")
+    refused("there is no val/ with a folder per class")
+    run_folder(data, "student", "--model=cnn2")  # which needs none
+
+
+def test_classes_without_names_are_compared_by_their_number(folder):
+    test = load_photos(folder, "val", 0)
+    names = test.class_names
+    nameless = replace(test, class_names=("0", "1", "2"), named=False)
+    check_classes(folder, test, names, 3)
+    check_classes(folder, test, None, 3)
+    check_classes(folder, nameless, names, 3)
+    for found, trained in ((test, None), (nameless, [*names, "n02"]), (nameless, None)):
+        with pytest.raises(UsageError, match=r"not those trained on: it has 3, not 4$"):
+            check_classes(folder, found, trained, 4)
+    with pytest.raises(UsageError, match="it lacks a, b, c and 1 more and it has n01440764, n0"):
+        check_classes(folder, test, list("abcd"), 4)
+    with pytest.raises(UsageError, match=r"not those trained on: they come in another order$"):
+        check_classes(folder, test, names[::-1], 3)
+
+
+@pytest.fixture(scope="module")
+def known(folder) -> tuple[Path, Path]:
+    """A teacher of the folder's classes, and its RDMs."""
     flags = ["--final", "--lr=0.001"]
     teacher = run_folder(folder, "known", "--model=resnet18", *flags)
-    bank = run_folder(
-        folder, "bank", "--method=rdm", f"--teacher={teacher}", "--rates", "10", "300", *flags
-    )
+    under = ["--method=rdm", f"--teacher={teacher}", "--rates", "10", "300"]
+    return teacher, run_folder(folder, "bank", *under, *flags)
+
+
+def test_rdms_are_not_measured_on_other_classes_than_their_own(folder, known, tmp_path):
+    _, bank = known
+    out = tmp_path / "out.json"
+    (tmp_path / "data").mkdir()
+    data = copied(folder, tmp_path / "data")
+    (data / "val" / "n01443537").rename(data / "val" / "n02")
+    command = [str(bank), f"--data={data}", "--workers=0", f"--out={out}"]
+    with pytest.raises(UsageError, match=r"it lacks n01443537 and it has n02$"):
+        classifier_bank.main(command)
+    older = shutil.copytree(bank, tmp_path / "older")  # a bank that does not know their names
+    record = json.loads((older / "data.json").read_text())
+    del record["train"]["classes"]
+    (older / "data.json").write_text(json.dumps(record))
+    shutil.rmtree(data / "val" / "n02")
+    with pytest.raises(UsageError, match=r"it has 2, not 3$"):
+        classifier_bank.main([str(older), *command[1:]])
+    assert not out.exists()
+
+
+def test_a_file_of_another_banks_result_is_not_this_banks(folder, known, tmp_path, capsys):
+    teacher, bank = known
+    out = tmp_path / "out.json"
+    command = [f"--data={folder}", "--workers=0", f"--out={out}"]
+    other = run_folder(folder, "other", "--method=rdm", f"--teacher={teacher}", "--rates", "10")
+    classifier_bank.main([str(other), *command])
+    classifier_bank.main([str(other), *command])
+    assert capsys.readouterr().out.splitlines()[-1] == f"measured already, skipped ({out})"
+    with pytest.raises(UsageError, match=r"another measurement \(rates, weights differ\)"):
+        classifier_bank.main([str(bank), *command])
+    result = json.loads(out.read_text())
+    del result["provenance"]["weights"]  # as older ones
+    out.write_text(json.dumps(result))
+    classifier_bank.main([str(other), *command])
+    out.write_text('{"provenance": "none"}')
+    with pytest.raises(UsageError, match=r"holds no result of eval\.classifier_bank"):
+        classifier_bank.main([str(other), *command])
+
+
+def test_what_rdms_still_know_is_measured_as_after_their_training_and_drawn(
+    folder, known, tmp_path
+):
+    teacher, bank = known
     classifier_bank.main([str(bank), f"--data={folder}", "--workers=1"])
     (path,) = (bank / "results" / "bank").glob("*.json")
     found = json.loads(path.read_text())
@@ -712,8 +911,7 @@ def test_tars_hold_what_folders_hold(folder, tmp_path):
 
 
 def test_a_photo_that_can_not_be_decoded_is_named(folder, tmp_path):
-    for split in ("train", "val"):
-        shutil.copytree(folder / split, tmp_path / split)
+    copied(folder, tmp_path)
     broken = next((tmp_path / "train" / "n01443537").iterdir())
     broken.write_bytes(broken.read_bytes()[:300])
     with pytest.raises(UsageError, match=f"{broken.name}.* image: broken"):

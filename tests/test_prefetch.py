@@ -42,6 +42,16 @@ def test_a_set_that_is_here_is_not_fetched_again(tmp_path):
     assert prefetch.main(sets) == 0
 
 
+def test_a_folder_in_the_way_of_a_set_is_named_before_anything_is_fetched(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(prefetch, "online", lambda: pytest.fail("asks for the network"))
+    (tmp_path / "wds_imagenetv2" / "train").mkdir(parents=True)
+    assert prefetch.main(["--datasets", "imagenetv2", "--data-root", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert f"{tmp_path}/wds_imagenetv2 is there without test/nshards.txt" in told
+
+
 def test_a_job_that_asks_for_the_network_is_refused():
     child = os.fork()
     if child == 0:  # an audit hook stays for good

@@ -173,6 +173,17 @@ def test_weights_that_are_missing_are_named_by_a_dry_run_and_refused_by_a_submis
     assert not (tmp_path / "logs").exists()
 
 
+def test_a_machine_without_slurm_is_named_before_anything_is_written(site, tmp_path, monkeypatch):
+    grid = tmp_path / "classify" / "x.grid"
+    grid.parent.mkdir()
+    grid.write_text("--data d --model cnn2\n")
+    bare = Site(site, PATH=str(tmp_path), LOGS=str(tmp_path / "logs"))
+    monkeypatch.setattr(Site, "read", lambda path: bare)
+    with pytest.raises(UsageError, match="squeue is not here: submit from a login node of SLURM"):
+        main([str(grid)])
+    assert not (tmp_path / "logs").exists()
+
+
 def test_any_number_of_processes_that_divides_it_makes_up_the_global_batch():
     args = parse_args(["--train-data", "x", "--global-batch", "1024"])
     assert [batch_share(args, n) for n in (1, 4, 16)] == [1024, 256, 64]

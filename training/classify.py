@@ -34,7 +34,7 @@ from training.classify_data import (
     split_rows,
 )
 from training.classify_params import parse_args, parser, run_config
-from training.classify_photos import PhotoBatches, PhotoTable, load_photos
+from training.classify_photos import PhotoBatches, PhotoTable, check_classes, load_photos
 from training.classify_teachers import (
     EVALUATION_BATCH,
     CachedTeachers,
@@ -94,6 +94,8 @@ def run(args: Namespace, directory: RunDirectory, world: World, device: torch.de
     teachers = [load_teacher(place, args.dataset) for place in args.teacher]
     table = load_split(args, "train")
     _check_teachers(args, teachers, table)
+    # Before training, which would be lost on a split that is missing or numbers other classes.
+    test = _load_test(args, table) if args.final else None
     rows, held_out = split_rows(len(table), args.holdout, args.subset)
     if args.subset:
         needed = np.union1d(rows, held_out)
@@ -129,7 +131,7 @@ def run(args: Namespace, directory: RunDirectory, world: World, device: torch.de
     try:
         done = train(trainer, batches, source, validation, checkpoints, sinks, stop)
         if done:
-            finish(args, directory, trainer, live, table, rows, held_out, teachers)
+            finish(args, directory, trainer, live, table, rows, held_out, test, teachers)
     finally:
         stop.close()
         if sinks is not None:
@@ -145,6 +147,19 @@ def load_split(args: Namespace, split: str) -> Table | PhotoTable:
     if args.dataset == "imagenet":
         return load_photos(args.data, "val" if split == "test" else split, args.workers)
     return load_cifar100(args.data, split)
+
+
+def _load_test(args: Namespace, table: Table | PhotoTable) -> Table | PhotoTable:
+    test = load_split(args, "test")
+    if isinstance(test, PhotoTable):
+        check_classes(args.data, test, _class_names(table), table.classes)
+    return test
+
+
+def _class_names(table: Table | PhotoTable) -> list[str] | None:
+    """What the classes are called, where the data say so; CIFAR-100's are always the same."""
+    named = isinstance(table, PhotoTable) and table.named
+    return list(table.class_names) if named else None
 
 
 def assemble(
@@ -248,7 +263,7 @@ def _record_data(
     args: Namespace, directory: RunDirectory, table: Table | PhotoTable, world: World
 ) -> None:
     """Refuse other images than a run began with; the first process writes down which they are."""
-    train = {"hash": table.hash, "samples": len(table)}
+    train = {"hash": table.hash, "samples": len(table), "classes": _class_names(table)}
     before = directory.read_json("data.json", {"train": train})["train"]
     if before["hash"] != train["hash"]:
         raise UsageError(f"{directory.path} was trained on other images than --data {args.data}")
@@ -265,16 +280,17 @@ def finish(
     table: Table | PhotoTable,
     rows,
     held_out,
+    test: Table | PhotoTable | None,
     teachers: list[Teacher],
 ) -> None:
-    """Write what ships and the results; the test split is looked at here, with ``--final``."""
+    """Write what ships and the results; the test split, if any, is looked at here alone."""
     task, path, world = trainer.task, directory.path, trainer.world
     parts = {"train_metrics": (table, torch.from_numpy(rows).to(trainer.device))}
     if args.holdout:
         parts["holdout_metrics"] = (table, torch.from_numpy(held_out).to(trainer.device))
     data = {"train": table.hash}
-    if args.final:
-        test = load_split(args, "test").to(trainer.device)
+    if test is not None:
+        test = test.to(trainer.device)
         parts["metrics"] = (test, torch.arange(len(test), device=trainer.device))
         data["test"] = test.hash
     measured = {"metrics": None, "holdout_metrics": None}

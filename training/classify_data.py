@@ -7,6 +7,7 @@ neither.
 import io
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from cifd_clip import World
 from training.data import draws
-from training.errors import UsageError
+from training.errors import Failure, UsageError
 
 MEAN = (0.5071, 0.4865, 0.4409)
 STD = (0.2673, 0.2564, 0.2762)
@@ -195,30 +196,44 @@ def load_cifar100(directory: Path, split: str) -> Table:
             ``{split}/`` or ``cifar100/{split}/``; or torchvision's ``cifar-100-python/``.
 
     Raises:
-        UsageError: none of these is there, or the split is not whole.
+        UsageError: none of these is there, or the split is damaged or not whole.
     """
     tars = next((d for d in (directory / split, directory / "cifar100" / split) if d.is_dir()), 0)
-    if (directory / f"cifar100_{split}.npz").is_file():
-        images, labels = _from_npz(directory / f"cifar100_{split}.npz")
+    packed, unpacked = directory / f"cifar100_{split}.npz", directory / "cifar-100-python"
+    if packed.is_file():
+        with _reading(packed):
+            images, labels = _from_npz(packed)
     elif tars:
         images, labels = _from_tars(tars)
-    elif (directory / "cifar-100-python").is_dir():
+    elif unpacked.is_dir():
         from torchvision.datasets import CIFAR100
 
-        data = CIFAR100(str(directory), train=split == "train")
+        with _reading(unpacked):
+            data = CIFAR100(str(directory), train=split == "train")
         images, labels = data.data, np.array(data.targets)
     else:
         raise UsageError(
             f"--data {directory} holds no CIFAR-100: expected cifar100_{split}.npz, {split}/*.tar "
             "as clip_benchmark writes it, or torchvision's cifar-100-python/"
         )
-    if images.shape != (SPLITS[split], SIDE, SIDE, 3):
+    if images.shape != (SPLITS[split], SIDE, SIDE, 3) or len(labels) != len(images):
         raise UsageError(
-            f"--data {directory}: the {split} split has {len(images)} images of {images.shape[1:]},"
-            f" CIFAR-100's has {SPLITS[split]} of {(SIDE, SIDE, 3)}"
+            f"--data {directory}: the {split} split has {len(images)} images of {images.shape[1:]} "
+            f"and {len(labels)} labels, CIFAR-100's has {SPLITS[split]} of {(SIDE, SIDE, 3)}"
         )
     digest = sha256(images.tobytes() + labels.astype(np.int64).tobytes()).hexdigest()
     return Table(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), digest)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Failure:
+        raise
+    except Exception as problem:  # on damaged bytes, decoders raise whatever they like
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise UsageError(f"--data: {path} is damaged: {reason}") from problem
 
 
 def _from_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -231,7 +246,7 @@ def _from_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _from_tars(directory: Path) -> tuple[np.ndarray, np.ndarray]:
     images, labels = [], []
     for shard in sorted(directory.glob("*.tar"), key=lambda p: (len(p.stem), p.stem)):
-        with tarfile.open(shard) as tar:
+        with _reading(shard), tarfile.open(shard) as tar:
             for member in tar:
                 suffix = member.name.rpartition(".")[2]
                 if suffix in ("webp", "png"):
@@ -240,7 +255,8 @@ def _from_tars(directory: Path) -> tuple[np.ndarray, np.ndarray]:
                     labels.append(int(tar.extractfile(member).read()))
     if len(images) != len(labels) or not images:
         raise UsageError(f"--data: {directory} has {len(images)} images and {len(labels)} labels")
-    return np.stack(images), np.array(labels)
+    with _reading(directory):
+        return np.stack(images), np.array(labels)
 
 
 def _decode(data: bytes) -> np.ndarray:

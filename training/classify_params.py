@@ -17,6 +17,30 @@ from training.params import _Help, _Parser
 METHODS = ("none", "kd", "takd", "dgkd", "ft", "cifd", "rdm", "paraphraser")
 STAGE1 = ("rdm", "paraphraser")
 DATASETS = ("cifar100", "imagenet")
+#: The methods that a flag belongs to; the others would ignore it. (Not here: --lambda-kl and --tau,
+#: which studies give every student, with a teacher or without.)
+BELONGS = {
+    "rdm_bank": ("cifd",),
+    "rates": ("rdm", "cifd"),
+    "rdm_form": ("rdm",),
+    "rdm_hidden": ("rdm",),
+    "factors": ("paraphraser",),
+    "no_ibm": ("cifd",),
+    "lambda_ce": ("none", "kd", "takd", "dgkd", "ft", "cifd", "rdm"),
+    "lambda_n": ("cifd",),
+    "lambda_emb": ("cifd",),
+    "lambda_i": ("cifd",),
+    "lambda_ft": ("ft",),
+    "kd_dropout": ("kd", "takd", "dgkd", "ft", "cifd"),
+    "embedding_loss": ("rdm", "cifd"),
+    "label_smoothing": ("none", "kd", "takd", "dgkd", "ft", "cifd"),
+}
+POSITIVE = "epochs batch_size tau lr density_lr grad_clip_norm factors rdm_hidden rates".split()
+NOT_NEGATIVE = (
+    "lambda_ce lambda_kl lambda_n lambda_emb lambda_i lambda_ft wd gamma warmup_epochs holdout "
+    "subset workers keep"
+).split()
+BELOW_1 = ("momentum", "kd_dropout", "label_smoothing")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -177,7 +201,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """
     args = parser().parse_args(argv)
     args.teacher = args.teacher.split(",") if args.teacher else []
-    _check(args)
+    _check(args, _given(argv))
     stage1 = args.method in STAGE1
     if args.opt is None:
         args.opt = "adamw" if stage1 else "sgd"
@@ -201,7 +225,14 @@ def run_config(args: argparse.Namespace) -> dict[str, Any]:
     return json.loads(json.dumps(config))
 
 
-def _check(args: argparse.Namespace) -> None:
+def _given(argv: list[str]) -> set[str]:
+    """The flags that a command line gives, be it with their defaults."""
+    p = parser()
+    p.set_defaults(**dict.fromkeys(vars(p.parse_args(argv))))
+    return {flag for flag, value in vars(p.parse_args(argv)).items() if value is not None}
+
+
+def _check(args: argparse.Namespace, given: set[str]) -> None:
     method, teachers = args.method, len(args.teacher)
     if method == "none" and teachers:
         raise UsageError("--method none has no --teacher")
@@ -214,24 +245,49 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--method {method} {needs}")
     if args.model and args.model not in NAMES:
         raise UsageError(f"--model {args.model}: there are {', '.join(NAMES)}")
-    if args.rdm_bank and method != "cifd":
-        raise UsageError(f"--rdm-bank belongs to --method cifd, not {method}")
-    if args.rates and method not in ("cifd", "rdm"):
-        raise UsageError(f"--rates belongs to --method rdm and cifd, not {method}")
-    if args.rates and method == "cifd" and not args.rdm_bank:
-        raise UsageError("--rates picks assistants of --rdm-bank RUN, which is missing")
+    for flag, methods in BELONGS.items():
+        if flag in given and method not in methods:
+            told = ", ".join(methods)
+            raise UsageError(f"{_spelt(flag)} belongs to --method {told}, not {method}")
+    for flag in ("rates", "lambda_n"):
+        if flag in given and method == "cifd" and not args.rdm_bank:
+            raise UsageError(f"{_spelt(flag)} is of assistants in --rdm-bank RUN, which is missing")
     if (method == "ft") != bool(args.paraphraser):
         raise UsageError("--method ft and --paraphraser RUN go together")
-    if args.lambda_emb and method != "cifd":
-        raise UsageError(f"--lambda-emb belongs to --method cifd, not {method}")
-    if not 0 <= args.kd_dropout < 1:
-        raise UsageError(f"--kd-dropout {args.kd_dropout}: expected a probability below 1")
-    for flag in ("epochs", "batch_size", "tau"):
-        if getattr(args, flag) <= 0:
-            raise UsageError(f"--{flag.replace('_', '-')} must be positive")
-    if args.keep < 0:
-        raise UsageError("--keep can't be negative; 0 keeps all")
+    if args.dataset == "imagenet" and "augment" in given and args.augment != "crop":
+        raise UsageError(
+            f"--augment {args.augment} is of CIFAR-100; --dataset imagenet has random resized crops"
+        )
+    _check_ranges(args)
     if args.warmup_epochs >= args.epochs:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs")
     if args.device not in ("cpu", "cuda"):
         raise UsageError(f"--device {args.device}: expected cpu or cuda")
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    def values(flag: str) -> list[float]:
+        value = getattr(args, flag)
+        return [] if value is None else value if isinstance(value, list) else [value]
+
+    for flag in POSITIVE:
+        if not all(value > 0 for value in values(flag)):  # nan is not
+            raise UsageError(f"{_spelt(flag)} must be positive, got {_told(values(flag))}")
+    for flag in NOT_NEGATIVE:
+        if not all(value >= 0 for value in values(flag)):
+            raise UsageError(f"{_spelt(flag)} must be 0 or more, got {_told(values(flag))}")
+    for flag in BELOW_1:
+        if not 0 <= getattr(args, flag) < 1:
+            told = _told(values(flag))
+            raise UsageError(f"{_spelt(flag)} must be 0 or more and below 1, got {told}")
+    rates = [f"{rate:g}" for rate in args.rates or []]  # as results are called
+    if len(set(rates)) < len(rates):
+        raise UsageError(f"--rates has one of its values twice: {' '.join(rates)}")
+
+
+def _spelt(flag: str) -> str:
+    return f"--{flag.replace('_', '-')}"
+
+
+def _told(values: list[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)

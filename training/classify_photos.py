@@ -94,6 +94,7 @@ class PhotoTable:
         hash: SHA-256 of the images' names and labels.
         workers: processes that decode.
         device: where batches go.
+        named: whether the data say what the classes are called, or only their numbers.
     """
 
     photos: Photos
@@ -102,6 +103,7 @@ class PhotoTable:
     hash: str
     workers: int
     device: torch.device
+    named: bool = True
     side = SIDE
 
     def __len__(self) -> int:
@@ -230,11 +232,48 @@ def load_photos(directory: Path, split: str, workers: int) -> PhotoTable:
     return _table(photos, [label for _, label in samples], classes, digest, workers)
 
 
+def check_classes(place: Path, test: PhotoTable, names: Sequence[str] | None, count: int) -> None:
+    """Refuse a test split whose labels are numbers of other classes than those trained on.
+
+    Args:
+        place: where it is.
+        test: the split.
+        names: of the classes trained on, in the order of their numbers; None: they have none.
+        count: how many of them there are.
+
+    Raises:
+        UsageError: what differs.
+    """
+    if names is None or not test.named:
+        if test.classes == count:
+            return
+        what = [f"it has {test.classes}, not {count}"]
+    elif tuple(names) == test.class_names:
+        return
+    else:
+        lacks, has = set(names) - set(test.class_names), set(test.class_names) - set(names)
+        what = [f"it lacks {_some(lacks)}"] * bool(lacks) + [f"it has {_some(has)}"] * bool(has)
+    raise UsageError(
+        f"--data {place}: the test split's classes are not those trained on: "
+        f"{' and '.join(what) or 'they come in another order'}"
+    )
+
+
+def _some(names: set[str]) -> str:
+    told = sorted(names)[:3]
+    return ", ".join(told) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _table(
-    photos: Photos, labels: list[int], classes: Sequence[str], digest: str, workers: int
+    photos: Photos,
+    labels: list[int],
+    classes: Sequence[str],
+    digest: str,
+    workers: int,
+    named: bool = True,
 ) -> PhotoTable:
     on_host = torch.tensor(labels)
-    return PhotoTable(photos, on_host, tuple(classes), digest, workers, on_host.device)
+    return PhotoTable(photos, on_host, tuple(classes), digest, workers, on_host.device, named)
 
 
 def _from_tars(directory: Path, tars: list[Path], workers: int) -> PhotoTable:
@@ -253,7 +292,7 @@ def _from_tars(directory: Path, tars: list[Path], workers: int) -> PhotoTable:
     file, offset, size = np.array(where, dtype=np.int64).T
     digest = sha256("\0".join(f"{n} {y}" for n, y in zip(names, labels)).encode()).hexdigest()
     photos = Photos(tuple(names), tuple(tars), file, offset, size)
-    return _table(photos, labels, classes, digest, workers)
+    return _table(photos, labels, classes, digest, workers, listed.is_file())
 
 
 def _samples(path: Path) -> dict[str, tuple[Member, int]]:

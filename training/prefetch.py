@@ -71,6 +71,10 @@ def fetch_dataset(name: str, root: Path) -> str:
     folder = root / f"wds_{name.replace('/', '-')}"
     if any((path / "test" / "nshards.txt").is_file() for path in (folder, root / name)):
         return "is here"
+    if folder.is_file() or any(folder.glob("*")):
+        raise Failure(
+            f"{folder} is there without test/nshards.txt: it is no whole set, move it away"
+        )
     online()
     repository = f"clip-benchmark/{folder.name}"
     draft = root / f".{folder.name}.draft"
