@@ -157,8 +157,8 @@ def keep_results(run: Run, data: Path, logs: Path, results: Path) -> None:
             result = json.loads((directory / file).read_text())
             added = {"flags": run.depends, "curve": curve(directory, ("step", "loss", "acc1"))}
             write_json(kept, result | added)
-    if run.name.startswith("rdm"):
-        out = results / "bank" / f"{run.name}.json"
+    out = results / "bank" / f"{run.name}.json"
+    if run.name.startswith("rdm") and not out.is_file():
         classifier_bank.main([str(directory), f"--data={data}", f"--out={out}"])
 
 
