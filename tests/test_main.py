@@ -196,6 +196,7 @@ WRONG = {
     "no window": (["--shuffle-window", "0"], [], "--shuffle-window must be positive"),
     "negative workers": (["--workers", "-1"], [], "--workers can't be negative"),
     "negative views": (["--views", "-2"], [], "--views can't be negative"),
+    "a learning rate that is no number": (["--lr", "nan"], [], "--lr must be positive"),
     "negative learning rate": (["--lr", "-1"], [], "--lr must be positive"),
     "nothing left to train": (["--lock-image", "--lock-text"], [], "leave nothing"),
     "weights of a model that has its own": (

@@ -457,10 +457,10 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, flag) < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1")
     for flag in ("keep", "workers", "views", "wd", "view_memory", "lr_cooldown_end", "warmup"):
-        if (getattr(args, flag) or 0) < 0:
+        if not (getattr(args, flag) or 0) >= 0:  # nan is not
             raise UsageError(f"--{flag.replace('_', '-')} can't be negative")
     for flag in ("lr", "density_lr", "shuffle_window", "train_num_samples"):
-        if getattr(args, flag) is not None and getattr(args, flag) <= 0:
+        if getattr(args, flag) is not None and not getattr(args, flag) > 0:
             raise UsageError(f"--{flag.replace('_', '-')} must be positive")
     unlocked = args.lock_image_unlocked_groups or args.lock_text_unlocked_layers
     if args.lock_image and args.lock_text and not unlocked:
@@ -469,7 +469,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--grad-clip-norm must be positive; leave it out for no clipping")
     if args.distill == "rdm" and args.rates == []:
         raise UsageError("--distill rdm needs at least one rate: --rates 3000 1000 300")
-    if any(rate <= 0 for rate in args.rates or ()):
+    if not all(rate > 0 for rate in args.rates or ()):
         raise UsageError(f"--rates must be positive, got {args.rates}")
     if args.rdm_bank and args.distill != "cifd":
         raise UsageError(f"--rdm-bank belongs to --distill cifd, not to --distill {args.distill}")
