@@ -254,8 +254,19 @@ def test_differences_are_paired_by_seed():
     assert rows["cifd3"]["figures"]["gap_top1"]["mean"] == pytest.approx(28)
     cost = rows["cifd3"]["cost"]
     assert cost["live"] > cost["cached"] > 1
-    text = table.to_markdown(list(rows.values()), [], None)
+    text = table.to_markdown(list(rows.values()), [], [], None)
     assert "| gap10 | cifd3 | 3 | 22.00 ± 11.00 | +2.00 ± 0.58 |" in text
+
+
+def test_a_part_of_cifd_is_what_a_method_with_it_has_over_one_without_it():
+    kept = [made("cifd1", s, 0.10 * s, 0.2) for s in (1, 2, 3)]
+    kept += [made("cifd3", s, 0.10 * s + d, 0.3) for s, d in ((1, 0.01), (2, 0.02), (3, 0.03))]
+    (row,) = table.parts(kept)
+    assert (row["part"], row["method"], row["without"]) == ("two more RDMs", "cifd3", "cifd1")
+    assert row["brings"]["top1"]["mean"] == pytest.approx(2)
+    assert row["brings"]["recall"]["mean"] == pytest.approx(10)
+    text = table.to_markdown([], [row], [], None)
+    assert "| gap10 | two more RDMs | cifd3 − cifd1 | +2.00 ± 0.58 |" in text
 
 
 def test_a_term_pulls_with_its_share_of_the_gradient():

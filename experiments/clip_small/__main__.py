@@ -110,12 +110,15 @@ class Study:
         kept = read_results(self.results)
         path = self.results / "tuned.json"
         tuned = json.loads(path.read_text()) if path.is_file() else None
-        rows, found = table.summaries(kept, self.scale), table.answers(kept)
-        text = table.to_markdown(rows, found, tuned)
+        rows, brought = table.summaries(kept, self.scale), table.parts(kept)
+        found = table.answers(kept)
+        text = table.to_markdown(rows, brought, found, tuned)
         self.results.mkdir(parents=True, exist_ok=True)
         (self.results / "table.md").write_text(text)
         (self.results / "table.csv").write_text(table.to_csv(kept))
-        content = {"scale": self.args.scale, "students": rows, "choices": found}
+        content = {
+            "scale": self.args.scale, "students": rows, "parts": brought, "choices": found,
+        }  # fmt: skip
         write_json(self.results / "table.json", content)
         return text
 

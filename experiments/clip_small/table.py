@@ -22,18 +22,22 @@ SHOWN = {
     "gap_recall": "gap recall",
 }
 COMPARED = ("top1", "recall")
+#: Part of CIFD → a method with it, and one that differs in it alone.
+PARTS = {
+    "contrastive term": ("cifd0-noibm", "fd"),
+    "IBM, without RDMs": ("cifd0", "cifd0-noibm"),
+    "first RDM": ("cifd1", "cifd0"),
+    "two more RDMs": ("cifd3", "cifd1"),
+    "three RDMs, without IBM": ("cifd3-noibm", "cifd0-noibm"),
+    "IBM, with three RDMs": ("cifd3", "cifd3-noibm"),
+}
 
 Kept = dict[str, Any]
 
 
 def summaries(kept: Iterable[Kept], scale: Scale) -> list[dict[str, Any]]:
     """A row for each student and method, with the teachers first."""
-    groups: dict[tuple[str, str], dict[int, Kept]] = {}
-    for one in kept:
-        about = one["about"]
-        if about["stage"] == "students":
-            groups.setdefault((about["student"], about["method"]), {})[about["seed"]] = one
-    rows = []
+    groups, rows = _of_students(kept), []
     for model in ("teacher", *STUDENTS):
         of_baseline = _by_seed(groups.get((model, BASELINE), {}))
         for method in ("teacher", *METHODS):
@@ -58,6 +62,29 @@ def summaries(kept: Iterable[Kept], scale: Scale) -> list[dict[str, Any]]:
                 }
             rows.append(row)
     return rows
+
+
+def parts(kept: Iterable[Kept]) -> list[dict[str, Any]]:
+    """A row for each student and part of CIFD: what it brings, paired by seed."""
+    groups, rows = _of_students(kept), []
+    for model in STUDENTS:
+        for part, (method, without) in PARTS.items():
+            a, b = (_by_seed(groups.get((model, name), {})) for name in (method, without))
+            if a.keys() & b.keys():
+                row = {"student": model, "part": part, "method": method, "without": without}
+                row["brings"] = {name: paired(_of(a, name), _of(b, name)) for name in SHOWN}
+                rows.append(row)
+    return rows
+
+
+def _of_students(kept: Iterable[Kept]) -> dict[tuple[str, str], dict[int, Kept]]:
+    """(student, method) → seed → what is kept of it."""
+    groups: dict[tuple[str, str], dict[int, Kept]] = {}
+    for one in kept:
+        about = one["about"]
+        if about["stage"] == "students":
+            groups.setdefault((about["student"], about["method"]), {})[about["seed"]] = one
+    return groups
 
 
 def costs(scale: Scale, method: str, model: str, pairs: int) -> dict[str, float]:
@@ -150,7 +177,9 @@ def _judged(runs: dict[int, Kept]) -> dict[int, float]:
     return {seed: score(one) for seed, one in runs.items()}
 
 
-def to_markdown(rows: list[dict], found: list[dict], tuned: dict | None) -> str:
+def to_markdown(
+    rows: list[dict], brought: list[dict], found: list[dict], tuned: dict | None
+) -> str:
     """The tables as GitHub Markdown, with what their figures mean."""
     lines = [["student", "method", "n"]]
     for name, head in SHOWN.items():
@@ -167,9 +196,9 @@ def to_markdown(rows: list[dict], found: list[dict], tuned: dict | None) -> str:
         cost = row.get("cost")
         line += [f"{cost['live']:.2f}", f"{cost['cached']:.2f}"] if cost else ["", ""]
         lines.append(line)
-    parts = ["# CIFAR-100 and Flickr8k\n"]
+    text = ["# CIFAR-100 and Flickr8k\n"]
     if rows:
-        parts.append(
+        text.append(
             "\nPercent on test data: zero-shot top-1, and recall at 1, 5 and 10 both ways (their "
             "mean; at 1 alone). Mean ± sample standard deviation over n seeds; "
             f"− {BASELINE}: the paired difference by seed ± its standard error. Gap: as many "
@@ -181,9 +210,20 @@ def to_markdown(rows: list[dict], found: list[dict], tuned: dict | None) -> str:
         )
     if tuned:
         weights = ", ".join(f"{method} {value:g}" for method, value in tuned["weights"].items())
-        parts.append(
+        text.append(
             f"\nTuned on held-out training pairs (student gap10, seed 0): learning rate "
             f"{tuned['lr']:g} for all; weights: {weights}. kd, fd, tinyclip and none have none.\n"
+        )
+    if brought:
+        lines = [["student", "part", "methods", *SHOWN.values()]]
+        lines.append(["---"] * 3 + ["---:"] * (len(lines[0]) - 3))
+        for row in brought:
+            methods = f"{row['method']} − {row['without']}"
+            brings = [told(row["brings"][name]) for name in SHOWN]
+            lines.append([row["student"], row["part"], methods, *brings])
+        text.append(
+            "\n## What each part of CIFD brings\n\nOn test data; paired differences by seed ± "
+            "their standard error. Each method has its own tuned λ_CL.\n\n" + markdown(lines)
         )
     if found:
         lines = [["question", "student", "answer", "n", "score", "− default", *SHOWN.values()]]
@@ -194,12 +234,12 @@ def to_markdown(rows: list[dict], found: list[dict], tuned: dict | None) -> str:
             line += [told(row["score"]), difference]
             line += [told(row["figures"][k]) for k in SHOWN]
             lines.append(line)
-        parts.append(
+        text.append(
             "\n## Open choices of cifd3\n\nOn held-out training pairs, not test; score: the mean "
             "of top-1 and mean recall; − default: its paired difference by seed ± its standard "
             "error.\n\n" + markdown(lines)
         )
-    return "".join(parts)
+    return "".join(text)
 
 
 def to_csv(kept: Iterable[Kept]) -> str:
