@@ -269,6 +269,13 @@ def test_a_part_of_cifd_is_what_a_method_with_it_has_over_one_without_it():
     assert "| gap10 | two more RDMs | cifd3 − cifd1 | +2.00 ± 0.58 |" in text
 
 
+def test_an_answer_may_be_a_method_without_a_bank():
+    kept = made("clipkd", 0, 0.1, 0.2) | {"taught_by": {"teachers": [], "bank": None}}
+    kept["about"] |= {"stage": "choices", "question": "CLIP-KD instead", "answer": "as tuned"}
+    (row,) = table.answers([kept])
+    assert row["rates"] == [[]] and row["score"]["mean"] == pytest.approx(15)
+
+
 def test_a_term_pulls_with_its_share_of_the_gradient():
     model = torch.nn.ModuleDict({"visual": torch.nn.Linear(1, 1, bias=False)})
     model["text"] = torch.nn.Linear(1, 1, bias=False)

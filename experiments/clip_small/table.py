@@ -156,7 +156,7 @@ def answers(kept: Iterable[Kept]) -> list[dict[str, Any]]:
     rows = []
     for (question, model, answer), runs in groups.items():
         values = _by_seed(runs)
-        banks = [one["taught_by"].get("bank", {}) for one in runs.values()]
+        banks = [one["taught_by"]["bank"] or {} for one in runs.values()]
         rates = {tuple(bank.get("rates", ())) for bank in banks}
         rows.append(
             {
