@@ -15,7 +15,7 @@ from training.errors import UsageError
 
 DISTILL = ("none", "kd", "fd", "clipkd", "tinyclip", "mobileclip", "rdm", "cifd")
 #: R of a bank's RDMs where the command line says nothing: docs/paper.md, "Which rates".
-RATES = (3000.0, 1000.0, 300.0)
+RATES = (10000.0, 3000.0, 1000.0)
 
 #: OpenCLIP flags that are not taken, and why.
 REFUSED = {
@@ -129,7 +129,7 @@ def _method_flags(g) -> None:
         type=float,
         nargs="*",
         metavar="R",
-        help="stage 1: one RDM per modality and rate (eq. 4) [3000 1000 300]; none: no RDM",
+        help="stage 1: one RDM per modality and rate (eq. 4) [10000 3000 1000]; none: no RDM",
     )
     g.add_argument(
         "--rdm-bank",
@@ -468,7 +468,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.grad_clip_norm is not None and args.grad_clip_norm <= 0:
         raise UsageError("--grad-clip-norm must be positive; leave it out for no clipping")
     if args.distill == "rdm" and args.rates == []:
-        raise UsageError("--distill rdm needs at least one rate: --rates 3000 1000 300")
+        raise UsageError("--distill rdm needs at least one rate: --rates 10000 3000 1000")
     if not all(rate > 0 for rate in args.rates or ()):
         raise UsageError(f"--rates must be positive, got {args.rates}")
     if args.rdm_bank and args.distill != "cifd":

@@ -96,7 +96,8 @@ class Method:
     weight: tuple[str, tuple[float, ...]] | None = None
 
 
-#: An RDM at R = 100 loses most of this teacher: "Which rates" in docs/paper.md.
+#: As they were chosen before the study: an RDM at R = 100 loses most of this teacher ("Which rates"
+#: in docs/paper.md, which is where the default comes from).
 THREE = (3000.0, 1000.0, 300.0)
 #: About one over the values of clipkd's λ_FD: like shares of contrastive and feature term.
 LAMBDA_CL = ("lambda-cl", (0.00005, 0.00015, 0.0005))
