@@ -535,9 +535,17 @@ def check_teacher_weights(args: argparse.Namespace) -> None:
 
 
 def _defaults(args: argparse.Namespace) -> None:
-    if args.rates is None:
-        bank = Path(args.rdm_bank or "") / "config.json"
-        args.rates = json.loads(bank.read_text())["rates"] if bank.is_file() else list(RATES)
+    bank = Path(args.rdm_bank or "") / "config.json"
+    if args.rdm_bank and bank.is_file():
+        rates = json.loads(bank.read_text())["rates"]
+        if args.rates not in (None, rates):
+            raise UsageError(
+                f"--rates {args.rates}: the bank {args.rdm_bank} has {rates}, and all of them "
+                "teach; leave --rates out"
+            )
+        args.rates = rates
+    elif args.rates is None:
+        args.rates = list(RATES)
     if args.global_batch is not None:
         args.batch_size = batch_share(args)
     vit = "vit" in args.model.lower()

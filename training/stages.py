@@ -316,16 +316,10 @@ def load_bank(args: Namespace, source: LiveTeachers | CachedTeachers) -> RDMBank
         UsageError: it is missing, or another teacher's.
     """
     try:
-        bank = RDMBank.load(Path(args.rdm_bank), source.identities[0])
+        return RDMBank.load(Path(args.rdm_bank), source.identities[0])
     except FileNotFoundError as error:
         raise UsageError(
             f"--rdm-bank: {error}; train one with --distill rdm, or leave --rdm-bank out"
         ) from error
     except ValueError as error:
         raise UsageError(f"--rdm-bank: {error}; train a bank for this teacher") from error
-    if bank.rates != args.rates:
-        raise UsageError(
-            f"--rates {args.rates}: the bank {args.rdm_bank} has {bank.rates}, and all of them "
-            "teach; leave --rates out"
-        )
-    return bank
