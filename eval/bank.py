@@ -35,7 +35,7 @@ from eval import benchmark, datasets, metrics, models
 from eval.datasets import Folder, Gap
 from eval.models import Evaluated
 from training.errors import UsageError, cli, sentence
-from training.rundir import cores
+from training.rundir import cores, origin
 
 CLASSES, PER_CLASS = 10, 40  # of the t-SNE map
 
@@ -235,6 +235,7 @@ def measure_once(found: LoadedBank, folder: Folder, args, device: torch.device) 
     versions = {n: importlib.metadata.version(n) for n in (*benchmark.PACKAGES, "scikit-learn")}
     provenance = {
         **identity,
+        **origin(),
         "source": found.teacher.source,
         "held": held,
         "device": device.type,

@@ -164,9 +164,16 @@ def classifier_banks(sources: list[Source]) -> dict[str, dict]:
                 for r in results
                 if (r["method"], r["dataset"], r["student"]) == ("none", dataset, teacher)
                 and r.get("metrics")
+                and _taught(r, of_bank)
             },
         }
     return found
+
+
+def _taught(teacher: dict, bank: list[dict]) -> bool:
+    """Whether the bank's RDMs are of this run's weights; older results don't tell its weights."""
+    weights = teacher["provenance"].get("weights")
+    return weights is None or any(weights in r["provenance"]["teachers"] for r in bank)
 
 
 def _run_name(result: dict) -> str:

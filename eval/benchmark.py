@@ -39,7 +39,7 @@ from eval import datasets, metrics, models
 from eval.datasets import Folder, Gap
 from eval.models import Evaluated
 from training.errors import UsageError, cli, sentence
-from training.rundir import cores
+from training.rundir import cores, origin
 
 PRECISIONS = {"fp32": None, "amp_bf16": torch.bfloat16, "amp": torch.float16}
 PACKAGES = ("torch", "open_clip_torch", "clip-benchmark", "timm", "transformers", "numpy", "Pillow")
@@ -217,6 +217,7 @@ def evaluate(model: Evaluated, folder: Folder, classifiers: Classifiers, args, d
         "language": "en",
         "provenance": {
             **identity(model, folder, args.precision),
+            **origin(),
             "source": model.source,
             "parameters": model.parameters,
             "held": held,

@@ -18,6 +18,7 @@ from training.checkpoint import Checkpoints
 from training.errors import UsageError, cli
 from training.main import epoch_steps, make_loader, open_data
 from training.models import add_model_configs
+from training.rundir import origin
 from training.stages import StudentStage
 from training.trainer import Trainer
 
@@ -101,7 +102,8 @@ def main(argv: list[str]) -> int:
     lines = [["term", *heads], ["---", *["---:"] * len(heads)]]
     for term in found["end"]:
         lines.append([term, *(f"{found[m][term][t]:.3f}" for m in found for t in TOWERS)])
-    print(markdown(lines))
+    made = origin()
+    print(f"`{made['command']}`, commit {made['commit']}\n\n{markdown(lines)}")
     return 0
 
 

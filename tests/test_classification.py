@@ -836,8 +836,9 @@ def test_what_rdms_still_know_is_measured_as_after_their_training_and_drawn(
         result = json.loads((bank / f"result_R{one['rate']:g}.json").read_text())
         assert one["metrics"]["acc1"] == pytest.approx(result["metrics"]["acc1"])
         assert one["bits"]["image"] == pytest.approx(result["metrics"]["bits"], rel=1e-4)
-    known = json.loads((teacher / "result.json").read_text())["metrics"]["acc1"]
-    assert found["teacher"]["metrics"]["acc1"] == pytest.approx(known)
+    known = json.loads((teacher / "result.json").read_text())
+    assert found["teacher"]["metrics"]["acc1"] == pytest.approx(known["metrics"]["acc1"])
+    assert result["provenance"]["teachers"] == [known["provenance"]["weights"]]
     assert found["map"]["classes"] == ["n01440764", "n01443537", "n01484850"]
     report.main([str(teacher), str(bank), "-o", str(tmp_path / "r.html")])
     page = (tmp_path / "r.html").read_text()

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -334,9 +335,9 @@ def test_the_study_tunes_trains_compares_and_goes_on(smaller, tmp_path, capsys):
     assert (tmp_path / "logs" / "report.html").is_file()
     capsys.readouterr()
     assert gradient_shares.main([f"{tmp_path}/logs/cifd3_gap10_s0", "--batches=1"]) == 0
-    terms = {
-        line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:] if line
-    }
+    made, _, *table = filter(None, capsys.readouterr().out.splitlines())
+    assert re.fullmatch(r"`python -m .+`, commit [0-9a-f]{40}(-dirty)?", made)
+    terms = {line.split("|")[1].strip() for line in table[1:]}
     assert terms == {
         "contrastive_loss", "image_embedding_loss", "image_rate_loss",
         "text_embedding_loss", "text_rate_loss",

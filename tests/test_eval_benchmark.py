@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -126,6 +127,8 @@ def test_figures_on_flickr8k_are_stock_clip_benchmarks(student, tmp_path):
         pytest.skip("../shared/data/flickr8k is not there")
     ours = assert_stock(student, SHARED, "flickr8k", tmp_path)
     assert ours["provenance"]["held"] == {"images": 1000, "captions": 5000}
+    assert ours["provenance"]["command"].startswith("python -m ")
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", ours["provenance"]["commit"])
 
 
 def test_figures_on_cifar100_are_stock_clip_benchmarks(student, tmp_path):

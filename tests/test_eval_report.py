@@ -167,6 +167,25 @@ def test_banks_of_one_teacher_that_differ_in_more_than_their_seed_are_two(tmp_pa
     assert list(alone) == ["cnn10 on cifar100"]
 
 
+def test_the_teacher_of_figure_5_is_the_one_whose_weights_the_bank_encodes(tmp_path):
+    common = {"task": "classification", "dataset": "cifar100", "seed": 0}
+    bank = {
+        **common, "role": "rdm", "method": "rdm", "teacher": "cnn10", "student": None,
+        "rate": 10.0, "rates": [10.0], "metrics": {"acc1": 0.5},
+        "provenance": {"settings": {"name": "bank"}, "teachers": ["theirs"]},
+    }  # fmt: skip
+
+    def plain(weights, acc1):
+        return {
+            **common, "method": "none", "teacher": None, "student": "cnn10", "rates": [],
+            "metrics": {"acc1": acc1}, "provenance": {"settings": {}, "weights": weights},
+        }  # fmt: skip
+
+    results = [bank, plain("theirs", 0.6), plain("others", 0.9)]
+    (drawn,) = bank_section.classifier_banks([sources.Source(tmp_path, results=results)]).values()
+    assert drawn["teacher"] == {0: pytest.approx(60)}
+
+
 def test_the_bank_is_shown_by_its_held_out_rates_where_there_are_any(runs):
     (bank,) = sources.read_source(runs[1])
     bank.metrics.append({"kind": "train", "step": 9, "image/R=1000/bits": 1.0})

@@ -25,6 +25,7 @@ from cifd_clip.classification.methods import (
 from cifd_clip.classification.models import build
 from cifd_clip.classification.rdm import ClassifyingRDMs, unit_scale
 from cifd_clip.noise import derive_seed
+from training.cache import file_hash
 from training.checkpoint import Checkpoints
 from training.classify_data import (
     VIEWS,
@@ -332,6 +333,7 @@ def finish(
         directory.write_json("result.json", {**result, **measured, "role": "paraphraser"})
     else:
         save_weights(path, "model", task.student)
+        result["provenance"]["weights"] = file_hash(path / "model.safetensors")
         directory.write_json("result.json", {**result, **measured})
     directory.write_json("finished.json", {"step": trainer.total, "seconds": trainer.seconds})
     log.info("finished %s in %.0f s: %s", path, trainer.seconds, measured)

@@ -118,12 +118,17 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def origin() -> dict[str, str | None]:
+    """What makes this process's figures: its command and the checkout's commit."""
+    command = shlex.join(["python", "-m", _entry_point(), *sys.argv[1:]])
+    return {"command": command, "commit": _commit()}
+
+
 def environment() -> dict[str, Any]:
     """Command, commit, versions and hardware of this process."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": shlex.join(["python", "-m", _entry_point(), *sys.argv[1:]]),
-        "commit": _commit(),
+        **origin(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "packages": {p: importlib.metadata.version(p) for p in PACKAGES},
