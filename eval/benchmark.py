@@ -3,7 +3,7 @@
 ::
 
     python -m eval.benchmark logs/cifd logs/clipkd --data-root DATA --datasets paper
-    python -m eval.benchmark ViT-B-32:openai --data-root DATA --datasets imagenetv2 --out results
+    python -m eval.benchmark ViT-B-16:datacomp_xl_s13b_b90k --data-root DATA --datasets imagenetv2
 
 The data lie in clip_benchmark's WebDataset layout (NAME/test/0.tar, ...) or as their authors
 distribute them (``eval/builders.py`` lists how); nothing is downloaded, and what can't be evaluated

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from cifd_clip.teacher import weights_hash
 from training.errors import UsageError
+from training.models import check_weights
 
 CONFIG = "open_clip_config.json"
 #: flags of training that say what the student is and what it reads
@@ -177,6 +178,8 @@ def _from_openclip(spec: str, device) -> Evaluated:
             f"'{spec}': neither a run directory, a checkpoint, a model folder nor an OpenCLIP "
             "model (open_clip.list_models())"
         )
+    if pretrained:  # OpenCLIP only warns of the other activation, and the figures are wrong
+        check_weights(name, pretrained, f"'{spec}':")
     try:
         if schema or pretrained:
             model, transform = open_clip.create_model_from_pretrained(

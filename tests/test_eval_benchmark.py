@@ -440,6 +440,19 @@ def test_what_is_no_model_is_one_clear_sentence(spec, tmp_path, monkeypatch):
         models.load(spec, CPU)
 
 
+@pytest.mark.parametrize(
+    ("spec", "instead"),
+    [("ViT-B-32:openai", "ViT-B-32-quickgelu"), ("RN50:cc12m", "RN50-quickgelu")],
+)
+def test_weights_of_the_other_activation_are_refused_before_they_are_loaded(
+    spec, instead, monkeypatch
+):
+    """OpenCLIP builds them and warns; ViT-B-32:openai would lose points of its accuracy."""
+    monkeypatch.setattr(open_clip, "create_model_from_pretrained", None)
+    with pytest.raises(UsageError, match=f"'{spec}': .* name {instead} instead"):
+        models.load(spec, CPU)
+
+
 def test_a_wrong_data_root_is_one_clear_sentence(student, tmp_path):
     with pytest.raises(UsageError, match=r"--data-root .*nowhere.*: no such folder"):
         evaluate(student, "--data-root", tmp_path / "nowhere", "--datasets", "x")

@@ -182,7 +182,8 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 def test_released_weights_are_the_teachers_row(tmp_path):
-    for name in ("ViT-L-14:datacomp_xl_s13b_b90k", "ViT-L-14-quickgelu:openai", "RN50:cc12m"):
+    names = ("ViT-L-14:datacomp_xl_s13b_b90k", "ViT-L-14-quickgelu:openai", "RN50-quickgelu:cc12m")
+    for name in names:
         result = {
             "dataset": "imagenet1k", "model": name, "task": "zeroshot_classification",
             "metrics": {"acc1": 0.79}, "provenance": {"source": name, "weights": name},

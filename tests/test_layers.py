@@ -12,11 +12,13 @@ ALLOWED = {
     "cifd_clip": set(),
     "training": {"cifd_clip"},
     # training.params: what a recipe costs depends on how training reads it; training.classify…: a
-    # classifier's RDMs are measured on the images and with the teachers as training reads them
+    # classifier's RDMs are measured on the images and with the teachers as training reads them;
+    # training.models: weights that training refuses are refused in evaluation
     "eval": {
         "cifd_clip",
         "training.rundir",
         "training.errors",
+        "training.models.check_weights",
         "training.params",
         "training.classify.load_split",
         "training.classify_data",
