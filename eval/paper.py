@@ -17,7 +17,7 @@ from html import escape
 from importlib.resources import files
 from itertools import groupby
 
-from eval.tables import Row, difference, markdown
+from eval.tables import MARK, Row, difference, markdown
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Ours:
     deviation: float | None
     runs: int
     printed: float | None
+    notes: tuple[str, ...] = ()
+    """What sets it apart from the printed figure besides the method."""
 
     @property
     def difference(self) -> float | None:
@@ -35,7 +37,12 @@ class Ours:
         return None if self.printed is None else self.mean - self.printed
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f}{self.spread}"
+        return f"{self.marked}{self.spread}"
+
+    @property
+    def marked(self) -> str:
+        """The mean, with a mark where the table has a note about it."""
+        return f"{self.mean:.2f}{MARK if self.notes else ''}"
 
     @property
     def spread(self) -> str:
@@ -100,7 +107,9 @@ def _filled(table: dict, rows: list[Row]) -> Table:
         for row, lines in zip(table["rows"], ours)
         if not lines and "delta" not in row and _cells(table, row)
     ]
-    made.notes = [*table["notes"]]
+    cells = (cell for line in made.lines for cell in line.cells if isinstance(cell, Ours))
+    apart = dict.fromkeys(note for cell in cells for note in cell.notes)
+    made.notes = [*table["notes"], *(f"{MARK} {note}." for note in apart)]
     if lacking:
         made.notes.append("No result of ours: " + "; ".join(dict.fromkeys(lacking)) + ".")
     made.runs = [_told(row) for row in used.values()]
@@ -152,7 +161,13 @@ def _figure(row: Row, column: tuple[str, str], beside: float | None) -> Ours | s
     if not values:
         return f"gap: {row.gaps[column[0]]}" if column[0] in row.gaps else "gap: not evaluated"
     deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Ours(statistics.fmean(values), deviation, len(values), beside)
+    return Ours(statistics.fmean(values), deviation, len(values), beside, _apart(row))
+
+
+def _apart(row: Row) -> tuple[str, ...]:
+    """The notes of a figure of ours."""
+    subset = row.setting.subset
+    return (f"Trained on {subset:,} of the training images",) if subset else ()
 
 
 def _who(cells: list, rows: list[Row]) -> str:
@@ -168,7 +183,7 @@ def _deltas(row: dict, of: list[Line], to: list[Line]) -> list[Line]:
     lines = []
     for a, b in zip(of, to):
         cells = [
-            Ours(x.mean - y.mean, None, min(x.runs, y.runs), beside)
+            Ours(x.mean - y.mean, None, min(x.runs, y.runs), beside, (*x.notes, *y.notes))
             if isinstance(x, Ours) and isinstance(y, Ours)
             else None
             for x, y, beside in zip(a.cells, b.cells, row["printed"])
@@ -217,6 +232,8 @@ def _told(row: Row) -> str:
         parts.append(f"teacher {', '.join(setting.teachers)}")
     if seeds:
         parts.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
+    if setting.subset:
+        parts.append(f"{setting.subset:,} of the training images")
     return "; ".join(filter(None, [*parts, row.trained]))
 
 
@@ -292,7 +309,7 @@ def _html_cells(cells: list, own_line: bool) -> str:
             if isinstance(one, Ours):
                 beside = "" if one.difference is None else difference(one.difference, 2)
                 spread = f'<small class="soft">{one.spread}</small>' if one.spread else ""
-                made += f"<td>{one.mean:.2f}{spread}{beside}</td>"
+                made += f"<td>{one.marked}{spread}{beside}</td>"
             else:
                 made += f"<td>{_text(one, own_line)}</td>"
     return made
@@ -302,19 +319,19 @@ def to_csv(tables: list[Table]) -> str:
     """Every cell with a figure of ours or of the paper, one a line."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = ("table", "method", "model", "column", "printed", "ours", "sd", "n", "difference")
-    writer.writerow(names)
+    writer.writerow("table method model column printed ours sd n difference notes".split())
     for table in tables:
         for line in table.lines:
             for column, cell in zip(table.columns, line.cells):
                 where = [table.number, line.label, line.model, column]
                 if isinstance(cell, Ours):
-                    beside = ["" if v is None else f"{v:.4f}" for v in (cell.deviation,)]
-                    apart = "" if cell.difference is None else f"{cell.difference:.4f}"
+                    figures = cell.mean, cell.deviation, cell.difference
+                    mean, spread, apart = ("" if v is None else f"{v:.4f}" for v in figures)
                     paper = "" if cell.printed is None else cell.printed
-                    writer.writerow([*where, paper, f"{cell.mean:.4f}", *beside, cell.runs, apart])
+                    notes = "; ".join(dict.fromkeys(cell.notes))
+                    writer.writerow([*where, paper, mean, spread, cell.runs, apart, notes])
                 elif isinstance(cell, str):
-                    writer.writerow([*where, "", cell, "", "", ""])
+                    writer.writerow([*where, "", cell, "", "", "", ""])
                 elif line.who == "printed" and cell is not None:
-                    writer.writerow([*where, cell, "", "", "", ""])
+                    writer.writerow([*where, cell, "", "", "", "", ""])
     return out.getvalue()

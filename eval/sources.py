@@ -26,6 +26,7 @@ class Setting:
         rdms: number of assistants per modality; None where the bank is gone.
         ibm: whether the student had an Information Bottleneck Module.
         dataset: what a classifier was trained on; None for CLIP.
+        subset: how many of its training images, where not all.
         rest: everything else, as text.
     """
 
@@ -35,6 +36,7 @@ class Setting:
     rdms: int | None = 0
     ibm: bool = False
     dataset: str | None = None
+    subset: int = 0
     rest: str = ""
 
     def __str__(self) -> str:
@@ -227,6 +229,7 @@ def _classifier_setting(result: dict) -> Setting:
         rdms=None if unknown else len(rates) if cifd else 0,
         ibm=cifd and bool(result.get("ibm")),
         dataset=result["dataset"],
+        subset=settings.get("subset") or 0,
         rest=json.dumps([rates, result.get("assistants"), rest], sort_keys=True),
     )
 

@@ -19,6 +19,7 @@ TASKS = {
     },
 }
 SIZES = {"image": "image tower", "text": "text tower", "model": "parameters"}
+MARK = "†"  # of a figure that is not of what its name promises: a note below says why
 Column = tuple[str, str]  # data set (with its split where that is not "test"), metric's label
 
 

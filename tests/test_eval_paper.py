@@ -239,6 +239,22 @@ def test_a_folder_of_classifier_results_makes_tables_1_and_6(cifar):
     assert any("DGKD (3 TA); CIFD (5 RDM)" in note for note in found["1"].notes)
 
 
+def test_a_student_of_some_of_the_training_images_is_told_from_one_of_all(tmp_path):
+    few, whole = (classifier("cnn2", m, 0.3) for m in ("kd", "none"))
+    few["provenance"]["settings"]["subset"] = 10_000
+    whole["provenance"]["settings"]["subset"] = 0
+    out = tmp_path / "r.html"
+    report.main([str(study(tmp_path / "s", [few, whole])), "--out", str(out)])
+    page, text = out.read_text(), out.with_suffix(".md").read_text()
+    said = "† Trained on 10,000 of the training images."
+    assert "| 30.00† (-14.76) |" in text and "| 30.00 (-14.68) |" in text
+    assert f"- {said}" in text and f"<li>{said}</li>" in page and "<td>30.00†<" in page
+    assert "kd; teacher cnn10; seed 0; 10,000 of the training images" in text
+    with open(out.with_suffix(".paper.csv")) as file:
+        notes = {r["method"]: r["notes"] for r in csv.DictReader(file) if r["ours"]}
+    assert notes["KD"] == "Trained on 10,000 of the training images" and not notes["Student"]
+
+
 def test_the_ablation_is_by_column(cifar):
     table = tables(cifar)["6"]
     (cells,) = ours(table, "3 RDM", "CIFAR-100, 10 → 2 layers")
