@@ -255,7 +255,7 @@ def test_differences_are_paired_by_seed():
     assert rows["cifd3"]["figures"]["gap_top1"]["mean"] == pytest.approx(28)
     cost = rows["cifd3"]["cost"]
     assert cost["live"] > cost["cached"] > 1
-    text = table.to_markdown(list(rows.values()), [], [], [], None)
+    text = table.to_markdown(list(rows.values()), [], [], None)
     assert "| gap10 | cifd3 | 3 | 22.00 ± 11.00 | +2.00 ± 0.58 |" in text
 
 
@@ -266,7 +266,7 @@ def test_a_part_of_cifd_is_what_a_method_with_it_has_over_one_without_it():
     assert (row["part"], row["method"], row["without"]) == ("two more RDMs", "cifd3", "cifd1")
     assert row["brings"]["top1"]["mean"] == pytest.approx(2)
     assert row["brings"]["recall"]["mean"] == pytest.approx(10)
-    text = table.to_markdown([], [row], [], [], None)
+    text = table.to_markdown([], [row], [], None)
     assert "| gap10 | two more RDMs | cifd3 − cifd1 | +2.00 ± 0.58 |" in text
 
 
@@ -303,7 +303,6 @@ def smaller(monkeypatch):
     asked = {plans.DEFAULT: {"gap10": plans.Answer()}, "λ_CL": plans.CHOICES["λ_CL"]}
     monkeypatch.setattr(plans, "CHOICES", asked)
     monkeypatch.setattr(plans, "STUDENTS", ("gap10",))
-    monkeypatch.setattr(plans, "LONGER", ("clipkd", "cifd3"))
     monkeypatch.setattr(plans, "RATES_OF_LEARNING", (2e-3,))
 
 

@@ -2,9 +2,9 @@
 
 Two teachers, then two students under every method, each an ordinary command of ``training.main``
 and ``eval.benchmark``. Stages: ``tune`` finds one learning rate for all and each method's own
-weight on held-out training pairs; ``students`` is the study; ``longer`` trains some of its students
-longer; ``choices`` asks what the paper leaves open. Tables are written from what is kept in
-``--results`` as soon as a run ends. Stopped, it goes on where it was.
+weight on held-out training pairs; ``students`` is the study; ``choices`` asks what the paper leaves
+open. Tables are written from what is kept in ``--results`` as soon as a run ends. Stopped, it goes
+on where it was.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from training.control import STOPPED_EXIT
 from training.errors import UsageError, cli
 from training.rundir import environment
 
-STAGES = ("tune", "students", "longer", "choices")
+STAGES = ("tune", "students", "choices")
 
 
 class Study:
@@ -71,10 +71,6 @@ class Study:
             self._planned(plans.students, self._tuned(), self.args.seeds, self.args.students)
         )
 
-    def longer(self) -> bool:
-        """Some methods' students, trained longer."""
-        return self._make(self._planned(plans.longer, self._tuned(), self.args.seeds))
-
     def choices(self) -> bool:
         """What the paper leaves open."""
         tuned, seeds = self._tuned(), self.args.seeds
@@ -91,7 +87,6 @@ class Study:
         steps = {
             "tune": lambda: (plans.tune_lr(plan), plans.tune_weights(plan, tuned.lr)),
             "students": lambda: plans.students(plan, tuned, seeds, self.args.students),
-            "longer": lambda: plans.longer(plan, tuned, seeds),
             "choices": lambda: (
                 plans.choices(plan, tuned, seeds),
                 plans.calibrated(plan, tuned, seeds),
@@ -116,14 +111,13 @@ class Study:
         path = self.results / "tuned.json"
         tuned = json.loads(path.read_text()) if path.is_file() else None
         rows, brought = table.summaries(kept, self.scale), table.parts(kept)
-        longer, found = table.summaries(kept, self.scale, "longer"), table.answers(kept)
-        text = table.to_markdown(rows, brought, longer, found, tuned)
+        found = table.answers(kept)
+        text = table.to_markdown(rows, brought, found, tuned)
         self.results.mkdir(parents=True, exist_ok=True)
         (self.results / "table.md").write_text(text)
         (self.results / "table.csv").write_text(table.to_csv(kept))
         content = {
-            "scale": self.args.scale, "students": rows, "parts": brought, "longer": longer,
-            "choices": found,
+            "scale": self.args.scale, "students": rows, "parts": brought, "choices": found,
         }  # fmt: skip
         write_json(self.results / "table.json", content)
         return text

@@ -3,14 +3,13 @@
 import csv
 import io
 from collections.abc import Iterable
-from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 from eval.cost import gpu_hours
 from eval.tables import markdown
 from experiments.clip_small.keep import figures, score
-from experiments.clip_small.plan import DEFAULT, METHODS, MODELS, STUDENTS, TIMES, Scale
+from experiments.clip_small.plan import DEFAULT, METHODS, MODELS, STUDENTS, Scale
 from experiments.seeds import paired, summarise, told
 
 BASELINE = "clipkd"
@@ -31,19 +30,14 @@ PARTS = {
     "two more RDMs": ("cifd3", "cifd1"),
     "three RDMs, without IBM": ("cifd3-noibm", "cifd0-noibm"),
     "IBM, with three RDMs": ("cifd3", "cifd3-noibm"),
-    "richer RDMs": ("cifd3-richer", "cifd3"),
-    "three richer RDMs, without IBM": ("cifd3-richer-noibm", "cifd0-noibm"),
-    "IBM, with richer RDMs": ("cifd3-richer", "cifd3-richer-noibm"),
 }
 
 Kept = dict[str, Any]
 
 
-def summaries(kept: Iterable[Kept], scale: Scale, stage: str = "students") -> list[dict[str, Any]]:
-    """A row for each student and method of a stage, with the teachers first."""
-    groups, rows = _of_students(kept, stage), []
-    if stage == "longer":
-        scale = replace(scale, student=TIMES * scale.student)
+def summaries(kept: Iterable[Kept], scale: Scale) -> list[dict[str, Any]]:
+    """A row for each student and method, with the teachers first."""
+    groups, rows = _of_students(kept), []
     for model in ("teacher", *STUDENTS):
         of_baseline = _by_seed(groups.get((model, BASELINE), {}))
         for method in ("teacher", *METHODS):
@@ -83,14 +77,12 @@ def parts(kept: Iterable[Kept]) -> list[dict[str, Any]]:
     return rows
 
 
-def _of_students(
-    kept: Iterable[Kept], stage: str = "students"
-) -> dict[tuple[str, str], dict[int, Kept]]:
+def _of_students(kept: Iterable[Kept]) -> dict[tuple[str, str], dict[int, Kept]]:
     """(student, method) → seed → what is kept of it."""
     groups: dict[tuple[str, str], dict[int, Kept]] = {}
     for one in kept:
         about = one["about"]
-        if about["stage"] == stage:
+        if about["stage"] == "students":
             groups.setdefault((about["student"], about["method"]), {})[about["seed"]] = one
     return groups
 
@@ -185,7 +177,10 @@ def _judged(runs: dict[int, Kept]) -> dict[int, float]:
     return {seed: score(one) for seed, one in runs.items()}
 
 
-def _figures_table(rows: list[dict]) -> str:
+def to_markdown(
+    rows: list[dict], brought: list[dict], found: list[dict], tuned: dict | None
+) -> str:
+    """The tables as GitHub Markdown, with what their figures mean."""
     lines = [["student", "method", "n"]]
     for name, head in SHOWN.items():
         lines[0] += [head, f"− {BASELINE}"] if name in COMPARED else [head]
@@ -201,13 +196,6 @@ def _figures_table(rows: list[dict]) -> str:
         cost = row.get("cost")
         line += [f"{cost['live']:.2f}", f"{cost['cached']:.2f}"] if cost else ["", ""]
         lines.append(line)
-    return markdown(lines)
-
-
-def to_markdown(
-    rows: list[dict], brought: list[dict], longer: list[dict], found: list[dict], tuned: dict | None
-) -> str:
-    """The tables as GitHub Markdown, with what their figures mean."""
     text = ["# CIFAR-100 and Flickr8k\n"]
     if rows:
         text.append(
@@ -218,7 +206,7 @@ def to_markdown(
             "cache. Cost: counted training cost beside the teacher's own, × plain CLIP, with a "
             "live teacher and with the cache (included). kd and tinyclip minimise one loss up to "
             "a factor of two, which AdamW cancels."
-            "\n\n" + _figures_table(rows)
+            "\n\n" + markdown(lines)
         )
     if tuned:
         weights = ", ".join(f"{method} {value:g}" for method, value in tuned["weights"].items())
@@ -236,11 +224,6 @@ def to_markdown(
         text.append(
             "\n## What each part of CIFD brings\n\nOn test data; paired differences by seed ± "
             "their standard error. Each method has its own tuned λ_CL.\n\n" + markdown(lines)
-        )
-    if longer:
-        text.append(
-            f"\n## Trained {TIMES} times as long\n\nOn test data, otherwise as above, with the "
-            "weights tuned there.\n\n" + _figures_table(longer)
         )
     if found:
         lines = [["question", "student", "answer", "n", "score", "− default", *SHOWN.values()]]
