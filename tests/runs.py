@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from demo.scenes import write
 from training.main import main
@@ -72,3 +74,19 @@ def assert_bit_equal(a, b, where: str = "checkpoint") -> None:
             assert_bit_equal(x, y, f"{where}[{i}]")
     else:
         assert a == b, where
+
+
+def word_tokenizer(folder: Path) -> Path:
+    """A Hugging Face tokenizer of a dozen words on disk, with its end of text in the middle."""
+    words = "[PAD] [UNK] [BOS] [EOS] a photo of the dog cat snow door in".split()
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    special |= {"bos_token": "[BOS]", "eos_token": "[EOS]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder

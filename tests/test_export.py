@@ -19,6 +19,7 @@ from cifd_clip.export import Towers, export, load
 from cifd_clip.export.__main__ import main as command
 from cifd_clip.teacher import weights_hash
 from eval.benchmark import main as benchmark
+from runs import word_tokenizer
 from training.main import main
 from training.models import save_student
 
@@ -287,28 +288,12 @@ def test_transformers_names_the_layer_that_does_not_fit(layer, tmp_path):
 
 
 @pytest.fixture
-def word_tokenizer(tmp_path):
-    """A Hugging Face tokenizer of a dozen words on disk, with its end of text in the middle."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = "[PAD] [UNK] [BOS] [EOS] a photo of the dog cat snow door in".split()
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
-    )
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
-    special |= {"bos_token": "[BOS]", "eos_token": "[EOS]"}
-    folder = tmp_path / "words"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    return folder
+def words(tmp_path):
+    return word_tokenizer(tmp_path / "words")
 
 
-def test_a_hugging_face_tokenizer_travels_with_the_folder(word_tokenizer, tmp_path):
-    text = {"hf_tokenizer_name": str(word_tokenizer), "pool_type": "eos", "eos_id": 3}
+def test_a_hugging_face_tokenizer_travels_with_the_folder(words, tmp_path):
+    text = {"hf_tokenizer_name": str(words), "pool_type": "eos", "eos_id": 3}
     folder = save(small(text=text | {"vocab_size": 13}), tmp_path / "in" / "model")
     captions = ["a photo of the cat", "snow", "the dog in the door in the snow"]
     source = load(folder)
@@ -316,7 +301,7 @@ def test_a_hugging_face_tokenizer_travels_with_the_folder(word_tokenizer, tmp_pa
     with torch.no_grad():
         student_features = source.model.encode_text(tokens, normalize=True)
     outs = {f: export(folder, f, tmp_path / f)[0] for f in ("open_clip", "transformers")}
-    shutil.rmtree(word_tokenizer)
+    shutil.rmtree(words)
 
     assert torch.equal(open_clip.get_tokenizer(f"local-dir:{outs['open_clip']}")(captions), tokens)
 
@@ -334,10 +319,10 @@ def test_a_hugging_face_tokenizer_travels_with_the_folder(word_tokenizer, tmp_pa
 
 
 def test_the_code_in_a_card_cuts_and_cleans_as_the_students_hugging_face_tokenizer(
-    word_tokenizer, tmp_path, monkeypatch
+    words, tmp_path, monkeypatch
 ):
     text = {
-        "hf_tokenizer_name": str(word_tokenizer),
+        "hf_tokenizer_name": str(words),
         "tokenizer_kwargs": {"clean": "canonicalize", "model_max_length": 8},
         "no_causal_mask": True,
         "pool_type": "last",
@@ -357,11 +342,11 @@ def test_the_code_in_a_card_cuts_and_cleans_as_the_students_hugging_face_tokeniz
 
 
 @pytest.mark.parametrize("kind", ["Hugging Face", "OpenCLIP"])
-def test_a_tokenizer_that_files_cannot_hold_is_refused(kind, word_tokenizer, tmp_path):
+def test_a_tokenizer_that_files_cannot_hold_is_refused(kind, words, tmp_path):
     text = {"no_causal_mask": True, "tokenizer_kwargs": {"clean": "whitespace"}}  # keeps capitals
     if kind == "Hugging Face":
         separator = {"strip_sep_token": True, "sep_token": "[EOS]"}
-        text |= {"hf_tokenizer_name": str(word_tokenizer), "tokenizer_kwargs": separator}
+        text |= {"hf_tokenizer_name": str(words), "tokenizer_kwargs": separator}
     folder = save(small(text=text), tmp_path / "in" / "model")
     with pytest.raises(ValueError, match=r"tokenizer of model .* --format open_clip") as error:
         export(folder, "onnx", tmp_path / "out" / "onnx")
@@ -369,8 +354,8 @@ def test_a_tokenizer_that_files_cannot_hold_is_refused(kind, word_tokenizer, tmp
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_transformers_refuses_padding_in_front_of_the_text(word_tokenizer, tmp_path):
-    text = {"hf_tokenizer_name": str(word_tokenizer), "pool_type": "eos", "eos_id": 3}
+def test_transformers_refuses_padding_in_front_of_the_text(words, tmp_path):
+    text = {"hf_tokenizer_name": str(words), "pool_type": "eos", "eos_id": 3}
     text |= {"vocab_size": 13, "tokenizer_kwargs": {"padding_side": "left"}}
     folder = save(small(text=text), tmp_path / "in" / "model")
     with pytest.raises(ValueError, match="pads in front of the text"):

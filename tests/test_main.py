@@ -14,7 +14,7 @@ import torch
 from open_clip_train.params import parse_args as open_clip_parse_args
 
 from cifd_clip.rdm import RDMBank
-from runs import assert_bit_equal, final, lines
+from runs import assert_bit_equal, final, lines, word_tokenizer
 from training.errors import Failure, NonFinite, UsageError
 from training.main import main
 from training.params import DISTILL, REFUSED, parse_args, parser
@@ -243,6 +243,32 @@ def test_a_run_older_than_a_flag_goes_on_with_the_flags_default(flags, tmp_path)
     with pytest.raises(UsageError, match="--projector was 'separate', now 'shared'"):
         main([*command, "--resume", "latest"])
     assert main([*command, "--resume", "latest", "--projector", "separate"]) == 0
+
+
+def test_a_change_of_the_default_rates_concerns_no_method_without_rdms(flags, tmp_path):
+    command = [*flags, "--logs", str(tmp_path), "--name", "run"]
+    assert main(command) == 0
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["rates"] is None
+    path.write_text(json.dumps({**config, "rates": [1000.0, 100.0]}))  # as versions before this
+    assert main([*command, "--resume", "latest"]) == 0
+
+
+def test_a_students_hugging_face_tokenizer_lies_in_its_folder(flags, tmp_path):
+    config = json.loads((ROOT / "tests" / "models" / "tiny-student.json").read_text())
+    words = word_tokenizer(tmp_path / "words")
+    config["text_cfg"] |= {"hf_tokenizer_name": str(words), "vocab_size": 13}
+    path = tmp_path / "tiny-words.json"
+    path.write_text(json.dumps(config))
+    models = flags.index("--model-config") + 1
+    command = [*flags[:models], str(path), *flags[models:], "--model", "tiny-words"]
+    assert main([*command, "--logs", str(tmp_path), "--name", "run"]) == 0
+    captions = ["a photo of the cat", "snow"]
+    tokens = open_clip.get_tokenizer("tiny-words")(captions)
+    words.rename(tmp_path / "gone")
+    stock = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'run' / 'student'}")
+    assert torch.equal(stock(captions), tokens)
 
 
 def test_a_missing_bank_and_a_foreign_bank_are_refused(flags, bank, teacher, tmp_path):

@@ -6,11 +6,13 @@ import difflib
 import json
 import logging
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
 import torch
 from open_clip.push_to_hf_hub import save_config_for_hf
+from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save
 from torch import nn
 
@@ -169,9 +171,16 @@ def preprocess_overrides(args: Namespace) -> dict:
     return {key: value for key, value in chosen.items() if value is not None}
 
 
-def save_student(model: nn.Module, config: dict, directory: Path) -> None:
-    """A stock OpenCLIP folder (``local-dir:``): configuration, preprocessing, safetensors."""
+def save_student(
+    model: nn.Module, config: dict, directory: Path, tokenizer: Callable | None = None
+) -> None:
+    """A stock OpenCLIP folder (``local-dir:``): configuration, preprocessing, safetensors.
+
+    And the files of a Hugging Face tokenizer, which OpenCLIP looks for there; its own has none.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    if isinstance(tokenizer, HFTokenizer):
+        tokenizer.save_pretrained(directory)
     save_config_for_hf(model, directory / "open_clip_config.json", config)
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     temporary = directory / "open_clip_model.safetensors.tmp"

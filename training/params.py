@@ -544,7 +544,7 @@ def _defaults(args: argparse.Namespace) -> None:
                 "teach; leave --rates out"
             )
         args.rates = rates
-    elif args.rates is None:
+    elif args.rates is None and args.distill in ("rdm", "cifd"):
         args.rates = list(RATES)
     if args.global_batch is not None:
         args.batch_size = batch_share(args)

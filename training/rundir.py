@@ -166,9 +166,14 @@ def _commit() -> str | None:
 
 
 def _comparable(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration for comparison: a run's own bank is its own wherever the run lies."""
-    bank = config.get("rdm_bank")
-    if not bank:
+    """A configuration for comparison: a run's own bank is its own wherever the run lies.
+
+    A method without RDMs has no rates, whatever an older version or a shared recipe wrote down.
+    """
+    method, bank = config.get("distill"), config.get("rdm_bank")
+    if method not in (None, "rdm", "cifd"):
+        return {**config, "rates": None}
+    if method is None or not bank:  # of a classifier's bank --rates picks a part
         return config
     own = bank.endswith(f"{path.name}/rdm/bank")
     return {**config, "rdm_bank": "its own" if own else bank, "rates": "the bank's"}

@@ -261,7 +261,8 @@ class StudentStage(Stage):
             _take(self.task, payload["training"])
 
     def finish(self, directory: Path) -> None:
-        save_student(self.shipped.student.model, self.config, directory / "student")
+        tokenizer = self.inputs.tokenizers[self.texts]
+        save_student(self.shipped.student.model, self.config, directory / "student", tokenizer)
         logging.info("wrote the student %s", directory / "student")
 
 

@@ -161,7 +161,10 @@ def _teacher(config: dict[str, Any]) -> str:
     if config.get("distill") in (None, "none"):
         return "None: trained on the data alone."
     rows = {"method": f"`{config['distill']}`"}
-    for flag in ("distill_model", "distill_pretrained", "teacher_cache", "rates", "rdm_bank"):
+    flags = ["distill_model", "distill_pretrained", "teacher_cache"]
+    if config["distill"] == "cifd":
+        flags += ["rates", "rdm_bank"]
+    for flag in flags:
         if config.get(flag):
             rows[f"`--{flag.replace('_', '-')}`"] = _code(config[flag])
     return _list(rows)

@@ -89,7 +89,7 @@ def load(spec: str) -> Source:
     try:
         config = json.loads((folder / CONFIG).read_text())
         model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
-        tokenizer = _tokenizer(folder, config["model_cfg"]["text_cfg"])
+        tokenizer = folder_tokenizer(folder, config["model_cfg"]["text_cfg"])
     # Of weights that were cut short safetensors and pickle say it in classes of their own.
     except (RuntimeError, OSError, ValueError, KeyError, SafetensorError, EOFError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -106,8 +106,11 @@ def open_clip_towers(model: nn.Module) -> Towers:
     )
 
 
-def _tokenizer(folder: Path, config: dict[str, Any]) -> Callable[[list[str]], Tensor]:
-    # A run's student/ has no tokenizer files: those are where training had them from.
+def folder_tokenizer(folder: Path, config: dict[str, Any]) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of an OpenCLIP folder with this ``text_cfg``.
+
+    A Hugging Face tokenizer's files may lie elsewhere, as where training had them from.
+    """
     name = config.get("hf_tokenizer_name")
     if not name or (folder / "tokenizer_config.json").is_file():
         return open_clip.get_tokenizer(f"local-dir:{folder}")
