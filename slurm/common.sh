@@ -10,7 +10,7 @@ set +a
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 # see training.prefetch
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONUNBUFFERED=1
 
-# The task's name for scontrol. SLURM_JOB_ID alone may stand for the whole array.
+# The task's name. SLURM_JOB_ID alone may stand for the whole array: that of its last task does.
 TASK=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 TASK=${TASK:-$SLURM_JOB_ID}
 
@@ -24,16 +24,17 @@ say() { echo "$(date '+%F %T') | task $TASK | $*"; }
 
 # run COMMAND...: one process per task; then leave, or get back into the queue.
 run() {
-    local code=0
+    local code
     say "on $SLURM_JOB_NODELIST, port $MASTER_PORT, restart ${SLURM_RESTART_COUNT:-0}: $*"
     # --wait: when a process has ended, the others get 30 s to do so. --kill-on-bad-exit would not
     # let them: the first exit with 75 would kill a rank that is still saving.
     srun --kill-on-bad-exit=0 --wait=30 "$@" &
     local child=$!
     trap 'kill -USR1 "$child" 2>/dev/null || true' USR1 USR2 TERM
-    while kill -0 "$child" 2>/dev/null; do # wait returns early when a signal comes
+    while :; do # wait returns early when a signal comes
         code=0
         wait "$child" || code=$?
+        kill -0 "$child" 2>/dev/null || break
     done
     trap '' USR1 USR2 TERM
     case $code in
@@ -46,7 +47,7 @@ run() {
 # pre-empted it, does so by itself.
 requeue() {
     local state
-    state=$(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format='%T %r')
+    state=$(squeue --noheader --states=all --jobs="$TASK" --format='%T %r')
     say "stopped with exit code $1, state $state"
     case $state in
         "RUNNING "* | *" TimeLimit") ;;

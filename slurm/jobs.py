@@ -146,11 +146,12 @@ def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str
     return submitted
 
 
-def running(study: str, site: Site) -> list[str]:
-    """Jobs of this study that wait or run already."""
+def running(jobs: list[Job], study: str, site: Site) -> list[str]:
+    """Numbers of the study's jobs, of these names, that wait or run already."""
+    names = {f"{study}-{job.name}" for job in jobs}
     done = _ask(["squeue", "--noheader", "--me", "--format=%i %j"], site)
     found = (line.split(maxsplit=1) for line in done.stdout.splitlines())
-    return [number for number, name in found if name.startswith(f"{study}-")]
+    return [number for number, name in found if name in names]
 
 
 def _ask(command: list[str], site: Site) -> subprocess.CompletedProcess:

@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
         if args.dry_run:
             print(f"{path} -> {logs}\n{describe(study, jobs, runs, site)}\n")
             continue
-        if busy := running(path.stem, site):
+        if busy := running(jobs, path.stem, site):
             raise UsageError(
                 f"{path.stem} is under way (jobs {', '.join(busy)}): wait for it, or scancel them"
             )

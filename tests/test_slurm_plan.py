@@ -10,7 +10,7 @@ import pytest
 from runs import ROOT
 from slurm import classifiers
 from slurm.clip import chain, preparation, read_grid
-from slurm.jobs import Site, sbatch
+from slurm.jobs import Job, Site, running, sbatch
 from slurm.plan import GRIDS, grid_path, main
 from training.errors import UsageError
 from training.params import batch_share, parse_args
@@ -182,6 +182,14 @@ def test_a_machine_without_slurm_is_named_before_anything_is_written(site, tmp_p
     with pytest.raises(UsageError, match="squeue is not here: submit from a login node of SLURM"):
         main([str(grid)])
     assert not (tmp_path / "logs").exists()
+
+
+def test_the_jobs_of_a_study_with_a_longer_name_are_not_taken_for_ones_own(site, tmp_path):
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 77 table4-seed1-distill\necho 78 table4-distill\n")
+    squeue.chmod(0o755)
+    site["PATH"] = f"{tmp_path}:{site['PATH']}"
+    assert running([Job("distill", []), Job("report", [])], "table4", site) == ["78"]
 
 
 def test_any_number_of_processes_that_divides_it_makes_up_the_global_batch():
