@@ -140,14 +140,14 @@ def run(trial, args: argparse.Namespace, flags: list[str], pruned: type[Exceptio
         low, high, log = SPACE[name]
         chosen.append(f"--{name}={trial.suggest_float(name, low, high, log=log)!r}")
     directory = args.logs / args.name / f"trial{trial.number}"
-    where = [f"--logs={directory.parent}", f"--name={directory.name}"]
-    where += ["--keep=1", "--device=cpu"]
-    command = [sys.executable, "-m", "training.classify", *flags, *chosen, *where]
     directory.parent.mkdir(parents=True, exist_ok=True)
     said = directory.parent / f"{directory.name}.err"
     with open(said, "w") as errors:
         process = subprocess.Popen(
-            command, stdout=errors, stderr=errors, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            [sys.executable, *command(directory, [*flags, *chosen])],
+            stdout=errors,
+            stderr=errors,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     try:
         value = follow(process, directory / "metrics.jsonl", trial)
@@ -161,6 +161,12 @@ def run(trial, args: argparse.Namespace, flags: list[str], pruned: type[Exceptio
     if process.returncode:
         raise Failure(f"trial {trial.number} failed: {said.read_text().splitlines()[-1]}")
     return value
+
+
+def command(directory: Path, flags: list[str]) -> list[str]:
+    """What a trial runs, after ``python``: on the CPU, unless its flags say where."""
+    where = [f"--logs={directory.parent}", f"--name={directory.name}", "--keep=1"]
+    return ["-m", "training.classify", "--device=cpu", *flags, *where]
 
 
 def follow(process: subprocess.Popen, metrics: Path, trial) -> float | None:

@@ -1079,6 +1079,16 @@ def test_tuning_looks_at_held_out_training_images_alone(flags):
         tune_cifar100.parse(["--name", "x", "--tune", "lr", "--", *run])
 
 
+@pytest.mark.parametrize(
+    "given, used", [("", "cpu"), ("--device cpu", "cpu"), ("--device cuda", "cuda")]
+)
+def test_a_trial_runs_on_the_cpu_unless_its_flags_say_where(given, used):
+    flags = ["--data", "d", "--model", "cnn2", *given.split()]
+    _, module, *trial = tune_cifar100.command(Path("logs/x/trial0"), flags)
+    args = parse_args(trial)
+    assert (module, args.device, args.logs) == ("training.classify", used, "logs/x")
+
+
 def test_tuning_without_optuna_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UsageError, match=r"pip install 'cifd_clip\[tune\]'"):
