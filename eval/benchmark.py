@@ -38,6 +38,7 @@ from tqdm import tqdm
 from eval import datasets, metrics, models
 from eval.datasets import Folder, Gap
 from eval.models import Evaluated
+from eval.tables import UNPUBLISHED, WHOLE, shortfall
 from training.errors import UsageError, cli, sentence
 from training.rundir import cores, origin
 
@@ -232,11 +233,11 @@ def evaluate(model: Evaluated, folder: Folder, classifiers: Classifiers, args, d
 def protocol(folder: Folder, held: dict[str, int]) -> str:
     """Whether a known set's test split is whole; where not, how it differs."""
     known = datasets.PROTOCOLS.get(folder.name)
-    if known is None:
-        return "no published protocol"
+    if known is None or folder.split != "test":
+        return UNPUBLISHED
     wanted = {"images": known.images, "classes": known.classes, "captions": known.captions}
     wrong = [f"{held.get(k, 0)} {k} of {v}" for k, v in wanted.items() if v and held.get(k) != v]
-    return "; ".join(wrong) or "whole"
+    return "; ".join(wrong) or WHOLE
 
 
 def share(items: Sequence, number: int, of: int) -> Sequence:
@@ -303,6 +304,8 @@ def evaluate_once(model, name: str, opened, classifiers, args, device) -> str | 
     write_once(path, result)
     gap.unlink(missing_ok=True)
     told = ", ".join(f"{k} {v:.4f}" for k, v in result["metrics"].items() if v is not None)
+    if differs := shortfall(result["provenance"]):
+        told += f"; not the published {name}: {differs}"
     print(f"{model.name} on {name}: {told} ({path})", flush=True)
     return None
 

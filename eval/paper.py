@@ -161,13 +161,10 @@ def _figure(row: Row, column: tuple[str, str], beside: float | None) -> Ours | s
     if not values:
         return f"gap: {row.gaps[column[0]]}" if column[0] in row.gaps else "gap: not evaluated"
     deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Ours(statistics.fmean(values), deviation, len(values), beside, _apart(row))
-
-
-def _apart(row: Row) -> tuple[str, ...]:
-    """The notes of a figure of ours."""
     subset = row.setting.subset
-    return (f"Trained on {subset:,} of the training images",) if subset else ()
+    few = [f"Trained on {subset:,} of the training images"] if subset else []
+    notes = *few, *row.notes(column[0])
+    return Ours(statistics.fmean(values), deviation, len(values), beside, notes)
 
 
 def _who(cells: list, rows: list[Row]) -> str:

@@ -67,6 +67,7 @@ def results_section(sources: list[Source], colour: Colours) -> str:
         note += f" Small figures are differences to <b>{html.escape(_called(plain))}</b>."
     labels = " ".join(label for _, label in tables.columns(found))
     note += " T→I: the image for a caption; I→T: a caption for the image." * ("→" in labels)
+    note += "".join(f" {html.escape(told)}" for told in tables.notes(found))
     body = f'<div class="scroll">{table}</div><p>{note}</p>'
     first = [c for c in tables.columns(found) if c[1].endswith(("top-1", "R@1"))]
     drawn = [row for row in found if row.name in colour]

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.tables import Row, Run, add_result, common_name
+from eval.tables import Row, Run, add_result, common_name, shortfall
 from training.errors import UsageError
 from training.rundir import FREE_TO_CHANGE
 
@@ -134,25 +134,32 @@ def rows(sources: list[Source], pooled: bool = True) -> list[Row]:
     Args:
         pooled: one row for each setting and precision, over its seeds; otherwise one row for each
             set of weights.
+
+    Raises:
+        UsageError: two results that one row would hold are of different data. Rows of their own
+            would tear the runs apart on all other data sets too.
     """
     found: list[Row] = []
-    seen: dict[tuple, str] = {}
+    first: dict[tuple, tuple[str, str]] = {}
+    counted = set()
     for source in sources:
         for result in source.results:
             if result.get("role"):  # a part of another run
                 continue
             row, run = _row_of(found, source, result, pooled)
             provenance = result.get("provenance", {})
-            what = id(row), run, result["dataset"], provenance.get("split"), result["task"]
-            data = json.dumps(provenance.get("data"))
-            if seen.get(what, data) != data:
+            what = id(row), result["dataset"], provenance.get("split"), result["task"]
+            data = _tested_on(provenance)
+            other, others_data = first.setdefault(what, (run.name, data))
+            if others_data != data:
+                whose = " and ".join(dict.fromkeys((other, run.name)))
                 raise UsageError(
-                    f"'{source.path}': two results of {run.name} on {result['dataset']} are of "
-                    f"different data, {seen[what][:14]} and {data[:14]}; move one of them away"
+                    f"'{source.path}': results of {whose} on {result['dataset']} are of different "
+                    f"data, {others_data} and {data}; move one of them away"
                 )
-            if what not in seen:  # else a copy
+            if (what, run) not in counted:  # else a copy
                 add_result(row, result, run)
-            seen[what] = data
+            counted.add((what, run))
             row.trained = trained(source) or row.trained
     for gap in (gap for source in sources for gap in source.gaps):
         of_model = [row for row in found if gap["model"] in row.names]
@@ -164,6 +171,14 @@ def rows(sources: list[Source], pooled: bool = True) -> list[Row]:
     for row in found:
         row.name = common_name(row.names) or row.name
     return sorted(found, key=_place)
+
+
+def _tested_on(provenance: dict) -> str:
+    """Fingerprints of a result's data, and how its test set differs from the published one."""
+    data = provenance.get("data") or "unknown"
+    data = data if isinstance(data, dict) else {"": data}
+    told = ", ".join(f"{split} {text[:12]}".strip() for split, text in sorted(data.items()))
+    return f"{told} ({part})" if (part := shortfall(provenance)) else told
 
 
 def _place(row: Row) -> tuple:

@@ -19,6 +19,8 @@ TASKS = {
     },
 }
 SIZES = {"image": "image tower", "text": "text tower", "model": "parameters"}
+#: What a result says of its test set, unless that differs from the published one.
+WHOLE, UNPUBLISHED = "whole", "no published protocol"
 MARK = "†"  # of a figure that is not of what its name promises: a note below says why
 Column = tuple[str, str]  # data set (with its split where that is not "test"), metric's label
 
@@ -41,6 +43,7 @@ class Row:
         runs: whose figures these are.
         values: the runs' figures, in the order of the runs that have them.
         gaps: reasons by data set.
+        parts: how data sets differ from the published ones: ``5 images of 50000``.
         trained: how long and on what, in words.
     """
 
@@ -52,6 +55,7 @@ class Row:
     runs: list[Run] = field(default_factory=list)
     values: dict[Column, list[float]] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
     trained: str = ""
 
     @property
@@ -74,10 +78,18 @@ class Row:
         Where only some of the row's runs have the figure, it says how many.
         """
         values = self.values[column]
-        text = f"{self.mean(column):.{digits}f}"
+        text = f"{self.mean(column):.{digits}f}{MARK if column[0] in self.parts else ''}"
         if len(values) > 1:
             text += f" ± {statistics.stdev(values):.{digits}f}"
         return text if len(values) == len(self.runs) else f"{text} (n = {len(values)})"
+
+    def notes(self, dataset: str | None = None) -> list[str]:
+        """What is to be said below a table of the figures on this data set, or on all."""
+        return [
+            f"Not the published {name}: {told}"
+            for name, told in self.parts.items()
+            if dataset in (None, name)
+        ]
 
 
 def common_name(names: list[str]) -> str:
@@ -88,6 +100,12 @@ def common_name(names: list[str]) -> str:
     return stems.pop() if len(stems) == 1 else names[0]
 
 
+def shortfall(provenance: dict) -> str:
+    """How a result's test set differs from the published one; nothing where it doesn't."""
+    told = provenance.get("protocol", "")
+    return "" if told in (WHOLE, UNPUBLISHED) else told
+
+
 def add_result(row: Row, result: dict, run: Run | None = None) -> None:
     """Add a result file's metrics to its row, as those of a run of it."""
     provenance = result.get("provenance", {})
@@ -95,11 +113,13 @@ def add_result(row: Row, result: dict, run: Run | None = None) -> None:
     row.runs += [] if run in row.runs else [run]
     split, name = provenance.get("split", "test"), result["dataset"]
     dataset = name if split == "test" else f"{name} ({split})"
-    parts = {dataset: "metrics", f"{name} (held out)": "holdout_metrics"}
-    for dataset, key in {**parts, f"{name} (train)": "train_metrics"}.items():
+    kinds = {dataset: "metrics", f"{name} (held out)": "holdout_metrics"}
+    for images, key in {**kinds, f"{name} (train)": "train_metrics"}.items():
         for metric, label in TASKS.get(result["task"], {}).items():
             if (value := (result.get(key) or {}).get(metric)) is not None:
-                row.values.setdefault((dataset, label), []).append(100 * value)
+                row.values.setdefault((images, label), []).append(100 * value)
+    if told := shortfall(provenance):
+        row.parts[dataset] = told
     if not result.get("metrics"):
         row.gaps[name] = "the test split was not looked at"
     sizes = provenance.get("parameters")
@@ -145,17 +165,19 @@ def to_csv(rows: list[Row]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     counts = ["image", "text", "token_table", *(["model"] if "model" in sizes(rows) else [])]
     head = ["model", "method", "seed", *(f"{s}_parameters" for s in counts)]
-    writer.writerow([*head, *(" ".join(c).strip() for c in cols)])
+    noted = ["notes"] if notes(rows) else []
+    writer.writerow([*head, *(" ".join(c).strip() for c in cols), *noted])
     for row in rows:
         seeds = " ".join(map(str, row.seeds))
         found = [(row.parameters or {}).get(size, "") for size in counts]
         values = [f"{row.mean(c):.4f}" if c in row.values else cell(row, c) for c in cols]
-        writer.writerow([row.name, row.method, seeds, *found, *values])
+        told = ["; ".join(row.notes()) for _ in noted]
+        writer.writerow([row.name, row.method, seeds, *found, *values, *told])
     return out.getvalue()
 
 
 def to_markdown(rows: list[Row]) -> str:
-    """A GitHub table in percent."""
+    """A GitHub table in percent, and its notes."""
     cols, shown, many = columns(rows), sizes(rows), several(rows)
     head = ["model", "method", *(["n"] if many else []), *(SIZES[s] for s in shown)]
     lines = [[*head, *(" ".join(c).strip() for c in cols)]]
@@ -164,7 +186,12 @@ def to_markdown(rows: list[Row]) -> str:
         counts = [_size(row, size) for size in shown]
         runs = [str(len(row.runs))] if many else []
         lines.append([row.name, row.method, *runs, *counts, *(cell(row, c) for c in cols)])
-    return markdown(lines)
+    return markdown(lines) + "".join(f"\n{note}\n" for note in notes(rows))
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """What the marks of these rows' figures mean."""
+    return [f"{MARK} {note}." for note in dict.fromkeys(n for row in rows for n in row.notes())]
 
 
 def markdown(lines: list[list[str]]) -> str:

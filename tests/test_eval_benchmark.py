@@ -335,8 +335,25 @@ def test_a_missing_set_is_a_named_gap_until_it_is_there(student, root, tmp_path,
     shutil.copytree(root / "digit_scenes", data / "flickr30k")
     assert evaluate(*wanted) == 0
     assert not results(out / "gaps") and len(results(out)) == 2
-    wrong = next(r for r in results(out) if r["dataset"] == "flickr30k")["provenance"]["protocol"]
-    assert "40 images of 1000" in wrong and "160 captions of 5000" in wrong
+
+
+def test_a_set_that_is_not_the_published_one_is_said_to_be_none(student, root, tmp_path, capsys):
+    out, data = tmp_path / "out", tmp_path / "data"
+    shutil.copytree(root / "digits", data / "digits")
+    shutil.copytree(root / "digit_scenes", data / "flickr30k")
+    evaluate(student, "--data-root", data, "--out", out, "--datasets", "digits", "flickr30k")
+    of_digits, of_flickr = capsys.readouterr().out.splitlines()
+    differs = "40 images of 1000; 160 captions of 5000"
+    assert f"; not the published flickr30k: {differs} (" in of_flickr
+    assert "published" not in of_digits, "a set without a protocol"
+    found = {r["dataset"]: r["provenance"]["protocol"] for r in results(out)}
+    assert found == {"digits": "no published protocol", "flickr30k": differs}
+
+
+def test_only_a_test_split_has_a_published_protocol(root):
+    folder = datasets.open_folder(root, "digits", "test")
+    folder.name, folder.split = "imagenet1k", "val"
+    assert benchmark.protocol(folder, {"images": 3}) == "no published protocol"
 
 
 def test_a_known_set_with_a_wrong_class_count_is_refused(student, tmp_path):

@@ -319,6 +319,40 @@ def test_results_of_one_run_on_two_data_sets_of_one_name_are_refused(tmp_path):
         tables(run)
 
 
+@pytest.mark.parametrize("protocol", ["5 images of 50000", "whole"])
+def test_seeds_on_different_data_have_no_mean(tmp_path, protocol):
+    runs = [clip_run(tmp_path, f"cifd-seed{seed}", "cifd", 0.4, seed) for seed in (0, 1)]
+    for number, run in enumerate(runs):
+        result = json.loads((run / "results" / "r.json").read_text())
+        result["provenance"] |= {"data": str(number) * 64, "protocol": ("whole", protocol)[number]}
+        write(run / "results" / "r.json", result)
+    second = "1" * 12 + (" (5 images of 50000)" if protocol != "whole" else "")
+    said = (
+        "results of cifd-seed0 and cifd-seed1 on imagenet1k are of different data, 000000000000 "
+        f"and {second}"
+    )
+    with pytest.raises(UsageError, match=re.escape(said)):
+        tables(*runs)
+
+
+def test_a_figure_of_a_part_of_the_test_set_is_marked_beside_the_printed_one(tmp_path):
+    runs = [clip_run(tmp_path, method, method, 0.4, student="ViT-S-16")
+            for method in ("cifd", "clipkd")]  # fmt: skip
+    result = json.loads((runs[0] / "results" / "r.json").read_text())
+    result["provenance"]["protocol"] = "5 images of 50000"
+    write(runs[0] / "results" / "r.json", result)
+    table = tables(*runs)["12"]
+    marked = {line.label: str(cell) for line in table.lines if line.who != "printed"
+              for cell in line.cells if isinstance(cell, paper.Ours)}  # fmt: skip
+    assert marked == {"CIFD (1 RDM)": "40.00†", "CLIPKD": "40.00", "Δ (CIFD − CLIPKD)": "0.00†"}
+    note = "Not the published imagenet1k: 5 images of 50000"
+    assert f"- † {note}.\n" in paper.to_markdown(table)
+    assert f"<li>† {note}.</li>" in paper.to_html(table) and "<td>40.00†<" in paper.to_html(table)
+    noted = [row["method"] for row in csv.DictReader(paper.to_csv([table]).splitlines())
+             if row["notes"] == note]  # fmt: skip
+    assert noted == ["CIFD (1 RDM)", "Δ (CIFD − CLIPKD)"]
+
+
 def test_classifiers_on_imagenet_reach_their_tables(tmp_path):
     """Under the name that training.classify gives the data set."""
     assert "imagenet" in DATASETS

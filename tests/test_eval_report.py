@@ -138,6 +138,26 @@ def test_a_missing_set_is_named_in_every_table(runs, tmp_path):
         assert "other" in text and "gap: no tar" in text
 
 
+def test_a_figure_of_another_set_than_the_published_one_is_marked_in_every_table(runs, tmp_path):
+    path = runs[-1] / "results" / "digits.json"
+    found = json.loads(path.read_text())
+    found["provenance"]["protocol"] = "5 images of 50000"
+    write(path, found)
+    page = make(runs, tmp_path / "r.html")
+    note = "Not the published digits: 5 images of 50000"
+    text = (tmp_path / "r.md").read_text()
+    assert "| 62.5† | 10.0 |" in text and "| 50.0 | 20.0 |" in text and f"\n† {note}.\n" in text
+    assert "<td>62.5†<" in page and "<td>50.0<" in page and f"† {note}." in page
+    with open(tmp_path / "r.csv") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert {name: row["notes"] for name, row in rows.items()} == {
+        "teacher": "",
+        "none": "",
+        "cifd": note,
+    }
+    assert float(rows["cifd"]["digits top-1"]) == 62.5, "a CSV's figures are numbers"
+
+
 def test_weighted_contrastive_losses_are_drawn_unweighted(runs):
     of = {path.name: sources.read_source(path)[0] for path in runs}
     drawn = {
