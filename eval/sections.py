@@ -20,6 +20,11 @@ def colours(sources: list[Source]) -> Colours:
     return {s.name: plots.NEUTRAL if s.name in teachers else next(rest) for s in students}
 
 
+def row_colour(row: Row, colour: Colours) -> str | None:
+    """That of the first of a row's runs that has one: the row itself goes by what they share."""
+    return next((colour[name] for name in (*row.names, row.name) if name in colour), None)
+
+
 def baseline(sources: list[Source], found: list[Row]) -> Row | None:
     """The student trained without distillation, if there is one that is nobody's teacher."""
     teachers = {Path(teacher).name for source in sources for teacher in source.teachers}
@@ -55,7 +60,7 @@ def results_section(sources: list[Source], colour: Colours) -> str:
     if not found:
         return ""
     plain = baseline(sources, found)
-    table = tables.to_html(found, plain, lambda name: swatch(colour.get(name)))
+    table = tables.to_html(found, plain, lambda row: swatch(row_colour(row, colour)))
     counts = {(row.parameters or {}).get("token_table") for row in found} - {None}
     note = "Percent."
     if counts:
@@ -70,11 +75,11 @@ def results_section(sources: list[Source], colour: Colours) -> str:
     note += "".join(f" {html.escape(told)}" for told in tables.notes(found))
     body = f'<div class="scroll">{table}</div><p>{note}</p>'
     first = [c for c in tables.columns(found) if c[1].endswith(("top-1", "R@1"))]
-    drawn = [row for row in found if row.name in colour]
+    drawn = [(row, of_row) for row in found if (of_row := row_colour(row, colour))]
     if first and drawn and len(first) * len(drawn) <= 32:
         models = [
-            (r.name, colour[r.name], [r.mean(c) if c in r.values else None for c in first])
-            for r in drawn
+            (row.name, of_row, [row.mean(c) if c in row.values else None for c in first])
+            for row, of_row in drawn
         ]
         groups = [f"{dataset}\n{metric}" for dataset, metric in first]
         body = f'<div class="plot">{plots.bars(groups, models)}</div>{body}'

@@ -199,11 +199,11 @@ def markdown(lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |\n" for line in lines)
 
 
-def to_html(rows: list[Row], baseline: Row | None, swatch: Callable[[str], str]) -> str:
+def to_html(rows: list[Row], baseline: Row | None, swatch: Callable[[Row], str]) -> str:
     """The table with differences to a baseline row under the figures of the other students.
 
     Args:
-        swatch: a row's name -> the HTML of its colour in the plots.
+        swatch: a row -> the HTML of its colour in the plots.
     """
     cols, shown, many = columns(rows), sizes(rows), several(rows)
     spans: list[list] = []
@@ -230,7 +230,7 @@ def _size(row: Row, size: str) -> str:
 
 
 def _html_row(row: Row, cols, shown, many: bool, baseline: Row | None, swatch) -> str:
-    cells = [f'<td class="name">{swatch(row.name)}{escape(row.name)}</td>']
+    cells = [f'<td class="name">{swatch(row)}{escape(row.name)}</td>']
     cells.append(f"<td>{escape(row.method)}</td>")
     cells += [f"<td>{len(row.runs)}</td>"] * many
     cells += [f"<td>{_size(row, size)}</td>" for size in shown]

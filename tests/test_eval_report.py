@@ -128,6 +128,23 @@ def test_students_are_compared_with_the_one_without_distillation_and_the_teacher
     assert sections.colours(found)["teacher"] == plots.NEUTRAL
 
 
+def test_a_setting_of_several_seeds_keeps_its_bars_and_its_swatch(tmp_path):
+    runs = [
+        student(tmp_path, f"{m}-seed{s}", m, 0.5, 0.2) for m in ("none", "cifd") for s in (0, 1)
+    ]
+    for seed, run in enumerate(runs):
+        config = json.loads((run / "config.json").read_text())
+        write(run / "config.json", {**config, "seed": seed % 2})
+    found = [source for run in runs for source in sources.read_source(run)]
+    colour = sections.colours(found)
+    part = sections.results_section(found, colour)
+    for name in ("none", "cifd"):
+        of_row = colour[f"{name}-seed0"]
+        assert f'style="background:{of_row}"></i>{name}</td>' in part
+        bars = part[part.index("<svg") : part.index("</svg>")]
+        assert f">{name}</text>" in bars and bars.count(f"fill: {of_row}") >= 3
+
+
 def test_a_missing_set_is_named_in_every_table(runs, tmp_path):
     gap = {"dataset": "objectnet", "model": "cifd", "gap": "no folder"}
     write(runs[-1] / "results" / "gaps" / "g.json", gap)
