@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,3 +37,32 @@ def test_a_disk_that_is_full_after_any_byte_is_noticed(room, tmp_path):
         made.wait()
     assert made.newest()[0].name == "step_00000001.pt"
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_is_written_after_damaged_ones_of_later_steps_stays(keep, tmp_path):
+    made = Checkpoints(tmp_path, keep)
+    for step in (5, 6, 9)[-1 - keep :]:
+        made.save(step, {"step": step})
+    made.wait()
+    for path in sorted(tmp_path.glob("step_*.pt"))[-keep:]:
+        damage(path)
+    made.save(3, {"step": 3})
+    made.wait()
+    assert made.newest() == (tmp_path / "step_00000003.pt", {"step": 3})
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path):
+    made = Checkpoints(tmp_path)
+    assert made.newest() is None
+    for step in (1, 2):
+        made.save(step, {"step": step})
+    made.wait()
+    for path in tmp_path.glob("step_*.pt"):
+        damage(path)
+    with pytest.raises(Failure, match=r"all of the 2 checkpoints in .* are damaged"):
+        made.newest()

@@ -6,25 +6,37 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
+from cifd_clip import World
 from runs import ROOT, final, lines
-from training.control import STOPPED_EXIT
+from training.control import STOPPED_EXIT, wait_for_all
+from training.errors import Failure
 from training.main import main
 
 
 def launch(
-    command: list[str], log: Path, ranks: int = 2, module: str = "training.main"
+    command: list[str],
+    log: Path,
+    ranks: int = 2,
+    module: str = "training.main",
+    own: dict[int, list[str]] | None = None,
 ) -> list[subprocess.Popen]:
-    """One process a rank, with the variables that torchrun and srun both end in."""
+    """One process a rank, with the variables that torchrun and srun both end in.
+
+    ``own``: what some ranks' command lines have besides.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     return [
         subprocess.Popen(
-            [sys.executable, "-m", module, *command],
+            [sys.executable, "-m", module, *command, *(own or {}).get(rank, [])],
             env={
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
                 "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
@@ -58,6 +70,33 @@ def test_two_ranks_stopped_by_a_signal_to_one_go_on_as_one_rank_with_the_same_lo
     assert [row["step"] for row in shared] == [row["step"] for row in alone]
     for a, b in zip(alone, shared):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3), f"step {a['step']}"
+
+
+def test_ranks_that_see_other_folders_do_not_go_on_from_other_checkpoints(flags, tmp_path):
+    command = [*flags, "--logs", str(tmp_path / "shared"), "--name", "run"]
+    assert main(command) == 0
+    (tmp_path / "shared" / "run" / "finished.json").unlink()
+    command += ["--batch-size", "12", "--resume", "latest"]
+    ranks = launch(command, tmp_path / "log", own={1: ["--logs", str(tmp_path / "of its node")]})
+    try:
+        assert ranks[1].wait(timeout=300) == Failure.exit_code
+        assert ranks[0].poll() is None, "torchrun and srun end the others"
+    finally:
+        ranks[0].kill()
+        ranks[0].wait()
+    told = (tmp_path / "log.1").read_text()
+    assert "can't be read by process 1" in told and "one folder for all nodes" in told
+
+
+def late(rank: int, rendezvous: str) -> None:
+    short = timedelta(seconds=2)
+    dist.init_process_group("gloo", f"file://{rendezvous}", short, world_size=2, rank=rank)
+    time.sleep(2 * short.total_seconds() * rank)
+    wait_for_all(World(rank, 2))
+
+
+def test_processes_wait_for_one_that_is_later_than_the_time_limit(tmp_path):
+    mp.start_processes(late, (str(tmp_path / "rendezvous"),), nprocs=2, start_method="spawn")
 
 
 def test_torchrun_trains_the_bank_and_the_student_in_one_go(flags, teacher, tmp_path):

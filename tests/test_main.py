@@ -15,8 +15,9 @@ from open_clip_train.params import parse_args as open_clip_parse_args
 
 from cifd_clip.rdm import RDMBank
 from runs import assert_bit_equal, final, lines, word_tokenizer
+from training.checkpoint import Checkpoints
 from training.errors import Failure, NonFinite, UsageError
-from training.main import main
+from training.main import bank_args, main
 from training.params import DISTILL, REFUSED, parse_args, parser
 
 ROOT = Path(__file__).parent.parent
@@ -197,6 +198,8 @@ WRONG = {
     "negative workers": (["--workers", "-1"], [], "--workers can't be negative"),
     "negative views": (["--views", "-2"], [], "--views can't be negative"),
     "a learning rate that is no number": (["--lr", "nan"], [], "--lr must be positive"),
+    "a clip that is no number": (["--grad-clip-norm", "nan"], [], "must be positive"),
+    "no patience": (["--max-nonfinite-steps", "0"], [], "--max-nonfinite-steps must be at least 1"),
     "negative learning rate": (["--lr", "-1"], [], "--lr must be positive"),
     "nothing left to train": (["--lock-image", "--lock-text"], [], "leave nothing"),
     "weights of a model that has its own": (
@@ -243,6 +246,21 @@ def test_a_run_older_than_a_flag_goes_on_with_the_flags_default(flags, tmp_path)
     with pytest.raises(UsageError, match="--projector was 'separate', now 'shared'"):
         main([*command, "--resume", "latest"])
     assert main([*command, "--resume", "latest", "--projector", "separate"]) == 0
+
+
+def test_a_run_whose_projectors_had_other_names_goes_on(flags, teacher, tmp_path):
+    command = [*flags, "--distill", "fd", "--distill-model", teacher, "--projector", "separate"]
+    command += ["--logs", str(tmp_path), "--name", "run"]
+    assert main(command) == 0
+    run = tmp_path / "run"
+    content = final(run)
+    named = {k.replace("projectors.heads.", "projectors."): v for k, v in content["method"].items()}
+    assert named.keys() ^ content["method"].keys(), "the teacher needs projectors"
+    saved = Checkpoints(run / "checkpoints")
+    saved.save(STEPS, {**content, "method": named})
+    saved.wait()
+    (run / "finished.json").unlink()
+    assert main([*command, "--resume", "latest"]) == 0
 
 
 def test_a_change_of_the_default_rates_concerns_no_method_without_rdms(flags, tmp_path):
@@ -365,6 +383,29 @@ def test_piped_shards_stream_and_resume_at_a_shard(flags, scenes, tmp_path):
     assert main([*command, "--train-num-samples", "96"]) == 0
     assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, STEPS + 1))
     assert json.loads((tmp_path / "run" / "data.json").read_text())["shards"] == 1
+
+
+def test_a_held_out_batch_without_a_usable_sample_is_passed_over(
+    flags, scenes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("training.main.VALIDATION_BATCH", 29)  # of 30: the last is alone
+    (source,) = (scenes / "val").glob("*.tar")
+    data = bytearray(source.read_bytes())
+    at = data.rindex(b"\x89PNG") + 1
+    data[at : at + 3] = b"???"
+    (tmp_path / "val.tar").write_bytes(data)
+    command = [*flags, "--val-data", str(tmp_path / "val.tar"), "--logs", str(tmp_path)]
+    assert main([*command, "--name", "run"]) == 0
+    assert lines(tmp_path / "run", "val")[-1]["contrastive_loss"] > 0
+
+
+def test_a_cooldown_is_as_large_a_part_of_stage_1_as_of_stage_2():
+    args = parse_args(
+        "--train-data x --distill cifd --distill-model local-dir:t --epochs 32 --rdm-epochs 8 "
+        "--lr-scheduler const-cooldown --epochs-cooldown 4 --warmup 100".split()
+    )
+    stage1 = bank_args(args)
+    assert (stage1.epochs, stage1.epochs_cooldown, stage1.warmup) == (8, 1, 25)
 
 
 def test_too_many_bad_samples_stop_the_run(flags, scenes, tmp_path):

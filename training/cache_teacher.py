@@ -28,7 +28,7 @@ from training.cache import (
     shard_name,
     write_shard,
 )
-from training.control import start_processes
+from training.control import start_processes, wait_for_all
 from training.data.index import Shard, Sources, index_shards
 from training.data.loader import sequential
 from training.data.views import ImageSpec, normalise, train_view
@@ -61,12 +61,11 @@ def main(argv: list[str]) -> int:
         cache = Cache(args, teacher, directory, sources, device)
         if world.rank == 0:
             cache.begin()
-        if world.size > 1:
-            dist.barrier()
+        wait_for_all(world)
         cache.write(mine)
         cache.verify(mine)
+    wait_for_all(world)
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
     return 0
 

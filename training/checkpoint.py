@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from cifd_clip.losses import World
+from training.control import gathered
 from training.errors import Failure
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class Checkpoints:
         A write that fails (a full disk) is logged and leaves the older checkpoints as they are;
         `wait` raises it.
         """
-        self._join()
+        self.join()
         host = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), payload)
         self._thread = threading.Thread(target=self._write, args=(step, host))
         self._thread.start()
@@ -52,7 +54,7 @@ class Checkpoints:
         Raises:
             Failure: it could not be written.
         """
-        self._join()
+        self.join()
         if self._failure is not None:
             raise Failure(
                 f"the last checkpoint could not be written to {self.directory} ({self._failure}); "
@@ -60,16 +62,46 @@ class Checkpoints:
             )
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that verifies, loaded on the CPU; None when there is none."""
-        for manifest in sorted(self.directory.glob("step_*.json"), reverse=True):
+        """The newest checkpoint that verifies, loaded on the CPU; None when there is none.
+
+        Raises:
+            Failure: there are some, and all of them are damaged.
+        """
+        manifests = sorted(self.directory.glob("step_*.json"), reverse=True)
+        for manifest in manifests:
             path = manifest.with_suffix(".pt")
             problem = _problem(path, manifest)
             if problem is None:
-                return path, torch.load(path, map_location="cpu", weights_only=True)
+                return path, _read(path)
             log.warning("checkpoint %s is passed over: %s", path.name, problem)
+        if manifests:
+            raise Failure(
+                f"all of the {len(manifests)} checkpoints in {self.directory} are damaged: bring "
+                "one back from a copy, or move the folder away to begin again"
+            )
         return None
 
-    def _join(self) -> None:
+    def agreed(self, world: World) -> tuple[Path, dict[str, Any]] | None:
+        """`newest`, the same one on all ranks: the one that rank 0 finds.
+
+        Raises:
+            Failure: as `newest`, or this rank can't read what rank 0 can.
+        """
+        found = self.newest() if world.rank == 0 else None
+        name = gathered(world, found and found[0].name)[0]
+        if world.rank == 0 or name is None:
+            return found
+        path = self.directory / name
+        problem = _problem(path, path.with_suffix(".json"))
+        if problem is not None:
+            raise Failure(
+                f"{path}, where the run goes on, can't be read by process {world.rank} "
+                f"({problem}): --logs must be one folder for all nodes"
+            )
+        return path, _read(path)
+
+    def join(self) -> None:
+        """Wait until nothing is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -84,18 +116,25 @@ class Checkpoints:
             manifest = {"file": path.name, "step": step, "size": size, "sha256": digest}
             _write_json(path.with_suffix(".json"), manifest)
             _write_json(self.directory / "latest.json", manifest)
-            self._prune()
+            self._prune(path.with_suffix(".json"))
             self._failure = None
         except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk
             log.error("checkpoint of step %d was not written: %s", step, error)
             self._failure = error
             path.with_suffix(".pt.tmp").unlink(missing_ok=True)
 
-    def _prune(self) -> None:
+    def _prune(self, newest: Path) -> None:
+        """Keep some up to the newest manifest; those of later steps were passed over as damaged."""
         if self.keep:
-            for manifest in sorted(self.directory.glob("step_*.json"))[: -self.keep]:
+            manifests = sorted(self.directory.glob("step_*.json"))
+            kept = [manifest for manifest in manifests if manifest <= newest][-self.keep :]
+            for manifest in set(manifests) - set(kept):
                 manifest.unlink()
                 manifest.with_suffix(".pt").unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class _Hashing:

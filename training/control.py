@@ -1,9 +1,12 @@
 """Signals and processes: when to stop, agreed by all ranks."""
 
+import contextlib
 import logging
 import os
 import signal
 from argparse import Namespace
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,11 +22,33 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 def start_processes(args: Namespace) -> tuple[World, torch.device]:
     """Join the process group that torchrun or srun describes, if any."""
     flush_denormals()
+    # In an allocation of several tasks SLURM sets this for any command, and OpenCLIP takes it for
+    # the number of processes: those that srun started have a step, which says how many they are.
+    if "SLURM_NTASKS" in os.environ:
+        os.environ["SLURM_NTASKS"] = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     place = Namespace(**vars(args), horovod=False)  # a copy: it gets rank and world size
     if not torch.cuda.is_available() and args.device.startswith("cuda"):
         place.device = "cpu"
     device = init_distributed_device(place)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # for what asks no tensor where it lies, such as seeds
     return World(place.rank, place.world_size), device
+
+
+def gathered(world: World, item: Any) -> list[Any]:
+    """Every rank's ``item``, in rank order; all ranks must call."""
+    items = [item] * world.size
+    if world.size > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
+def wait_for_all(world: World) -> None:
+    """Meet the other processes, however late they are: NCCL's own barrier gives up in minutes."""
+    if world.size > 1:
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        dist.barrier(group=group)
+        dist.destroy_process_group(group)
 
 
 def flush_denormals() -> None:
@@ -72,7 +97,8 @@ class StopFlag:
     def close(self) -> None:
         """Give the signals back; wait for the exchange under way."""
         if self._pending is not None:
-            self._pending[1].wait()
+            with contextlib.suppress(RuntimeError):  # a process is gone: that is told elsewhere
+                self._pending[1].wait()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

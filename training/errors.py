@@ -1,7 +1,12 @@
 """Failure is loud: one clear sentence on stderr and a non-zero exit."""
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
+
+import torch.distributed as dist
 
 
 class Failure(Exception):
@@ -31,7 +36,25 @@ def sentence(error: Exception) -> str:
 def cli(main: Callable[[list[str]], int | None]) -> None:
     """Run an entry point on ``sys.argv`` and exit; a `Failure` becomes one line and its code."""
     try:
-        sys.exit(main(sys.argv[1:]) or 0)
+        code = main(sys.argv[1:]) or 0
     except Failure as failure:
         print(f"error: {sentence(failure)}", file=sys.stderr)
-        sys.exit(failure.exit_code)
+        code = failure.exit_code
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and dist.is_initialized():
+        _leave(code)
+    sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End a process whose peers may be waiting for it in a collective.
+
+    NCCL's teardown, which a usual exit begins, would wait for them in turn, and nobody would end.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -17,7 +17,14 @@ import torch.distributed as dist
 from cifd_clip import World
 from training.cache import read_config
 from training.checkpoint import Checkpoints
-from training.control import STOPPED_EXIT, StopFlag, log_level, start_processes
+from training.control import (
+    STOPPED_EXIT,
+    StopFlag,
+    gathered,
+    log_level,
+    start_processes,
+    wait_for_all,
+)
 from training.data.index import (
     NotAShard,
     Sources,
@@ -60,18 +67,22 @@ def main(argv: list[str]) -> int:
         raise UsageError("--use-bn-sync needs GPUs: torch has no synchronised batch norm on a CPU")
     adopt_cache(args)
     path = Path(args.logs) / args.name
-    try:
-        if args.distill == "cifd" and not args.rdm_bank:
-            args, stage1 = copy.copy(args), bank_args(args)
-            if args.rates:
-                args.rdm_bank = str(path / "rdm" / "bank")
-                check_student(args, path, world)
-                if not run(stage1, path / "rdm", world, device):
-                    return STOPPED_EXIT
-        return 0 if run(args, path, world, device) else STOPPED_EXIT
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    done = stages(args, path, world, device)
+    if dist.is_initialized():  # after a failure it would wait for the others: see `cli`
+        dist.destroy_process_group()
+    return 0 if done else STOPPED_EXIT
+
+
+def stages(args: Namespace, path: Path, world: World, device: torch.device) -> bool:
+    """The run, after the bank that it needs; whether it is finished (see `run`)."""
+    if args.distill == "cifd" and not args.rdm_bank:
+        args, stage1 = copy.copy(args), bank_args(args)
+        if args.rates:
+            args.rdm_bank = str(path / "rdm" / "bank")
+            check_student(args, path, world)
+            if not run(stage1, path / "rdm", world, device):
+                return False
+    return run(args, path, world, device)
 
 
 def adopt_cache(args: Namespace) -> None:
@@ -89,6 +100,8 @@ def bank_args(args: Namespace) -> Namespace:
     stage1 = copy.copy(args)
     stage1.distill, stage1.epochs = "rdm", args.rdm_epochs
     stage1.warmup = None if args.warmup is None else args.warmup * args.rdm_epochs // args.epochs
+    if args.epochs_cooldown is not None:
+        stage1.epochs_cooldown = args.epochs_cooldown * args.rdm_epochs / args.epochs
     stage1.accum_freq, stage1.batch_size = 1, args.batch_size * args.accum_freq
     stage1.pretrained = ""
     return stage1
@@ -112,7 +125,7 @@ def run(args: Namespace, path: Path, world: World, device: torch.device) -> bool
     """
     config = resolved_config(args, world.size)
     directory = RunDirectory(path, config, parser(), args.resume == "latest")
-    if directory.finished:
+    if gathered(world, directory.finished)[0]:
         logging.info("%s is finished already", path)
         return True
     sources = None if is_remote(args.train_data) else open_data(args, world)
@@ -121,16 +134,14 @@ def run(args: Namespace, path: Path, world: World, device: torch.device) -> bool
     trainer = Trainer(args, stage, world, device, steps_per_epoch)
 
     checkpoints = Checkpoints(directory.checkpoints, args.keep)
-    found = checkpoints.newest() if args.resume else None
-    if found is not None:
-        trainer.load(found[1])
+    found = resume(trainer, checkpoints, world) if args.resume else None
     # Whatever may still be wrong with the command line is found before the directory is taken.
     loader = make_loader(args, sources, trainer, config["global_batch"])
     validation = held_out(args, stage, world)
     sinks = None
     if world.rank == 0:
         directory.open()
-        describe(directory, trainer, sources, found[0] if found else None)
+        describe(directory, trainer, sources, found)
         step = trainer.progress.step
         sinks = Sinks(path, args.report_to, config, args.wandb_project_name, args.wandb_notes, step)
     stop = StopFlag(world)
@@ -144,12 +155,21 @@ def run(args: Namespace, path: Path, world: World, device: torch.device) -> bool
     finally:
         stop.close()
         loader.close()
+        checkpoints.join()
         if sinks is not None:
             sinks.close()
             directory.close()
-    if world.size > 1:
-        dist.barrier()
+    wait_for_all(world)
     return done
+
+
+def resume(trainer: Trainer, checkpoints: Checkpoints, world: World) -> Path | None:
+    """Go on from the newest checkpoint, if there is one; its path (the content is large)."""
+    found = checkpoints.agreed(world)
+    if found is None:
+        return None
+    trainer.load(found[1])
+    return found[0]
 
 
 def open_data(args: Namespace, world: World) -> Sources:
@@ -159,7 +179,7 @@ def open_data(args: Namespace, world: World) -> Sources:
         for path in paths[world.rank :: world.size]:
             with contextlib.suppress(NotAShard):  # what is wrong is said below
                 index_shard(path, args.index_dir)
-        dist.barrier()
+        wait_for_all(world)
     factors = args.train_data_upsampling_factors
     sources = index_shards(args.train_data, weights=factors, cache_dir=args.index_dir)
     bad = sum(sources.skipped.values())

@@ -453,7 +453,8 @@ def _check(args: argparse.Namespace) -> None:
     if not args.train_data:
         raise UsageError("--train-data is missing: name a directory or pattern of WebDataset tars")
     _check_teachers(args)
-    for flag in ("batch_size", "accum_freq", "epochs", "log_every_n_steps", "rdm_epochs"):
+    counts = "batch_size accum_freq epochs log_every_n_steps rdm_epochs max_nonfinite_steps"
+    for flag in counts.split():
         if getattr(args, flag) < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1")
     for flag in ("keep", "workers", "views", "wd", "view_memory", "lr_cooldown_end", "warmup"):
@@ -465,7 +466,7 @@ def _check(args: argparse.Namespace) -> None:
     unlocked = args.lock_image_unlocked_groups or args.lock_text_unlocked_layers
     if args.lock_image and args.lock_text and not unlocked:
         raise UsageError("--lock-image and --lock-text leave nothing of the student to train")
-    if args.grad_clip_norm is not None and args.grad_clip_norm <= 0:
+    if args.grad_clip_norm is not None and not args.grad_clip_norm > 0:
         raise UsageError("--grad-clip-norm must be positive; leave it out for no clipping")
     if args.distill == "rdm" and args.rates == []:
         raise UsageError("--distill rdm needs at least one rate: --rates 10000 3000 1000")

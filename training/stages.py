@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -272,7 +273,10 @@ def _content(task: DistillationTask) -> dict[str, Any]:
 
 def _take(task: DistillationTask, content: dict[str, Any]) -> None:
     task.student.model.load_state_dict(content["state_dict"])
-    task.method.load_state_dict(content["method"])
+    # Runs older than --projector have its weights under another name.
+    older = re.compile(r"^projectors\.(?!heads\.)")
+    method = {older.sub("projectors.heads.", name): t for name, t in content["method"].items()}
+    task.method.load_state_dict(method)
 
 
 def make_task(

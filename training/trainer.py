@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cifd_clip import Features, Noise, World
 from cifd_clip.noise import derive_seed
 from cifd_clip.student import Pooled
+from training.control import gathered
 from training.data.loader import Batch
 from training.errors import NonFinite
 from training.metrics import flatten
@@ -282,6 +283,8 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         rows = torch.zeros((), device=self.device)
         for batch in batches:
+            if not len(batch):  # none of its samples could be used
+                continue
             batch = batch.to(self.device)
             with self.autocast():
                 teachers = self.stage.assisted(self.stage.teachers(batch), None)
@@ -297,14 +300,6 @@ class Trainer:
         total = sum(count for _, count in parts)
         means = {k: (sum(p[k] for p, _ in parts if p) / total).tolist() for k in names}
         return flatten(means, self.stage.rates)
-
-
-def gathered(world: World, item: Any) -> list[Any]:
-    """Every rank's ``item``, in rank order; all ranks must call."""
-    items = [item] * world.size
-    if world.size > 1:
-        dist.all_gather_object(items, item)
-    return items
 
 
 def split(batch: Batch, parts: int) -> Iterator[Batch]:
