@@ -75,6 +75,9 @@ USE = {
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         outputs = model(**processor(text=captions, images=images, **options))
         ```
+
+        Where a resized photograph leaves an odd margin around its centre, the processor's crop lies
+        one pixel beside the student's own, which moves features a little.
         """,
 }
 
@@ -93,7 +96,7 @@ def model_card(source: Source, format: str, difference: float) -> str:
         f"# {source.name}",
         _summary(source, weights),
         "## Use\n\n" + _use(source, format),
-        "Checked at export against the trained student at batch 1 and 7"
+        "Checked at export against the trained student at batch 1 and 7, on the same pixels"
         f"{'' if format == 'open_clip' else ', captions taken as above'}: unit-norm features "
         f"differ by at most {difference:.1e}.",
         *(_run_sections(source.run, weights) if source.run else [NO_RUN]),
