@@ -85,7 +85,7 @@ def read_source(path: Path) -> list[Source]:
     """A run directory, with its own stage 1 where it has one, or a folder of results.
 
     Raises:
-        UsageError: nothing to report there.
+        UsageError: nothing to report there, or results of a run that was trained again since.
     """
     if not path.is_dir():
         raise UsageError(f"'{path}': no such folder; expected a run directory or a results folder")
@@ -114,6 +114,22 @@ def _read_run(source: Source) -> None:
         source.metrics = [json.loads(line) for line in lines]
     results = path / "results"
     _read_results(source, [*path.glob("result*.json"), *results.glob("*.json")], results)
+    _check_one_student(source)
+
+
+def _check_one_student(source: Source) -> None:
+    """Refuse results of a run trained again in its place: both weights go by the run's name.
+
+    Which are the older ones the files don't say, and the mean over seeds would take either. A
+    checkpoint's results, of ``NAME@step``, are their own.
+    """
+    provenances = [r.get("provenance", {}) for r in source.results if r.get("model") == source.name]
+    weights = sorted({p["weights"][:10] for p in provenances if p.get("weights")})
+    if len(weights) > 1:
+        raise UsageError(
+            f"'{source.path}': results/ holds results of {source.name} with different weights, "
+            f"{' and '.join(weights)} (in the files' names); move those of older ones away"
+        )
 
 
 def _read_results(source: Source, files: list[Path], folder: Path) -> None:

@@ -353,6 +353,22 @@ def test_a_figure_of_a_part_of_the_test_set_is_marked_beside_the_printed_one(tmp
     assert noted == ["CIFD (1 RDM)", "Δ (CIFD − CLIPKD)"]
 
 
+def test_results_of_a_run_trained_again_in_its_place_are_refused_and_a_checkpoints_are_not(
+    tmp_path,
+):
+    run = clip_run(tmp_path, "cifd-seed0", "cifd", 0.4)
+    result = json.loads((run / "results" / "r.json").read_text())
+    result["metrics"]["acc1"] = 0.1
+    result["provenance"]["weights"] = "another"
+    checkpoint = {**result, "model": "cifd-seed0@step_10"}
+    write(run / "results" / "a.json", checkpoint)
+    (cells,) = ours(tables(run)["4"], "CIFD (1 RDM)", "RN50")
+    assert cells["IN top-1"].mean == pytest.approx(40.0)
+    write(run / "results" / "b.json", result)
+    with pytest.raises(UsageError, match="different weights, another and cifd-seed0 "):
+        tables(run)
+
+
 def test_classifiers_on_imagenet_reach_their_tables(tmp_path):
     """Under the name that training.classify gives the data set."""
     assert "imagenet" in DATASETS
