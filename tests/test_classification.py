@@ -739,6 +739,21 @@ def test_imagenets_layout_trains_under_a_live_teacher(folder):
     assert load_file(student / "model.safetensors")["head.weight"].shape == (3, 1024)
 
 
+@pytest.mark.parametrize("shell", ["of sbatch or salloc", "of an interactive step"])
+def test_a_command_typed_in_an_allocation_of_several_tasks_is_one_process(
+    shell, folder, monkeypatch
+):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    allocation = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    if "step" in shell:
+        allocation["SLURM_STEP_NUM_TASKS"] = "1"
+    for name, value in allocation.items():
+        monkeypatch.setenv(name, value)
+    run = run_folder(folder, f"typed in a shell {shell}", "--model=cnn2")
+    assert json.loads((run / "result.json").read_text())["provenance"]["processes"] == 1
+
+
 def copied(folder: Path, to: Path) -> Path:
     for split in ("train", "val"):
         shutil.copytree(folder / split, to / split)
