@@ -91,10 +91,10 @@ def plan(seeds: list[int], epochs: int | None = None, subset: int = 0, few: int 
     ) -> str:
         settings = [EVERY_RUN, CLASSIFIERS if model else "", MODELS.get(model, "")]
         settings.append(SETTINGS[other.get("settings", method)])
-        if epochs:
-            settings.append(f"--epochs {epochs}")
         if few and model == STUDENT:
             settings.append(f"--subset {few} {LONGER}")
+        if epochs:  # perhaps no more than a warm-up takes
+            settings.append(f"--epochs {epochs} --warmup-epochs 0")
         if subset:
             settings.append(f"--subset {subset}")
         made = [f"--method={method}", *shlex.split(" ".join(settings)), f"--seed={seed}", "--final"]

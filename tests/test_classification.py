@@ -963,6 +963,13 @@ def test_the_plan_trains_every_run_after_those_it_needs():
     assert max(first, key=first.get) == "teacher_s4"
 
 
+@pytest.mark.parametrize("few", [0, 10_000])
+def test_a_trials_epochs_and_images_are_those_of_every_run(few):
+    for run in cifar100.plan([0], epochs=1, subset=256, few=few):
+        args = parse_args(run.command(Path("d"), Path("l"))[2:])
+        assert (args.epochs, args.subset) == (1, 256), run.name
+
+
 def test_a_run_with_a_result_is_repeated_only_for_its_weights(tmp_path):
     logs, results = tmp_path / "logs", tmp_path / "results"
     runs = cifar100.plan([0])
