@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import shutil
 import sys
@@ -800,6 +801,51 @@ def known(folder) -> tuple[Path, Path]:
     teacher = run_folder(folder, "known", "--model=resnet18", *flags)
     under = ["--method=rdm", f"--teacher={teacher}", "--rates", "10", "300"]
     return teacher, run_folder(folder, "bank", *under, *flags)
+
+
+@pytest.fixture(scope="module")
+def other(folder) -> Path:
+    """Another teacher."""
+    return run_folder(folder, "another teacher", "--model=cnn4", "--lr=0.001")
+
+
+def logs_open_in(folder: Path) -> list[Path]:
+    handlers = logging.getLogger().handlers
+    files = [Path(h.baseFilename) for h in handlers if isinstance(h, logging.FileHandler)]
+    return [file for file in files if file.is_relative_to(folder)]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--lambda-n", "1", "1", "1"], "--lambda-n has 3 values for 2 assistants"),
+        (["--rates", "7"], "--rates 7: the bank .* has 10, 300"),
+        (["--teacher-cache=answers"], "--teacher-cache keeps what teachers say about each view"),
+        (["--teacher={other}"], "--rdm-bank: .* but the teacher has weights"),
+    ],
+)
+def test_a_refused_command_leaves_its_name_to_the_corrected_one(
+    wrong, message, folder, known, other, tmp_path
+):
+    teacher, bank = known
+    right = ["--method=cifd", "--model=cnn2", f"--teacher={teacher}", f"--rdm-bank={bank}"]
+    right.append(f"--logs={tmp_path}")
+    with pytest.raises(UsageError, match=message):
+        run_folder(folder, "name", *right, *(flag.format(other=other) for flag in wrong))
+    assert not any((tmp_path / "name").iterdir()) and not logs_open_in(tmp_path)
+    run_folder(folder, "name", *right)
+    assert (tmp_path / "name" / "finished.json").is_file()
+
+
+def test_a_run_that_fails_does_not_go_on_logging(folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(classify, "Sinks", full)
+    with pytest.raises(OSError, match="no space left"):
+        run_folder(folder, "full", "--model=cnn2", f"--logs={tmp_path}")
+    assert (tmp_path / "full" / "out.log").is_file(), "it has begun"
+    assert not logs_open_in(tmp_path)
 
 
 def test_rdms_are_not_measured_on_other_classes_than_their_own(folder, known, tmp_path):

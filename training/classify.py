@@ -8,7 +8,9 @@ each batch.
 import logging
 import time
 from argparse import Namespace
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +50,7 @@ from training.classify_teachers import (
     save_weights,
 )
 from training.classify_trainer import Source, Trainer, evaluate, train
-from training.control import STOPPED_EXIT, StopFlag, log_level, start_processes
+from training.control import STOPPED_EXIT, StopFlag, log_level, start_processes, wait_for_all
 from training.errors import UsageError, cli
 from training.metrics import Sinks
 from training.rundir import RunDirectory, environment
@@ -72,7 +74,8 @@ def main(argv: list[str]) -> int:
         if directory.finished:
             log.info("%s is finished already", directory.path)
             return 0
-        return 0 if run(args, directory, world, device) else STOPPED_EXIT
+        with closing(directory):
+            return 0 if run(args, directory, world, device) else STOPPED_EXIT
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -110,9 +113,7 @@ def run(args: Namespace, directory: RunDirectory, world: World, device: torch.de
     if not batches.per_epoch:
         raise UsageError(f"--batch-size {args.batch_size}: there are {len(rows)} training images")
 
-    if world.size > 1:
-        dist.barrier()  # everyone has seen the directory as it was
-    _record_data(args, directory, table, world)
+    data = _described(args, directory, table)
     start = (time.monotonic(), time.process_time())
     live, source, task = assemble(args, teachers, table)
     trainer = Trainer(args, task, batches.per_epoch, world, device)
@@ -120,12 +121,18 @@ def run(args: Namespace, directory: RunDirectory, world: World, device: torch.de
     found = checkpoints.newest() if args.resume else None
     if found is not None:
         trainer.load(found[1])
-        log.info("resumed from %s at step %d", found[0].name, trainer.step_number)
     else:  # a resumed run has counted its teachers' answers already
         trainer.seconds = time.monotonic() - start[0]
         trainer.cpu_seconds = time.process_time() - start[1]
         if isinstance(source, CachedTeachers):  # what the run costs by itself
             trainer.cpu_seconds += source.saved
+    wait_for_all(world)  # everyone has seen the directory as it was
+    # Whatever may still be wrong with the command line is found before the directory is taken.
+    if world.rank == 0:
+        directory.open()
+        directory.write_json("data.json", data)
+    if found is not None:
+        log.info("resumed from %s at step %d", found[0].name, trainer.step_number)
     sinks = Sinks(directory.path, step=trainer.step_number) if world.rank == 0 else None
     stop = StopFlag(world)
     validation = (table, torch.from_numpy(held_out).to(device)) if args.holdout else None
@@ -137,9 +144,7 @@ def run(args: Namespace, directory: RunDirectory, world: World, device: torch.de
         stop.close()
         if sinks is not None:
             sinks.close()
-        directory.close()
-    if world.size > 1:
-        dist.barrier()
+    wait_for_all(world)
     return done
 
 
@@ -260,17 +265,15 @@ def _check_teachers(args: Namespace, teachers: list[Teacher], table: Table | Pho
             )
 
 
-def _record_data(
-    args: Namespace, directory: RunDirectory, table: Table | PhotoTable, world: World
-) -> None:
-    """Refuse other images than a run began with; the first process writes down which they are."""
+def _described(
+    args: Namespace, directory: RunDirectory, table: Table | PhotoTable
+) -> dict[str, Any]:
+    """Which images these are, for ``data.json``; refuse others than a run began with."""
     train = {"hash": table.hash, "samples": len(table), "classes": _class_names(table)}
     before = directory.read_json("data.json", {"train": train})["train"]
     if before["hash"] != train["hash"]:
         raise UsageError(f"{directory.path} was trained on other images than --data {args.data}")
-    if world.rank == 0:
-        directory.open()
-        directory.write_json("data.json", {"dataset": args.dataset, "train": train})
+    return {"dataset": args.dataset, "train": train}
 
 
 def finish(
