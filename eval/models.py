@@ -131,9 +131,10 @@ def _from_folder(spec: str, folder: Path, name: str, run: Path | None, device) -
     local = f"local-dir:{folder}"
     try:
         model, transform = open_clip.create_model_from_pretrained(local, device=device)
-    except RuntimeError as error:
+        tokenizer = open_clip.get_tokenizer(local)
+    except (RuntimeError, OSError, ValueError) as error:
         raise UsageError(f"'{spec}': {str(error).splitlines()[0]}") from error
-    return _evaluated(spec, name, run, model, transform, open_clip.get_tokenizer(local))
+    return _evaluated(spec, name, run, model, transform, tokenizer)
 
 
 def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
