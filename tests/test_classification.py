@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import shutil
+import signal
 import sys
 import tarfile
 from dataclasses import replace
@@ -43,6 +44,7 @@ from training.classify_params import METHODS as ALL_METHODS
 from training.classify_params import parse_args, parser, run_config
 from training.classify_photos import PhotoBatches, check_classes, load_photos
 from training.classify_teachers import CachedTeachers, LiveTeachers
+from training.control import STOPPED_EXIT
 from training.errors import UsageError
 from training.rundir import RunDirectory
 
@@ -846,6 +848,44 @@ def test_a_run_that_fails_does_not_go_on_logging(folder, tmp_path, monkeypatch):
         run_folder(folder, "full", "--model=cnn2", f"--logs={tmp_path}")
     assert (tmp_path / "full" / "out.log").is_file(), "it has begun"
     assert not logs_open_in(tmp_path)
+
+
+def test_a_signal_ends_a_run_that_makes_its_results_and_it_goes_on_there(folder, monkeypatch):
+    class Ended(Exception):
+        pass
+
+    def end(*_):
+        raise Ended
+
+    monkeypatch.setattr(classify, "evaluate", lambda *_: signal.raise_signal(signal.SIGUSR1))
+    before = signal.signal(signal.SIGUSR1, end)
+    try:
+        with pytest.raises(Ended):
+            run_folder(folder, "ended", "--model=cnn2")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    run = folder / "runs" / "ended"
+    trained = (run / "metrics.jsonl").read_text()
+    assert not (run / "finished.json").exists()
+    monkeypatch.undo()
+    run_folder(folder, "ended", "--model=cnn2", "--resume=latest")
+    assert (run / "finished.json").is_file() and (run / "metrics.jsonl").read_text() == trained
+
+
+def test_a_signal_in_the_last_validation_stops_a_run_before_its_results(folder, monkeypatch):
+    def signalled(*given):
+        signal.raise_signal(signal.SIGTERM)
+        return classify.evaluate(*given)
+
+    flags = ["--model=cnn2", "--holdout=1"]
+    monkeypatch.setattr(classify_trainer, "evaluate", signalled)
+    assert classify.main([*folder_flags(folder, "last"), *flags]) == STOPPED_EXIT
+    monkeypatch.undo()
+    run = folder / "runs" / "last"
+    trained = (run / "metrics.jsonl").read_text()
+    assert not (run / "result.json").exists()
+    run_folder(folder, "last", *flags, "--resume=latest")
+    assert (run / "finished.json").is_file() and (run / "metrics.jsonl").read_text() == trained
 
 
 def test_rdms_are_not_measured_on_other_classes_than_their_own(folder, known, tmp_path):

@@ -138,12 +138,13 @@ def run(args: Namespace, directory: RunDirectory, world: World, device: torch.de
     validation = (table, torch.from_numpy(held_out).to(device)) if args.holdout else None
     try:
         done = train(trainer, batches, source, validation, checkpoints, sinks, stop)
-        if done:
-            finish(args, directory, trainer, live, table, rows, held_out, test, teachers)
     finally:
         stop.close()
         if sinks is not None:
             sinks.close()
+    # Evaluations take minutes and look at no flag: a signal ends them, and --resume goes on here.
+    if done:
+        finish(args, directory, trainer, live, table, rows, held_out, test, teachers)
     wait_for_all(world)
     return done
 

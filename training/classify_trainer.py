@@ -153,6 +153,10 @@ def train(
         checkpoints: where to save.
         sinks: where metrics go; None on all processes but the first, which alone writes.
         stop: whether to stop.
+
+    Returns:
+        Whether the results can be made; False after a stop, were it at the last step: the time
+        that is left may be too short for them.
     """
     task, per_epoch, world = trainer.task, trainer.steps_per_epoch, trainer.world
     images = task.needs_images or (source is not None and source.needs_images)
@@ -160,6 +164,7 @@ def train(
     bar = tqdm(total=trainer.total, initial=trainer.step_number, unit="step", disable=quiet)
     before = (trainer.seconds, trainer.cpu_seconds)
     start = (time.monotonic(), time.process_time())
+    stopped = False
     while trainer.step_number < trainer.total:
         task.train()
         meter, mark, first = Meter(), time.monotonic(), trainer.step_number
@@ -191,12 +196,13 @@ def train(
             checkpoints.save(trainer.step_number, trainer.payload())
         shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
         log.info("epoch %.4g/%d | %s", trainer.step_number / per_epoch, trainer.args.epochs, shown)
-        if stop.agreed() and trainer.step_number < trainer.total:
+        stop.agreed()  # whose answer is one question old: the next one knows of signals until here
+        if stopped := stop.agreed():
             log.warning("%s: step %d is saved; stopping", stop.name, trainer.step_number)
             break
     bar.close()
     checkpoints.wait()
-    return trainer.step_number == trainer.total
+    return not stopped
 
 
 @torch.no_grad()
