@@ -888,6 +888,26 @@ def test_a_signal_in_the_last_validation_stops_a_run_before_its_results(folder, 
     assert (run / "finished.json").is_file() and (run / "metrics.jsonl").read_text() == trained
 
 
+@pytest.mark.parametrize(
+    "method, flag, student",
+    [("rdm", "--rdm-bank", "cifd"), ("paraphraser", "--paraphraser", "ft")],
+)
+def test_what_has_seen_the_held_out_images_is_refused_whatever_its_teacher_saw(
+    method, flag, student, folder
+):
+    def train(name: str, *flags: str) -> Path:
+        return run_folder(folder, f"seen {method} {name}", *flags)
+
+    under = f"--teacher={train('teacher', '--model=cnn2', '--lr=0.001', '--holdout=2')}"
+    seen = train("seen", f"--method={method}", under, "--holdout=1")
+    unseen = train("unseen", f"--method={method}", under, "--holdout=2")
+    flags = [f"--method={student}", "--model=cnn2", "--lr=0.001", under, "--holdout=2"]
+    said = f"{flag} {seen} was trained with --holdout 1: it has seen what --holdout 2 would keep"
+    with pytest.raises(UsageError, match=said):
+        train("leak", *flags, f"{flag}={seen}")
+    train("student", *flags, f"{flag}={unseen}")
+
+
 def test_rdms_are_not_measured_on_other_classes_than_their_own(folder, known, tmp_path):
     _, bank = known
     out = tmp_path / "out.json"

@@ -43,6 +43,7 @@ from training.classify_teachers import (
     CachedTeachers,
     LiveTeachers,
     Teacher,
+    check_unseen,
     load_paraphraser,
     load_rdms,
     load_teacher,
@@ -178,7 +179,7 @@ def assemble(
     live = source = None
     rdms, picked = None, []
     if args.rdm_bank:
-        rdms = load_rdms(Path(args.rdm_bank), teachers[0])
+        rdms = load_rdms(Path(args.rdm_bank), teachers[0], args.holdout)
         picked = _picked(args, rdms)
     if teachers:
         chosen = teachers[-1:] if args.method == "takd" else teachers
@@ -224,7 +225,7 @@ def assemble(
         student = build(args.model, table.classes, table.side, generator)
         paraphraser = None
         if args.method == "ft":
-            paraphraser = load_paraphraser(Path(args.paraphraser), teachers[0])
+            paraphraser = load_paraphraser(Path(args.paraphraser), teachers[0], args.holdout)
         dims = live.dims if live else []
         task = Distillation(student, dims, weights, args.ibm, paraphraser, generator)
     return live, source, task.to(device, memory_format=torch.channels_last)
@@ -259,11 +260,7 @@ def _check_teachers(args: Namespace, teachers: list[Teacher], table: Table | Pho
             raise UsageError(
                 f"--teacher {path} was trained on other images than --data {args.data}"
             )
-        if teacher.holdout < args.holdout:
-            raise UsageError(
-                f"--teacher {path} was trained with --holdout {teacher.holdout}: it has seen what "
-                f"--holdout {args.holdout} would keep back"
-            )
+        check_unseen(f"--teacher {path}", teacher.holdout, args.holdout)
 
 
 def _described(

@@ -88,9 +88,28 @@ def _stock_teacher(name: str, file: Path, dataset: str) -> Teacher:
     return Teacher(name, model.requires_grad_(False).eval(), file_hash(file), None, None)
 
 
-def load_rdms(run: Path, teacher: Teacher) -> ClassifyingRDMs:
-    """The assistants of a finished ``--method rdm`` run."""
-    _finished("--rdm-bank", run)
+def check_unseen(place: str, kept: int, holdout: int) -> None:
+    """Refuse what was trained on images that are held out from who learns from it.
+
+    Args:
+        place: the flag and its value.
+        kept: how many images it was trained without; the first of an order that is always the same.
+        holdout: how many are held out now.
+
+    Raises:
+        UsageError: it has seen some of them.
+    """
+    if kept < holdout:
+        raise UsageError(
+            f"{place} was trained with --holdout {kept}: it has seen what --holdout {holdout} "
+            "would keep back"
+        )
+
+
+def load_rdms(run: Path, teacher: Teacher, holdout: int = 0) -> ClassifyingRDMs:
+    """The assistants of a finished ``--method rdm`` run that has not seen what is held out."""
+    config = _finished("--rdm-bank", run)
+    check_unseen(f"--rdm-bank {run}", config["holdout"], holdout)
     try:
         return ClassifyingRDMs.load(run, teacher.hash)
     except (FileNotFoundError, ValueError) as problem:
@@ -109,9 +128,10 @@ def save_paraphraser(directory: Path, paraphraser: Paraphraser, teacher: Teacher
     (directory / "paraphraser.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_paraphraser(run: Path, teacher: Teacher) -> Paraphraser:
-    """The paraphraser of a finished ``--method paraphraser`` run."""
-    _finished("--paraphraser", run)
+def load_paraphraser(run: Path, teacher: Teacher, holdout: int = 0) -> Paraphraser:
+    """The one of a finished ``--method paraphraser`` run that has not seen what is held out."""
+    trained = _finished("--paraphraser", run)
+    check_unseen(f"--paraphraser {run}", trained["holdout"], holdout)
     if not (run / "paraphraser.json").is_file():
         raise UsageError(f"--paraphraser {run} is no run of --method paraphraser")
     config = json.loads((run / "paraphraser.json").read_text())
