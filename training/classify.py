@@ -51,7 +51,14 @@ from training.classify_teachers import (
     save_weights,
 )
 from training.classify_trainer import Source, Trainer, evaluate, train
-from training.control import STOPPED_EXIT, StopFlag, log_level, start_processes, wait_for_all
+from training.control import (
+    STOPPED_EXIT,
+    StopFlag,
+    gathered,
+    log_level,
+    start_processes,
+    wait_for_all,
+)
 from training.errors import UsageError, cli
 from training.metrics import Sinks
 from training.rundir import RunDirectory, environment
@@ -70,16 +77,16 @@ def main(argv: list[str]) -> int:
     )
     check_share(args.batch_size, world)
     path = Path(args.logs) / args.name
-    try:
-        directory = RunDirectory(path, run_config(args), parser(), args.resume == "latest")
-        if directory.finished:
-            log.info("%s is finished already", directory.path)
-            return 0
+    directory = RunDirectory(path, run_config(args), parser(), args.resume == "latest")
+    done = gathered(world, directory.finished)[0]
+    if done:
+        log.info("%s is finished already", directory.path)
+    else:
         with closing(directory):
-            return 0 if run(args, directory, world, device) else STOPPED_EXIT
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+            done = run(args, directory, world, device)
+    if dist.is_initialized():  # after a failure it would wait for the others: see `cli`
+        dist.destroy_process_group()
+    return 0 if done else STOPPED_EXIT
 
 
 def check_share(batch_size: int, world: World) -> None:
@@ -119,7 +126,7 @@ def run(args: Namespace, directory: RunDirectory, world: World, device: torch.de
     live, source, task = assemble(args, teachers, table)
     trainer = Trainer(args, task, batches.per_epoch, world, device)
     checkpoints = Checkpoints(directory.checkpoints, args.keep)
-    found = checkpoints.newest() if args.resume else None
+    found = checkpoints.agreed(world) if args.resume else None
     if found is not None:
         trainer.load(found[1])
     else:  # a resumed run has counted its teachers' answers already
@@ -141,6 +148,7 @@ def run(args: Namespace, directory: RunDirectory, world: World, device: torch.de
         done = train(trainer, batches, source, validation, checkpoints, sinks, stop)
     finally:
         stop.close()
+        checkpoints.join()
         if sinks is not None:
             sinks.close()
     # Evaluations take minutes and look at no flag: a signal ends them, and --resume goes on here.
