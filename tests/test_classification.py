@@ -969,7 +969,8 @@ def test_what_rdms_still_know_is_measured_as_after_their_training_and_drawn(
 def test_two_processes_share_each_batch_and_train_what_one_would(folder, tmp_path):
     teacher = run_folder(folder, "small", "--model=cnn4", "--lr=0.001", "--holdout=1")
     under = f"--teacher={teacher}"
-    bank = run_folder(folder, "small_rdm", "--method=rdm", under, "--rates", "10", "300")
+    kept = ["--holdout=1", "--rates", "10", "300"]
+    bank = run_folder(folder, "small_rdm", "--method=rdm", under, *kept)
     flags = ["--method=cifd", "--model=cnn2", under, f"--rdm-bank={bank}", "--kd-dropout=0.25"]
     flags += ["--batch-size=2", "--lr=0.001", "--holdout=1", "--final"]
     alone = run_folder(folder, "alone", *flags)
