@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from eval.tables import Row, Run, add_result, common_name, shortfall
 from training.errors import UsageError
-from training.rundir import FREE_TO_CHANGE
+from training.params import parser
+from training.rundir import BEFORE, FREE_TO_CHANGE
 
 #: What may differ between the runs of one setting besides what may differ within one run.
 SEEDED = FREE_TO_CHANGE | {"seed", "view_seed", "name", "rdm_bank", "teacher", "paraphraser"}
@@ -270,7 +272,8 @@ def _clip_setting(source: Source) -> Setting:
     cifd = source.method == "cifd"
     unknown = cifd and not source.taught_by
     bank = None if unknown else source.taught_by.get("bank") or {"rates": []}
-    rest = {k: v for k, v in config.items() if k not in SEEDED}
+    settled = SEEDED if unknown else SEEDED | {"rates"}  # the bank has its own
+    rest = {k: v for k, v in {**_absent_flags(), **config}.items() if k not in settled}
     student, pretrained = config.get("model", source.name), config.get("pretrained")
     return Setting(
         method=source.method,
@@ -280,6 +283,12 @@ def _clip_setting(source: Source) -> Setting:
         ibm=cifd and not config.get("no_ibm", False),
         rest=json.dumps([bank and {**bank, "teacher": None}, rest], sort_keys=True),
     )
+
+
+@cache
+def _absent_flags() -> dict:
+    """What flags stand for in runs that are older than they are (`training.rundir`)."""
+    return {**json.loads(json.dumps(vars(parser().parse_args([])))), **BEFORE}
 
 
 def _teacher_names(source: Source) -> tuple[str, ...]:

@@ -161,6 +161,13 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_pooled(tmp_path):
     assert [cells["IN top-1"].mean for cells in lines] == pytest.approx([40.0, 50.0])
 
 
+def test_flags_that_a_run_is_older_than_or_has_no_use_for_do_not_set_it_apart(tmp_path):
+    older = clip_run(tmp_path, "clipkd-seed0", "clipkd", 0.46, 0, rates=(1000.0, 100.0))
+    newer = clip_run(tmp_path, "clipkd-seed1", "clipkd", 0.48, 1, projector="separate", ema=None)
+    (cells,) = ours(tables(older, newer)["4"], "CLIPKD", "RN50")
+    assert cells["IN top-1"].runs == 2
+
+
 def test_a_seed_counts_once(tmp_path):
     one = clip_run(tmp_path, "one", "cifd", 0.4, seed=0)
     again = clip_run(tmp_path, "again", "cifd", 0.4, seed=0)
