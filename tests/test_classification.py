@@ -839,6 +839,19 @@ def test_a_refused_command_leaves_its_name_to_the_corrected_one(
     assert (tmp_path / "name" / "finished.json").is_file()
 
 
+@pytest.mark.parametrize("flag", ["--teacher", "--rdm-bank", "--paraphraser"])
+def test_a_run_of_training_main_is_refused_as_such(flag, folder, known, tmp_path):
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    (clip / "config.json").write_text(json.dumps({"distill": "none", "model": "ViT-S-32"}))
+    (clip / "finished.json").write_text("{}")
+    under = {"--teacher": known[0], flag: clip}
+    method = {"--rdm-bank": "cifd", "--paraphraser": "ft"}.get(flag, "kd")
+    flags = [f"{name}={run}" for name, run in under.items()]
+    with pytest.raises(UsageError, match=f"{flag} {clip} is a run of training.main, which trains"):
+        run_folder(folder, "name", f"--method={method}", "--model=cnn2", *flags)
+
+
 def test_a_run_that_fails_does_not_go_on_logging(folder, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("no space left")

@@ -145,9 +145,15 @@ def load_paraphraser(run: Path, teacher: Teacher, holdout: int = 0) -> Paraphras
 def _finished(flag: str, run: Path) -> dict:
     if not (run / "config.json").is_file():
         raise UsageError(f"{flag} {run} is no run directory of training.classify")
+    config = json.loads((run / "config.json").read_text())
+    if "method" not in config:  # but --distill
+        raise UsageError(
+            f"{flag} {run} is a run of training.main, which trains no classifier: expected one of "
+            "training.classify"
+        )
     if not (run / "finished.json").is_file():
         raise UsageError(f"{flag} {run} is not finished: continue it with --resume latest")
-    return json.loads((run / "config.json").read_text())
+    return config
 
 
 class LiveTeachers(nn.Module):
