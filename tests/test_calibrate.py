@@ -1,6 +1,7 @@
 """Calibration: the rates whose RDMs keep the wanted shares of the teacher's accuracy."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -69,7 +70,8 @@ def test_rates_trained_alone_keep_the_shares_that_were_asked_for(calibrated, cac
     training, held_out = calibrate.split(pairs.image.shape[1], 400, 20, 0)
     teacher = json.loads((cache / "config.json").read_text())["teacher"]
     bank = calibrate.train_sweep(args, pairs, training, teacher).eval()
-    own, points = calibrate.measure(bank, *pairs.rows(held_out), 20)
+    own = calibrate.teacher_accuracy(*pairs.rows(held_out), 20)
+    points = calibrate.measure(bank, *pairs.rows(held_out), 20)
     kept = [point.accuracy / own for point in points]
     assert kept == pytest.approx([0.4, 0.6], abs=0.12), found["curve"]
 
@@ -125,6 +127,29 @@ def test_a_share_out_of_reach_is_refused_with_what_the_sweep_reaches(share, says
     sweep, shares = [10.0, 100.0, 1000.0, 10000.0], [0.2, 0.6, 0.5, 0.9]
     with pytest.raises(UsageError, match=says):
         calibrate.rates_for([0.5, share], sweep, shares)
+
+
+def test_a_teacher_that_knows_nothing_is_refused_before_the_sweep(cache, tmp_path, monkeypatch):
+    clueless = shutil.copytree(cache, tmp_path / "clueless")
+    for number, rows in enumerate((1200, 800)):
+        vectors = {m: embeddings(rows, DIM, seed=9 * number + k)[None].half().numpy()
+                   for k, m in enumerate(("image", "text"), start=5)}  # fmt: skip
+        shard = Shard(f"{number:05d}.tar", "", 1, rows, f"{number:064d}")
+        write_shard(clueless, shard, vectors)
+    monkeypatch.setattr(calibrate, "train_sweep", None)
+    with pytest.raises(UsageError, match="hardly more than chance"):
+        run(clueless, tmp_path / "c.json", "--shares", "0.5", "--among", "100")
+
+
+def test_without_a_terminal_every_tenth_of_the_sweep_is_told(cache, capsys):
+    flags = ["--teacher-cache", str(cache), "--shares", "0.9", *FLAGS, "--steps", "25"]
+    pairs = calibrate.read_pairs(cache, calibrate.find_shards(cache, None), 200, 0)
+    teacher = json.loads((cache / "config.json").read_text())["teacher"]
+    calibrate.train_sweep(calibrate._parse(flags), pairs, torch.arange(200), teacher)
+    told = [line.partition(", loss ") for line in capsys.readouterr().out.splitlines()]
+    steps = (3, 5, 8, 10, 13, 15, 18, 20, 23, 25)
+    assert [start for start, *_ in told] == [f"the sweep: step {n} of 25" for n in steps]
+    assert all(float(loss) > 0 for *_, loss in told)
 
 
 def test_what_maps_everything_to_one_point_knows_nothing():

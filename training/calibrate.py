@@ -14,6 +14,7 @@ the curve from FILE.json.
 import json
 import math
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ SETTINGS = (
     "warmup", "lr_scheduler", "epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power",
     "rdm_hidden", "rdm_channels", "among", "held_out", "samples",
 )  # fmt: skip
+EXACT = "donot_use_mm_for_euclid_dist"
 SWEEP = [10.0, 22.0, 46.0, 100.0, 220.0, 460.0, 1000.0, 2200.0, 4600.0, 10000.0]
 
 
@@ -84,16 +86,12 @@ def main(argv: list[str]) -> int:
         found["environment"] = environment()
         write(out, found)  # a share that can't be reached must not lose it
     own, among, curve = found["teacher_accuracy"], found["among"], found["curve"]
+    check_teacher(directory, own, among)  # older commands wrote a curve before they asked
     print(f"image → text top-1 among {among} held-out pairs: the teacher {100 * own:.1f} %")
     for point in curve:
         bits = ", ".join(f"{v:.0f} bits per {m}" for m, v in point["bits"].items())
         kept = f"{100 * point['accuracy']:5.1f} %, share {point['share']:.3f}, {bits}"
         print(f"  R = {point['rate']:<8g} {kept}")
-    if own < 3 / among:
-        raise UsageError(
-            f"--teacher-cache '{directory}': the teacher finds {100 * own:.1f} % of the captions "
-            f"among {among}, hardly more than chance: there is no accuracy to keep a share of"
-        )
     rates = rates_for(args.shares, *([point[k] for point in curve] for k in ("rate", "share")))
     write(out, {"shares": args.shares, "rates": rates, **found})
     flags = f"--rates {' '.join(f'{rate:g}' for rate in rates)}"
@@ -146,6 +144,9 @@ def sweep(
     Returns:
         How many captions an image chose from, the teacher's accuracy, and the points of the curve
         with their shares of it.
+
+    Raises:
+        UsageError: the teacher's accuracy is nearly none, which is known before any training.
     """
     directory = Path(args.teacher_cache)
     pairs = read_pairs(directory, shards, args.samples, args.seed)
@@ -157,9 +158,30 @@ def sweep(
         flush=True,
     )
     pairs = Pairs(*(x.to(device) for x in pairs))
+    asked = pairs.rows(held_out)
+    own = teacher_accuracy(*asked, among)
+    check_teacher(directory, own, among)
     bank = train_sweep(args, pairs, training, teacher).eval()
-    own, curve = measure(bank, *pairs.rows(held_out), among)
-    return among, own, [{**p._asdict(), "share": p.accuracy / own if own else 0.0} for p in curve]
+    curve = measure(bank, *asked, among)
+    return among, own, [{**p._asdict(), "share": p.accuracy / own} for p in curve]
+
+
+def check_teacher(directory: Path, own: float, among: int) -> None:
+    """Refuse a teacher that hardly knows more than chance.
+
+    Args:
+        directory: its cache.
+        own: its top-1.
+        among: captions that each image chose from.
+
+    Raises:
+        UsageError: so it is.
+    """
+    if own < 3 / among:
+        raise UsageError(
+            f"--teacher-cache '{directory}': the teacher finds {100 * own:.1f} % of the captions "
+            f"among {among}, hardly more than chance: there is no accuracy to keep a share of"
+        )
 
 
 def find_shards(directory: Path, train_data: str | None, index_dir: str | None = None) -> list[str]:
@@ -236,8 +258,8 @@ def train_sweep(args: Namespace, pairs: Pairs, rows: Tensor, teacher: dict) -> R
     optimizer = make_optimizer(args, task)
     schedule = make_schedule(args, optimizer, args.steps)
     size = min(args.batch_size, len(rows))
-    steps = tqdm(range(args.steps), "the sweep", unit="step", disable=None, dynamic_ncols=True)
-    for step in steps:
+    bar = tqdm(range(args.steps), "the sweep", unit="step", disable=None, dynamic_ncols=True)
+    for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = schedule(step) * group["lr_scale"]
         draws = torch.Generator().manual_seed(derive_seed(args.seed, "calibrate", step))
@@ -247,42 +269,55 @@ def train_sweep(args: Namespace, pairs: Pairs, rows: Tensor, teacher: dict) -> R
         loss = sum(losses.values())
         loss.backward()
         optimizer.step()
+        done = step + 1
+        if bar.disable and 10 * done // args.steps > 10 * step // args.steps:  # no terminal
+            print(f"the sweep: step {done:,} of {args.steps:,}, loss {loss:.4g}", flush=True)
     if not math.isfinite(loss.item()):
         raise NonFinite(f"the sweep's loss is {loss.item()} after {args.steps} steps; lower --lr")
     return bank
 
 
 @torch.no_grad()
-def measure(bank: RDMBank, images: Tensor, texts: Tensor, among: int) -> tuple[float, list[Point]]:
-    """The teacher's top-1 on held-out pairs (N, T), and what each rate's RDMs keep.
+def teacher_accuracy(images: Tensor, texts: Tensor, among: int) -> float:
+    """The teacher's top-1 on held-out pairs (N, T): what `measure` is of its RDMs."""
+    groups = _groups(images, texts, among)
+    return sum(top1_hits(image, text, same) for image, text, same in groups) / len(images)
+
+
+@torch.no_grad()
+def measure(bank: RDMBank, images: Tensor, texts: Tensor, among: int) -> list[Point]:
+    """What each rate's RDMs keep, on held-out pairs (N, T).
 
     Args:
         bank: in evaluation mode: rounding in place of noise, as in stage 2.
         images, texts: unit teacher embeddings.
         among: captions that each image chooses from.
     """
-    groups = list(zip(images.split(among), texts.split(among)))
-    hits = torch.zeros(1 + len(bank.rates), dtype=torch.float64)
+    hits = torch.zeros(len(bank.rates), dtype=torch.float64)
     report: dict[str, Tensor] = {}
-    for image, text in groups:
-        same = torch.cdist(text, text, compute_mode="donot_use_mm_for_euclid_dist") < 1e-3
-        spaces = [(image, text), *zip(bank.image.reconstruct(image), bank.text.reconstruct(text))]
+    for image, text, same in _groups(images, texts, among):
+        spaces = zip(bank.image.reconstruct(image), bank.text.reconstruct(text))
         for k, (x, y) in enumerate(spaces):
             hits[k] += top1_hits(x, y, same)
         for name, value in bank(image, text, None)[1].items():
             report[name] = report.get(name, 0) + value.double().cpu() * len(image)
     accuracy = (hits / len(images)).tolist()
     means = {name: (value / len(images)).tolist() for name, value in report.items()}
-    points = [
+    return [
         Point(
             rate,
-            accuracy[1 + k],
+            accuracy[k],
             {m: means[f"{m}/bits"][k] for m in MODALITIES},
             {m: means[f"{m}/distortion"][k] for m in MODALITIES},
         )
         for k, rate in enumerate(bank.rates)
     ]
-    return accuracy[0], points
+
+
+def _groups(images: Tensor, texts: Tensor, among: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Pairs that are asked together, and which of their captions are the same to the teacher."""
+    for image, text in zip(images.split(among), texts.split(among)):
+        yield image, text, torch.cdist(text, text, compute_mode=EXACT) < 1e-3
 
 
 def top1_hits(images: Tensor, texts: Tensor, same: Tensor) -> int:
