@@ -23,12 +23,28 @@ class Site(dict[str, str]):
         done = subprocess.run(["bash", "-ec", script, "-", path], capture_output=True, check=False)
         if done.returncode:
             raise UsageError(f"--cluster '{path}': {done.stderr.decode().strip()}")
-        return cls(line.split("=", 1) for line in done.stdout.decode().split("\0") if "=" in line)
+        lines = done.stdout.decode().split("\0")
+        site = cls(line.split("=", 1) for line in lines if "=" in line)
+        site["CLUSTER"] = str(path)  # the jobs read it too
+        for name in ("PYTHON", "MAX_RESTARTS"):  # or they would be the first to miss them
+            site[name]
+        return site
+
+    def __missing__(self, name: str) -> str:
+        raise UsageError(
+            f"unknown variable '{name}': {self.file} does not set it; slurm/cluster.env does, and "
+            "a file of your own may source that first"
+        )
+
+    @property
+    def file(self) -> str:
+        """Where the variables are set."""
+        return self.get("CLUSTER", "cluster.env")
 
     def number(self, name: str) -> int:
         """A variable that counts something."""
         if not self[name].isdecimal() or not int(self[name]):
-            raise UsageError(f"{name}='{self[name]}' in cluster.env: expected a positive number")
+            raise UsageError(f"{name}='{self[name]}' in {self.file}: expected a positive number")
         return int(self[name])
 
     @property
@@ -96,9 +112,8 @@ def read_lines(
             if not line:
                 continue
             run = read(line)
-        except (UsageError, ValueError, KeyError) as error:
-            what = f"unknown variable {error}" if isinstance(error, KeyError) else error
-            raise UsageError(f"{path}:{number}: {what}") from error
+        except (UsageError, ValueError) as error:
+            raise UsageError(f"{path}:{number}: {error}") from error
         if run.args.name in runs:
             raise UsageError(f"{path}:{number}: a second run '{run.args.name}'; give it a --name")
         runs[run.args.name] = run
@@ -140,7 +155,7 @@ def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str
         done = _ask(command, site)
         if done.returncode:
             if submitted:
-                subprocess.run(["scancel", *submitted.values()], env=site, check=False)
+                subprocess.run(["scancel", *submitted.values()], env=dict(site), check=False)
             raise Failure(f"sbatch refused {job.name}, nothing was left: {done.stderr.strip()}")
         submitted[job.name] = done.stdout.strip().partition(";")[0]
     return submitted
@@ -156,6 +171,6 @@ def running(jobs: list[Job], study: str, site: Site) -> list[str]:
 
 def _ask(command: list[str], site: Site) -> subprocess.CompletedProcess:
     try:
-        return subprocess.run(command, capture_output=True, text=True, env=site, check=False)
+        return subprocess.run(command, capture_output=True, text=True, env=dict(site), check=False)
     except FileNotFoundError as error:
         raise UsageError(f"{command[0]} is not here: submit from a login node of SLURM") from error

@@ -74,7 +74,6 @@ def main(argv: list[str]) -> None:
     )
     args = parser.parse_args(own)
     site = Site.read(args.cluster)
-    site["CLUSTER"] = str(args.cluster)  # the jobs read it too
     paths = [grid_path(study) for study in args.studies]
     plans = [(path, kind(path), kind(path).read_grid(path, site, extra)) for path in paths]
     missing = [file for _, study, runs in plans for file in study.missing(runs)]

@@ -231,6 +231,16 @@ def test_wrong_studies_and_settings_are_named(tmp_path):
         main(["--cluster", str(wrong), "table4"])
 
 
+def test_a_variable_that_a_cluster_file_lacks_is_named_with_the_file(tmp_path):
+    own = tmp_path / "own.env"
+    own.write_text("MAX_RESTARTS=1 PYTHON=python TRAIN_DATA=x\n")
+    with pytest.raises(UsageError, match=r"unknown variable 'LOGS': .*/own\.env does not set it"):
+        main(["--dry-run", "--cluster", str(own), "table4"])
+    own.write_text("source slurm/cluster.env\nunset MAX_RESTARTS\n")
+    with pytest.raises(UsageError, match="unknown variable 'MAX_RESTARTS'"):
+        main(["--dry-run", "--cluster", str(own), "table4"])
+
+
 def test_a_dry_run_says_what_a_study_would_take_and_submits_nothing(tmp_path):
     grid, env = tmp_path / "small.grid", tmp_path / "my.env"
     env.write_text(f"source slurm/cluster.env\nLOGS={tmp_path}/logs\nTEACHER_CACHE={tmp_path}/c\n")
