@@ -229,15 +229,22 @@ class RDMBank(nn.Module):
             FileNotFoundError: no bank there.
             ValueError: the bank belongs to another teacher than ``teacher``.
         """
-        config_file = directory / "config.json"
-        if not config_file.is_file():
-            raise FileNotFoundError(f"{directory} holds no RDM bank (config.json is missing)")
-        config = json.loads(config_file.read_text())
+        for name in ("config.json", "bank.safetensors"):
+            if not (directory / name).is_file():
+                raise FileNotFoundError(f"{directory} holds no RDM bank ({name} is missing)")
+        config = json.loads((directory / "config.json").read_text())
         ours, theirs = teacher["weights"], config["teacher"]["weights"]
         if ours != theirs:
             raise ValueError(
                 f"the bank in {directory} was trained on {config['teacher']['model']} with weights "
                 f"{theirs[:12]}, but the teacher is {teacher['model']} with weights {ours[:12]}"
+            )
+        made = [one.get("preprocess") for one in (teacher, config["teacher"])]
+        ours, theirs = json.loads(json.dumps(made))
+        if None not in (ours, theirs) and ours != theirs:
+            raise ValueError(
+                f"the bank in {directory} was trained on images prepared as {theirs}, but the "
+                f"teacher prepares them as {ours}"
             )
         bank = cls(**config)
         bank.load_state_dict(load_file(directory / "bank.safetensors"))

@@ -50,6 +50,17 @@ def test_training_from_the_cache_follows_the_live_teacher_without_loading_it(
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3), f"step {a['step']}"
 
 
+def test_a_cache_of_other_weights_than_those_named_is_refused(flags, teacher, tmp_path):
+    folder = Path(teacher.removeprefix("local-dir:"))
+    weights = folder.parent / "checkpoints" / "step_00000004.pt"
+    made = [*flags, "--views=1", "--distill-model=tiny-teacher", f"--teacher-cache={tmp_path}/c"]
+    assert write_cache([*made, f"--distill-pretrained={weights}"]) == 0
+    command = [*made, "--distill=fd", f"--logs={tmp_path}"]
+    with pytest.raises(UsageError, match=r"was written with the weights '.*step_00000004\.pt', "):
+        main([*command, "--distill-pretrained=other.pt"])
+    assert main([*command, f"--distill-pretrained={weights}", "--name=named"]) == 0
+
+
 def test_an_ensemble_reads_one_cache_per_teacher(
     flags, teacher, cache, tmp_path, no_teacher, monkeypatch
 ):

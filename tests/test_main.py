@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,11 @@ import pytest
 import torch
 from open_clip_train.params import parse_args as open_clip_parse_args
 
+from cifd_clip import World
 from cifd_clip.rdm import RDMBank
 from runs import assert_bit_equal, final, lines, word_tokenizer
 from training.checkpoint import Checkpoints
+from training.control import StopFlag
 from training.errors import Failure, NonFinite, UsageError
 from training.main import bank_args, main
 from training.params import DISTILL, REFUSED, parse_args, parser
@@ -200,6 +204,10 @@ WRONG = {
     "a learning rate that is no number": (["--lr", "nan"], [], "--lr must be positive"),
     "a clip that is no number": (["--grad-clip-norm", "nan"], [], "must be positive"),
     "no patience": (["--max-nonfinite-steps", "0"], [], "--max-nonfinite-steps must be at least 1"),
+    "a GPU that is not there": (["--device", "cuda"], [], "torch finds no GPU"),
+    "no device": (["--device", "gpu"], [], "--device 'gpu': expected cpu, cuda or cuda:N"),
+    "unknown augmentation": (["--aug-cfg", "scal=(0.5,1)"], [], "--aug-cfg scal="),
+    "augmentation of the wrong kind": (["--aug-cfg", "scale=0.4"], [], "--aug-cfg scale=0.4"),
     "negative learning rate": (["--lr", "-1"], [], "--lr must be positive"),
     "nothing left to train": (["--lock-image", "--lock-text"], [], "leave nothing"),
     "weights of a model that has its own": (
@@ -287,6 +295,61 @@ def test_a_students_hugging_face_tokenizer_lies_in_its_folder(flags, tmp_path):
     words.rename(tmp_path / "gone")
     stock = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'run' / 'student'}")
     assert torch.equal(stock(captions), tokens)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"{}", b""])
+def test_a_file_that_holds_no_weights_is_refused_in_one_sentence(content, flags, tmp_path):
+    file = tmp_path / "weights.pt"
+    file.write_bytes(content)
+    command = [*flags, "--distill=fd", "--distill-model=tiny-teacher", f"--logs={tmp_path}"]
+    with pytest.raises(
+        UsageError, match=r"'tiny-teacher' with weights .*weights\.pt' could not be"
+    ):
+        main([*command, "--distill-pretrained", str(file)])
+
+
+def test_a_flag_file_that_shlex_cannot_read_is_named_by_its_line(tmp_path):
+    recipe = tmp_path / "recipe.args"
+    recipe.write_text("--lr 1\n--train-data 'some shards\n")
+    with pytest.raises(UsageError, match=r"--train-data 'some shards.*No closing quotation"):
+        parse_args([f"@{recipe}"])
+
+
+def test_a_checkpoint_as_teacher_sees_images_as_its_run_did(flags, tmp_path):
+    logs = ["--logs", str(tmp_path), "--log-every-n-steps", "1"]
+    given = ["--model", "tiny-teacher", "--image-mean", "0.1", "0.2", "0.3"]
+    assert main([*flags, *given, *logs, "--name", "teacher"]) == 0
+    (weights,) = (tmp_path / "teacher" / "checkpoints").glob("step_*.pt")
+    command = [*flags, *logs, "--distill", "fd", "--distill-model", "tiny-teacher"]
+    assert main([*command, "--distill-pretrained", str(weights), "--name", "student"]) == 0
+    (taught_by,) = json.loads((tmp_path / "student" / "teachers.json").read_text())["teachers"]
+    assert taught_by["preprocess"]["mean"] == [0.1, 0.2, 0.3]
+
+
+def test_a_bank_may_be_named_by_its_run_and_belongs_to_its_teachers_images(
+    flags, bank, teacher, tmp_path
+):
+    command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--logs", str(tmp_path)]
+    assert main([*command, "--rdm-bank", str(bank.parent), "--name", "run"]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["rdm_bank"] == str(bank)
+    other = shutil.copytree(bank, tmp_path / "bank")
+    config = json.loads((other / "config.json").read_text())
+    config["teacher"]["preprocess"]["mean"] = [0.5, 0.5, 0.5]
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="was trained on images prepared as"):
+        main([*command, "--rdm-bank", str(other), "--name", "other"])
+
+
+def test_the_first_ctrl_c_asks_to_stop_and_the_second_interrupts():
+    stop = StopFlag(World())
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.agreed() and stop.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    finally:
+        stop.close()
 
 
 def test_a_missing_bank_and_a_foreign_bank_are_refused(flags, bank, teacher, tmp_path):

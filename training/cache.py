@@ -174,22 +174,30 @@ class CachedTeachers:
 
     Args:
         directories: one cache per teacher.
-        names: the architectures the command line names, if it does.
+        names: the architecture and weights of each teacher that the command line names, if it does.
         wanted: this run's view_seed, views, captions and aug_cfg, which the caches must match.
     """
 
-    def __init__(self, directories: list[Path], names: list[str], wanted: dict[str, Any]):
+    def __init__(
+        self, directories: list[Path], names: list[tuple[str, str | None]], wanted: dict[str, Any]
+    ):
         if names and len(names) != len(directories):
             raise UsageError(
                 f"--teacher-cache names {len(directories)} caches for {len(names)} teachers"
             )
         self.directories = directories
         self.configs = [read_config(d) for d in directories]
-        for directory, config, name in zip(directories, self.configs, names):
+        for directory, config, (name, weights) in zip(directories, self.configs, names):
             if config["teacher"]["model"] != name:
                 raise UsageError(
                     f"--teacher-cache '{directory}' belongs to {config['teacher']['model']}, "
                     f"--distill-model names {name}"
+                )
+            made = config.get("pretrained")  # not in older ones; a file may have moved since
+            if made and weights and Path(made).name != Path(weights).name:
+                raise UsageError(
+                    f"--teacher-cache '{directory}' was written with the weights '{made}', "
+                    f"--distill-pretrained names '{weights}': leave it out, or write another cache"
                 )
         for directory in directories:
             check_config(directory, wanted)

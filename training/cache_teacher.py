@@ -34,7 +34,7 @@ from training.data.loader import sequential
 from training.data.views import ImageSpec, normalise, train_view
 from training.errors import Failure, UsageError, cli
 from training.models import add_model_configs, build_teachers, model_config
-from training.params import check_teacher_weights, parser
+from training.params import check_teacher_weights, parser, teacher_names
 from training.stages import Inputs
 
 #: How far a recomputed unit vector may lie from the stored float16 one (amp_bf16 is coarser).
@@ -92,7 +92,7 @@ class Cache:
         self.args, self.teacher, self.directory = args, teacher, directory
         self.sources, self.device = sources, device
         self.spec = ImageSpec.of(teacher.model.visual.preprocess_cfg)
-        inputs = Inputs()
+        inputs = Inputs(args.aug_cfg)
         inputs.add_texts(teacher.name, model_config(teacher.name, "--distill-model"))
         self.tokenizer = inputs.tokenizers[0]
         self.autocast = get_autocast(args.precision, device.type)
@@ -121,6 +121,8 @@ class Cache:
                 )
             return
         temporary = own_temporary(path)
+        # What the weights were called, for who reads the cache with a name.
+        config["pretrained"] = teacher_names(self.args)[self.teacher.space][1]
         temporary.write_text(json.dumps(config, indent=2) + "\n")
         temporary.rename(path)
 

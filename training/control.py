@@ -13,6 +13,7 @@ import torch.distributed as dist
 from open_clip_train.distributed import init_distributed_device
 
 from cifd_clip.losses import World
+from training.errors import UsageError
 
 #: Exit code of a run that was asked to stop and saved itself: start it again with --resume latest.
 STOPPED_EXIT = 75  # EX_TEMPFAIL
@@ -27,12 +28,27 @@ def start_processes(args: Namespace) -> tuple[World, torch.device]:
     if "SLURM_NTASKS" in os.environ:
         os.environ["SLURM_NTASKS"] = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     place = Namespace(**vars(args), horovod=False)  # a copy: it gets rank and world size
-    if not torch.cuda.is_available() and args.device.startswith("cuda"):
-        place.device = "cpu"
+    place.device = _device(args.device)
     device = init_distributed_device(place)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # for what asks no tensor where it lies, such as seeds
     return World(place.rank, place.world_size), device
+
+
+def _device(name: str | None) -> str:
+    """What ``--device`` means here: without it, a GPU where there is one."""
+    seen = torch.cuda.is_available()
+    if name is None:
+        return "cuda" if seen else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"--device '{name}': expected cpu, cuda or cuda:N")
+    if kind == "cuda" and not seen:
+        raise UsageError(f"--device {name}: torch finds no GPU on this machine; use --device cpu")
+    return name
 
 
 def gathered(world: World, item: Any) -> list[Any]:
@@ -61,11 +77,11 @@ def flush_denormals() -> None:
 
 
 class StopFlag:
-    """Set by TERM, USR1 or USR2, agreed by all ranks at step boundaries.
+    """Set by TERM, USR1, USR2 or ctrl-C, agreed by all ranks at step boundaries.
 
-    The handler only sets a flag: saving inside a handler would interrupt whatever runs. Ranks
-    exchange their flags over a gloo group on the host, one step behind, so that no step waits for
-    the device or for the slowest rank's answer.
+    The handler only sets a flag: saving inside a handler would interrupt whatever runs; a second
+    ctrl-C interrupts as ever. Ranks exchange their flags over a gloo group on the host, one step
+    behind, so that no step waits for the device or for the slowest rank's answer.
     """
 
     def __init__(self, world: World):
@@ -74,11 +90,14 @@ class StopFlag:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
         self._owner = os.getpid()
-        self._previous = {s: signal.signal(s, self._handle) for s in SIGNALS}
+        handled = (*SIGNALS, signal.SIGINT)
+        self._previous = {s: signal.signal(s, self._handle) for s in handled}
 
     def _handle(self, number: int, frame) -> None:
         if os.getpid() == self._owner:
             self._raised = number
+            if number == signal.SIGINT:
+                signal.signal(number, signal.default_int_handler)
 
     def agreed(self) -> bool:
         """Whether to stop at this step boundary; every rank must ask, and all get one answer."""

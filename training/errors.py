@@ -40,6 +40,9 @@ def cli(main: Callable[[list[str]], int | None]) -> None:
     except Failure as failure:
         print(f"error: {sentence(failure)}", file=sys.stderr)
         code = failure.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130  # as of a shell's command
     except Exception:
         if not dist.is_initialized():
             raise

@@ -275,9 +275,10 @@ def describe(
     directory.write_json("teachers.json", trainer.stage.taught_by())
     parameters = sum(p.numel() for p in trainer.parameters)
     logging.info(
-        "%s | %s | %s samples in %d shards | %d steps of %d | %.1f M parameters train | %s",
+        "%s | %s on %s | %s samples in %d shards | %d steps of %d | %.1f M parameters train | %s",
         directory.path,
         trainer.args.distill,
+        trainer.device.type,
         fingerprint["usable"],
         fingerprint["shards"],
         trainer.total_steps,

@@ -47,7 +47,10 @@ def model_config(name: str, flag: str) -> dict:
             raise UsageError(f"{flag} '{name}': {path} does not exist")
         return json.loads(path.read_text())["model_cfg"]
     if name.startswith("hf-hub:"):
-        return open_clip.get_model_config(name) or {}
+        try:
+            return open_clip.get_model_config(name) or {}
+        except Exception as error:  # of several libraries, all of which say what it is
+            raise UsageError(f"{flag} '{name}' could not be had: {error}") from error
     config = open_clip.get_model_config(name)
     if config is None:
         close = difflib.get_close_matches(name, open_clip.list_models(), n=3)
@@ -136,11 +139,30 @@ def build_teachers(args: Namespace, device: torch.device) -> list[Teacher]:
         if pretrained:
             check_weights(name, pretrained, "--distill-pretrained")
         options = {"cache_dir": args.cache_dir, "require_pretrained": True}
+        if pretrained:
+            options["force_preprocess_cfg"] = images_of(pretrained)
         model = _create(name, pretrained, "--distill-model", **options)
         teachers.append(Teacher(model, name, space))
         model.to(device, memory_format=torch.channels_last)  # convolutions run faster
-        logging.info("teacher %s, weights %s", name, teachers[-1].weights[:12])
+        images = {k: model.visual.preprocess_cfg[k] for k in ("size", "mean", "std")}
+        told = ", ".join(f"{key} {value}" for key, value in images.items())
+        logging.info("teacher %s, weights %s, images of %s", name, teachers[-1].weights[:12], told)
     return teachers
+
+
+def images_of(pretrained: str) -> dict:
+    """How a checkpoint's run prepared its images, as overrides; nothing of other weights.
+
+    A checkpoint does not say it, and OpenCLIP takes its own mean and std for a file's.
+    """
+    config = Path(pretrained).resolve().parent.parent / "config.json"
+    if not (Path(pretrained).is_file() and config.is_file()):
+        return {}
+    config = json.loads(config.read_text())
+    began = open_clip.get_pretrained_cfg(config.get("model", ""), config.get("pretrained") or "")
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    chosen = {key: config.get(f"image_{key}") or (began or {}).get(key) for key in keys}
+    return {key: value for key, value in chosen.items() if value is not None}
 
 
 def student_config(args: Namespace) -> dict:
@@ -193,9 +215,11 @@ def _create(name: str, pretrained: str | None, flag: str, **options) -> nn.Modul
     try:
         with quiet():
             return open_clip.create_model(name, pretrained, device="cpu", **options)
-    except (RuntimeError, OSError, ValueError) as error:
+    # Weights that are no weights, or another model's, end in exceptions of every kind.
+    except Exception as error:
         what = f"{flag} '{name}'" + (f" with weights '{pretrained}'" if pretrained else "")
-        raise UsageError(f"{what} could not be made: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise UsageError(f"{what} could not be made: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -50,7 +50,10 @@ REFUSED = {
 
 class _Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            raise UsageError(f"flag file, line {arg_line!r}: {error}") from error
 
     def error(self, message: str):
         raise UsageError(f"{message} (see --help)")
@@ -134,7 +137,7 @@ def _method_flags(g) -> None:
     g.add_argument(
         "--rdm-bank",
         metavar="DIR",
-        help="stage 2: a trained bank; without it cifd trains one first, in RUN/rdm",
+        help="stage 2: a trained bank or its run; without it cifd trains one first, in RUN/rdm",
     )
     g.add_argument(
         "--rdm-epochs", type=int, default=7, help="epochs of stage 1 when cifd trains its own bank"
@@ -381,7 +384,7 @@ def _run_flags(g) -> None:
 
 
 def _process_flags(g) -> None:
-    g.add_argument("--device", default="cuda", help="falls back to the CPU")
+    g.add_argument("--device", help="cpu, cuda or cuda:N [a GPU where there is one]")
     g.add_argument(
         "--precision",
         choices=("fp32", "amp", "amp_bf16", "amp_bfloat16"),
@@ -535,7 +538,16 @@ def check_teacher_weights(args: argparse.Namespace) -> None:
         )
 
 
+def _bank_folder(place: str) -> str:
+    """The bank of a run directory; any other place as it is."""
+    run = Path(place)
+    found = (b for b in (run / "bank", run / "rdm" / "bank") if (b / "bank.safetensors").is_file())
+    return str(next(found, place))
+
+
 def _defaults(args: argparse.Namespace) -> None:
+    if args.rdm_bank:
+        args.rdm_bank = _bank_folder(args.rdm_bank)
     bank = Path(args.rdm_bank or "") / "config.json"
     if args.rdm_bank and bank.is_file():
         rates = json.loads(bank.read_text())["rates"]

@@ -46,7 +46,11 @@ class Inputs:
 
     def __init__(self, aug_cfg: dict | None = None):
         self.aug_cfg = aug_cfg
-        self._normalised = bool(train_view(ImageSpec(), aug_cfg).finish)
+        try:
+            self._normalised = bool(train_view(ImageSpec(), aug_cfg).finish)
+        except (TypeError, ValueError) as error:
+            told = " ".join(f"{key}={value}" for key, value in aug_cfg.items())
+            raise UsageError(f"--aug-cfg {told}: OpenCLIP can't use it: {error}") from error
         self.specs: list[ImageSpec] = []
         self.tokenizers: list[Callable[[list[str]], Tensor]] = []
         self._tokenizer_keys: list[tuple] = []
@@ -307,7 +311,7 @@ def make_teachers(
     """The teachers of the command line, from their caches or run on every batch."""
     if args.teacher_cache:
         directories = [Path(d) for d in args.teacher_cache.split(",")]
-        names = args.distill_model.split(",") if args.distill_model else []
+        names = teacher_names(args)
         wanted = {n: getattr(args, n) for n in ("view_seed", "views", "captions", "aug_cfg")}
         return CachedTeachers(directories, names, wanted)
     configs = [model_config(name, "--distill-model") for name, _ in teacher_names(args)]
