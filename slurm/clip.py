@@ -21,10 +21,12 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
         UsageError: a line is no valid command line, or the lines contradict each other.
     """
     logs = Path(site["LOGS"]) / path.stem
+    # said aloud, a node whose GPU can't be seen refuses, instead of training on its CPU
+    device = ["--device", "cuda"] if site["GRES"] else []
 
     def read(line: list[str]) -> Run:
         flags = [
-            *("--train-data", site["TRAIN_DATA"], *line, *extra, "--logs", str(logs)),
+            *(*device, "--train-data", site["TRAIN_DATA"], *line, *extra, "--logs", str(logs)),
             *("--wandb-project-name", path.stem),  # a W&B run is called by the run's name
         ]
         run = Run(flags, parse_args(flags))

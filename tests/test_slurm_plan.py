@@ -110,6 +110,18 @@ def test_a_runs_own_views_win_and_its_cache_holds_them(site, tmp_path):
     assert set().union(*views("--views", "5").values()) == {5}
 
 
+def test_runs_of_a_site_with_gpus_ask_for_one_unless_their_line_says_otherwise(site, tmp_path):
+    grid = tmp_path / "x.grid"
+    grid.write_text("--name a\n--name b --device cpu\n")
+
+    def asked(site: Site) -> list[list[str]]:
+        (job,) = (job for job in chain(read_grid(grid, site, []), site) if job.name == "distill")
+        return [[w for f, w in zip(task, task[1:]) if f == "--device"] for task in job.tasks]
+
+    assert asked(site) == [["cuda"], ["cuda", "cpu"]], "the later one wins"
+    assert asked(Site(site, GRES="")) == [[], ["cpu"]]
+
+
 def test_weights_are_fetched_to_where_the_jobs_look(site):
     runs = read_grid(grid_path("table5"), site, [])
     own = Site({name: value for name, value in site.items() if name != "HF_HOME"})
