@@ -27,7 +27,7 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
     earlier: set[Path] = set()
 
     def read(line: list[str]) -> Run:
-        flags = ["--device", device, *line, *extra, "--logs", str(logs)]
+        flags = ["--device", device, *line, "--logs", str(logs)]
         run = Run(flags, parse_args(flags))
         for needed in needs(run):
             if not (needed in earlier or needed in weights([run]) or needed.exists()):
@@ -35,7 +35,7 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
         earlier.add(run.path)
         return run
 
-    return list(read_lines(path, site, logs, read).values())
+    return list(read_lines(path, site, logs, read, extra).values())
 
 
 def needs(run: Run) -> list[Path]:

@@ -26,7 +26,7 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
 
     def read(line: list[str]) -> Run:
         flags = [
-            *(*device, "--train-data", site["TRAIN_DATA"], *line, *extra, "--logs", str(logs)),
+            *(*device, "--train-data", site["TRAIN_DATA"], *line, "--logs", str(logs)),
             *("--wandb-project-name", path.stem),  # a W&B run is called by the run's name
         ]
         run = Run(flags, parse_args(flags))
@@ -34,7 +34,7 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
             batch_share(run.args, site.ranks)
         return run
 
-    runs = read_lines(path, site, logs, read)
+    runs = read_lines(path, site, logs, read, extra)
     banks = {run.path / "bank" for run in runs.values() if run.args.distill == "rdm"}
     for run in runs.values():
         bank = run.args.rdm_bank

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.errors import Failure, UsageError
+from training.params import _Parser
 
 
 class Site(dict[str, str]):
@@ -55,7 +56,7 @@ class Site(dict[str, str]):
 
 @dataclass
 class Run:
-    """One line of a grid: the flags as given, and as its program understands them."""
+    """One line of a grid: the flags, with its recipes', and as its program understands them."""
 
     flags: list[str]
     args: Namespace
@@ -90,8 +91,25 @@ class Job:
         return f"slurm/{self.name.partition('-')[0]}.sbatch"
 
 
+def expand(words: list[str]) -> list[str]:
+    """Words with the flags of each ``@file`` in its place, as the programs would read them.
+
+    Now and not in the tasks: a recipe that is edited meanwhile changes none that waits.
+    """
+    out: list[str] = []
+    for word in words:
+        if not word.startswith("@"):
+            out.append(word)
+            continue
+        if not Path(word[1:]).is_file():
+            raise UsageError(f"{word}: no such flag file")
+        for line in Path(word[1:]).read_text().splitlines():
+            out += expand(_Parser().convert_arg_line_to_args(line))
+    return out
+
+
 def read_lines(
-    path: Path, site: Site, logs: Path, read: Callable[[list[str]], Run]
+    path: Path, site: Site, logs: Path, read: Callable[[list[str]], Run], extra: list[str]
 ) -> dict[str, Run]:
     """The runs of a grid file by name, one per line.
 
@@ -99,7 +117,8 @@ def read_lines(
         path: the file; ``$VARIABLES`` are the site's, ``$LOGS`` the study's folder.
         site: of the cluster.
         logs: where the study's runs go.
-        read: makes a run of a line's words.
+        read: makes a run of a line's words, without an ``@file`` among them.
+        extra: words after those of every line.
 
     Raises:
         UsageError: a line is no valid command line, a name comes twice, or there is none.
@@ -111,7 +130,7 @@ def read_lines(
             line = shlex.split(text, comments=True)
             if not line:
                 continue
-            run = read(line)
+            run = read(expand([*line, *extra]))
         except (UsageError, ValueError) as error:
             raise UsageError(f"{path}:{number}: {error}") from error
         if run.args.name in runs:

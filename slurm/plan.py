@@ -2,7 +2,8 @@
 
 A grid has one run per line: flags of `training.main`, or in ``grids/classify`` of
 `training.classify`. What every task of every job runs is one line of ``LOGS/STUDY/plan/JOB.lines``,
-written when the study is submitted: editing the grid later does not move a task to another run.
+written when the study is submitted, flags of recipes and all: editing the grid or a recipe later
+does not move a task to another run.
 Submitting a study again goes on with it: what is finished ends at once.
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runs import ROOT
-from slurm import classifiers
+from slurm import classifiers, clip
 from slurm.clip import chain, preparation, read_grid
 from slurm.jobs import Job, Site, running, sbatch
 from slurm.plan import GRIDS, grid_path, main
@@ -114,12 +114,12 @@ def test_runs_of_a_site_with_gpus_ask_for_one_unless_their_line_says_otherwise(s
     grid = tmp_path / "x.grid"
     grid.write_text("--name a\n--name b --device cpu\n")
 
-    def asked(site: Site) -> list[list[str]]:
-        (job,) = (job for job in chain(read_grid(grid, site, []), site) if job.name == "distill")
-        return [[w for f, w in zip(task, task[1:]) if f == "--device"] for task in job.tasks]
+    def tasks(site: Site) -> list[list[str]]:
+        return chain(read_grid(grid, site, []), site)[0].tasks
 
-    assert asked(site) == [["cuda"], ["cuda", "cpu"]], "the later one wins"
-    assert asked(Site(site, GRES="")) == [[], ["cpu"]]
+    assert [parse_args(task).device for task in tasks(site)] == ["cuda", "cpu"]
+    assert all("--device" in task for task in tasks(site)), "a default may fall back to the CPU"
+    assert "--device" not in tasks(Site(site, GRES=""))[0]
 
 
 def test_weights_are_fetched_to_where_the_jobs_look(site):
@@ -272,6 +272,24 @@ def test_a_dry_run_says_what_a_study_would_take_and_submits_nothing(tmp_path):
     assert "training.prefetch ViT-B-32-quickgelu:openai ViT-S-32-alt" in done.stdout
     assert "imagenet1k" in done.stdout, "suites are spelled out"
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("kind", ["clip", "classify"])
+def test_a_recipe_edited_after_submission_changes_no_task(kind, site, tmp_path):
+    grid, recipe, inner = (tmp_path / kind / name for name in ("x.grid", "a.args", "b.args"))
+    grid.parent.mkdir()
+    recipe.write_text(f"--epochs 3  # of which --warmup-epochs\n@{inner}\n--seed 2\n")
+    inner.write_text("--name 'a b' --seed 1\n")
+    study, line = clip, "--model RN50"
+    if kind == "classify":
+        study, line = classifiers, "--data d --model cnn2"
+    grid.write_text(f"{line} @{recipe} --epochs 4\n")
+    (run,) = study.read_grid(grid, site, [f"@{inner}"])
+    assert (run.args.name, run.args.epochs, run.args.seed) == ("a b", 4, 1), "later flags win"
+    recipe.unlink()
+    inner.unlink()
+    tasks = [task for job in study.chain([run], site) for task in job.tasks]
+    assert not any(word.startswith("@") for task in tasks for word in task)
 
 
 def test_a_tasks_line_reaches_its_command_unchanged(tmp_path):
