@@ -901,6 +901,51 @@ def test_a_signal_in_the_last_validation_stops_a_run_before_its_results(folder, 
     assert (run / "finished.json").is_file() and (run / "metrics.jsonl").read_text() == trained
 
 
+@pytest.mark.parametrize("method", ["none", "rdm"])
+def test_a_finished_run_is_asked_for_its_test_figures_afterwards(
+    method, folder, known, monkeypatch
+):
+    teacher = ["--method=rdm", f"--teacher={known[0]}", "--rates", "10", "300"]
+    flags = teacher if method == "rdm" else ["--model=cnn2", "--lr=0.001"]
+    straight = run_folder(folder, f"straight {method}", *flags, "--final")
+    later = run_folder(folder, f"later {method}", *flags)
+    assert "test: not looked at" in (later / "out.log").read_text()
+    monkeypatch.setattr(classify_trainer.Trainer, "step", None)
+    again = ["--resume=latest", "--final"]
+    run_folder(folder, later.name, *flags, *again)
+    files = sorted(path.name for path in later.glob("result*.json"))
+    assert files == sorted(path.name for path in straight.glob("result*.json")) and files
+    for file in files:
+        results = [json.loads((run / file).read_text()) for run in (straight, later)]
+        for part in ("metrics", "train_metrics"):
+            assert results[0][part] == results[1][part] and results[0][part]
+        assert results[1]["provenance"]["data"] == results[0]["provenance"]["data"]
+    assert {path.name for path in later.iterdir()} == {path.name for path in straight.iterdir()}
+
+    before = {path: path.stat().st_mtime_ns for path in later.rglob("*")}
+    run_folder(folder, later.name, *flags, *again)
+    run_folder(folder, later.name, *flags, "--resume=latest")  # --final is switched off again
+    assert {path: path.stat().st_mtime_ns for path in later.rglob("*")} == before
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again_for_its_test_figures(folder):
+    run = run_folder(folder, "pruned", "--model=cnn2")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UsageError, match=r"--final: .*pruned is finished, and there is no checkp"):
+        run_folder(folder, "pruned", "--model=cnn2", "--resume=latest", "--final")
+
+
+def test_final_metrics_are_told_in_percent():
+    measured = {"metrics": {"acc1": 0.4821, "acc5": 0.77}, "holdout_metrics": None}
+    measured["train_metrics"] = {"acc1": [0.379, 0.4745], "bits": [24.26, 35.0]}
+    assert classify.told(measured) == [
+        "test: top-1 48.21 %, top-5 77.00 %",
+        "training images: top-1 37.90 / 47.45 %, bits 24.26 / 35",
+    ]
+    unseen = classify.told({**measured, "metrics": None})
+    assert unseen[-1] == "test: not looked at; --final --resume latest does so"
+
+
 @pytest.mark.parametrize(
     "method, flag, student",
     [("rdm", "--rdm-bank", "cifd"), ("paraphraser", "--paraphraser", "ft")],

@@ -78,7 +78,8 @@ def main(argv: list[str]) -> int:
     check_share(args.batch_size, world)
     path = Path(args.logs) / args.name
     directory = RunDirectory(path, run_config(args), parser(), args.resume == "latest")
-    done = gathered(world, directory.finished)[0]
+    done = directory.finished and not (args.final and lacks_test(directory))
+    done = gathered(world, done)[0]
     if done:
         log.info("%s is finished already", directory.path)
     else:
@@ -95,6 +96,12 @@ def check_share(batch_size: int, world: World) -> None:
         raise UsageError(
             f"--batch-size {batch_size} can't be shared evenly by {world.size} processes"
         )
+
+
+def lacks_test(directory: RunDirectory) -> bool:
+    """Whether a finished run's results say nothing of the test split: it had no ``--final``."""
+    results = [directory.read_json(path.name) for path in directory.path.glob("result*.json")]
+    return any(result["metrics"] is None for result in results)
 
 
 def run(args: Namespace, directory: RunDirectory, world: World, device: torch.device) -> bool:
@@ -127,6 +134,11 @@ def run(args: Namespace, directory: RunDirectory, world: World, device: torch.de
     trainer = Trainer(args, task, batches.per_epoch, world, device)
     checkpoints = Checkpoints(directory.checkpoints, args.keep)
     found = checkpoints.agreed(world) if args.resume else None
+    if found is None and directory.finished:
+        raise UsageError(
+            f"--final: {directory.path} is finished, and there is no checkpoint left to evaluate: "
+            "train it again, under another --name"
+        )
     if found is not None:
         trainer.load(found[1])
     else:  # a resumed run has counted its teachers' answers already
@@ -345,7 +357,32 @@ def finish(
         result["provenance"]["weights"] = file_hash(path / "model.safetensors")
         directory.write_json("result.json", {**result, **measured})
     directory.write_json("finished.json", {"step": trainer.total, "seconds": trainer.seconds})
-    log.info("finished %s in %.0f s: %s", path, trainer.seconds, measured)
+    log.info("finished %s in %.0f s", path, trainer.seconds)
+    for line in told(measured):
+        log.info("%s", line)
+
+
+#: What parts of the data are called, in the order they are told in.
+PARTS = {"metrics": "test", "holdout_metrics": "held out", "train_metrics": "training images"}
+
+
+def told(measured: dict[str, dict | None]) -> list[str]:
+    """The final metrics for who reads the log; of RDMs, in the order of their rates."""
+    lines = [
+        f"{name}: {', '.join(_spoken(*metric) for metric in measured[part].items())}"
+        for part, name in PARTS.items()
+        if measured[part]
+    ]
+    if measured["metrics"] is None:
+        lines.append("test: not looked at; --final --resume latest does so")
+    return lines
+
+
+def _spoken(name: str, value: float | list[float]) -> str:
+    values = value if isinstance(value, list) else [value]
+    if name.startswith("acc"):
+        return f"top-{name[3:]} {' / '.join(f'{100 * v:.2f}' for v in values)} %"
+    return f"{name} {' / '.join(f'{v:.4g}' for v in values)}"
 
 
 if __name__ == "__main__":

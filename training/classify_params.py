@@ -160,7 +160,12 @@ def _data_flags(g) -> None:
     )
     g.add_argument("--workers", type=int, default=4, help="imagenet: processes that decode")
     g.add_argument("--subset", type=int, default=0, help="train on only so many images")
-    g.add_argument("--final", action="store_true", help="evaluate the test split, once, at the end")
+    g.add_argument(
+        "--final",
+        action="store_true",
+        help="evaluate the test split, once, at the end; given with --resume latest, of a finished "
+        "run too",
+    )
 
 
 def _optimisation_flags(g) -> None:

@@ -24,7 +24,7 @@ FREE_TO_CHANGE = frozenset(
     "batch_size accum_freq workers worker_start resume logs log_every_n_steps report_to "
     "save_frequency save_every_n_steps save_every_n_minutes keep device dist_url dist_backend "
     "no_set_device_rank wandb_notes wandb_project_name cache_dir index_dir local_loss "
-    "gather_with_grad val_frequency view_memory".split()
+    "gather_with_grad val_frequency view_memory final".split()
 )
 #: What a run did that is older than a flag, where that is not the flag's default.
 BEFORE = {"projector": "separate"}
