@@ -264,6 +264,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--split", default="test", help="split folder to evaluate (default: %(default)s)")
     add("--teacher", help="NAME:WEIGHTS or a model folder, where the run names none")
     add("--out", type=Path, help="folder of results (default: RUN/results)")
+    add(
+        "--model-config",
+        nargs="+",
+        default=[],
+        metavar="FILE.json",
+        help="of a teacher that OpenCLIP lacks",
+    )
     add("--precision", choices=benchmark.PRECISIONS, default="fp32", help="of the teacher's towers")
     add("--batch-size", type=int, default=256)
     add("--workers", type=int, default=min(4, cores()), help="processes that decode images")
@@ -274,6 +281,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Entry point of ``python -m eval.bank``; 1 when a data set could not be evaluated."""
     args = parse(argv)
+    models.add_configs(args.model_config)
     try:
         device = torch.device(args.device)
     except RuntimeError as error:

@@ -332,6 +332,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--datasets", nargs="+", required=True, help=f"names of folders, or suites: {suites}")
     add("--split", default="test", help="split folder to evaluate (default: %(default)s)")
     add("--out", type=Path, help="folder of results (default: RUN/results; results for others)")
+    add(
+        "--model-config",
+        nargs="+",
+        default=[],
+        metavar="FILE.json",
+        help="of NAMEs that OpenCLIP lacks",
+    )
     add("--precision", choices=PRECISIONS, default="fp32", help="of the towers' forward pass")
     add("--batch-size", type=int, default=256)
     add("--workers", type=int, default=min(4, cores()), help="processes that decode images")
@@ -343,6 +350,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Entry point of ``python -m eval.benchmark``; 1 when a data set could not be evaluated."""
     args = parse(argv)
+    models.add_configs(args.model_config)
     place = Place.of_process()
     try:
         device = torch.device(args.device)

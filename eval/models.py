@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from cifd_clip.teacher import weights_hash
 from training.errors import UsageError
-from training.models import check_weights
+from training.models import add_model_configs, check_weights
 
 CONFIG = "open_clip_config.json"
 #: flags of training that say what the student is and what it reads
@@ -77,14 +77,22 @@ def encode_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
     return functional_call(model, shorter, (None, tokens[:, :length]))[1]
 
 
+def add_configs(paths: list[str]) -> None:
+    """Let `load` know the models of ``--model-config`` files by their stems."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise UsageError(f"--model-config '{path}': no such file; expected an OpenCLIP JSON")
+    add_model_configs(paths)
+
+
 def load(spec: str, device: torch.device) -> Evaluated:
     """Load what ``spec`` names.
 
     - a run directory: the student it ended with (``RUN/student``), named after the run;
     - ``RUN/checkpoints/X.pt``: that step's student, named ``RUN@X``;
     - a folder with ``open_clip_config.json``, with or without ``local-dir:``;
-    - ``NAME`` or ``NAME:PRETRAINED`` of OpenCLIP, where PRETRAINED is a tag or a file;
-      ``hf-hub:`` names too.
+    - ``NAME`` or ``NAME:PRETRAINED`` of OpenCLIP or `add_configs`, where PRETRAINED is a tag or a
+      file; ``hf-hub:`` names too.
     """
     path = Path(spec.removeprefix("local-dir:"))
     if (path / CONFIG).is_file():
@@ -177,7 +185,7 @@ def _from_openclip(spec: str, device) -> Evaluated:
     if not schema and name not in open_clip.list_models():
         raise UsageError(
             f"'{spec}': neither a run directory, a checkpoint, a model folder nor an OpenCLIP "
-            "model (open_clip.list_models())"
+            "model (open_clip.list_models()), nor the stem of a --model-config file"
         )
     if pretrained:  # OpenCLIP only warns of the other activation, and the figures are wrong
         check_weights(name, pretrained, f"'{spec}':")

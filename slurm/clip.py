@@ -90,6 +90,12 @@ def teachers(runs: list[Run]) -> list[str]:
     return list(dict.fromkeys(f"{name}:{weights}" if weights else name for name, weights in named))
 
 
+def configs(runs: list[Run]) -> list[str]:
+    """The flag that lets another program know the models that OpenCLIP lacks, if there are any."""
+    files = dict.fromkeys(file for run in runs for file in run.args.model_config)
+    return ["--model-config", *files] if files else []
+
+
 def chain(runs: list[Run], site: Site) -> list[Job]:
     """The jobs of a study, each after those it waits for."""
     runs, caches = with_caches(runs, site)
@@ -109,7 +115,10 @@ def chain(runs: list[Run], site: Site) -> list[Job]:
             [[str(run.path), *evaluation] for run in students],
             after=(("aftercorr", "distill"),),
         ),
-        Job("eval-teachers", [[t, *evaluation, "--out", results] for t in teachers(runs)]),
+        Job(
+            "eval-teachers",
+            [[t, *evaluation, "--out", results, *configs(runs)] for t in teachers(runs)],
+        ),
         # Whatever became of them: the page of fourteen runs should not wait for a fifteenth that
         # diverged. The job names those that are missing.
         Job(
@@ -156,7 +165,8 @@ def preparation(runs: list[Run], site: Site) -> str:
     models = [*teachers(runs), *(r.args.model for r in runs if r.args.distill != "rdm")]
     sets = datasets.names(shlex.split(site["DATASETS"]))
     fetch = ["python", "-m", "training.prefetch", *dict.fromkeys(models)]
-    line = shlex.join([*fetch, "--datasets", *sets, "--data-root", site["DATA_ROOT"]])
+    fetch += [*configs(runs), "--datasets", *sets, "--data-root", site["DATA_ROOT"]]
+    line = shlex.join(fetch)
     home = site.get("HF_HOME")  # the jobs look there
     return f"HF_HOME={shlex.quote(home)} {line}" if home else line
 

@@ -12,6 +12,7 @@ from cifd_clip import RDMBank
 from cifd_clip.losses import Features
 from cifd_clip.teacher import assistants
 from eval import bank, benchmark, datasets, metrics, models, report
+from runs import ROOT
 from training.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -108,6 +109,18 @@ def test_a_missing_set_is_a_named_gap_and_the_others_are_measured(measured, tmp_
     (gap,) = (tmp_path / "gaps").glob("*.json")
     assert json.loads(gap.read_text())["dataset"] == "nowhere"
     assert len(list((tmp_path / "bank").glob("*.json"))) == 1
+
+
+def test_a_teacher_that_only_a_config_names_is_the_same_teacher(measured, teacher, tmp_path):
+    found, _, command = measured
+    config = tmp_path / "teacher-by-file.json"
+    config.write_text((ROOT / "tests" / "models" / "tiny-teacher.json").read_text())
+    weights = Path(teacher.removeprefix("local-dir:")) / "open_clip_model.safetensors"
+    own = ["--teacher", f"teacher-by-file:{weights}", "--model-config", str(config)]
+    assert bank.main([*command, "digits", *own, "--out", str(tmp_path)]) == 0
+    (path,) = (tmp_path / "bank").glob("*.json")
+    result = json.loads(path.read_text())
+    assert result["assistants"] == found["digits"]["assistants"]
 
 
 def test_another_teacher_is_refused(measured, teacher, flags, tmp_path):

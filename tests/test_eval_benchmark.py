@@ -116,6 +116,21 @@ def assert_stock(student, root, name, out):
     return ours
 
 
+def test_a_model_that_only_a_config_names_is_evaluated(student, root, tmp_path):
+    config = tmp_path / "known-by-file.json"
+    config.write_text(json.dumps(CONFIG))
+    spec = f"known-by-file:{student}/open_clip_model.safetensors"
+    command = [spec, "--data-root", root, "--datasets", "digits", "--out", tmp_path]
+    with pytest.raises(UsageError, match="nor the stem of a --model-config file"):
+        evaluate(*command)
+    with pytest.raises(UsageError, match=r"--model-config 'nowhere\.json': no such file"):
+        evaluate(*command, "--model-config", "nowhere.json")
+    assert evaluate(*command, "--model-config", config) == 0
+    (path,) = tmp_path.glob("digits_*.json")
+    provenance = json.loads(path.read_text())["provenance"]
+    assert provenance["weights"] == models.load(str(student), CPU).weights
+
+
 @pytest.mark.parametrize("name", ["digits", "digit_scenes"])
 def test_figures_are_stock_clip_benchmarks(student, root, name, tmp_path):
     ours = assert_stock(student, root, name, tmp_path)

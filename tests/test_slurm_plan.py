@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from runs import ROOT
+from eval import benchmark
+from runs import CONFIGS, ROOT
 from slurm import classifiers, clip
 from slurm.clip import chain, preparation, read_grid
 from slurm.jobs import Job, Site, running, sbatch
 from slurm.plan import GRIDS, grid_path, main
+from training import prefetch
 from training.errors import UsageError
 from training.params import batch_share, parse_args
 
@@ -128,6 +130,22 @@ def test_weights_are_fetched_to_where_the_jobs_look(site):
     assert preparation(runs, own).startswith("python -m training.prefetch ViT-B-16:")
     moved = preparation(runs, Site(site, HF_HOME="/a b"))
     assert moved == f"HF_HOME='/a b' {preparation(runs, own)}"
+
+
+def test_models_of_ones_own_are_known_to_prefetch_and_the_teachers_evaluation(site, tmp_path):
+    grid = tmp_path / "x.grid"
+    line = "--name {} --model tiny-student --model-config {} --distill fd --distill-model {}\n"
+    grid.write_text(
+        line.format("a", shlex.join(CONFIGS), "tiny-teacher --distill-pretrained README.md")
+        + line.format("b", CONFIGS[0], "local-dir:x")
+    )
+    runs = read_grid(grid, site, [])
+    jobs = {job.name: job for job in chain(runs, site)}
+    for task in jobs["eval-teachers"].tasks:
+        assert benchmark.parse(task).model_config == CONFIGS
+    fetch = preparation(runs, site).partition("training.prefetch ")[2]
+    fetched = prefetch._parser().parse_args(shlex.split(fetch))
+    assert fetched.model_config == CONFIGS and "tiny-teacher:README.md" in fetched.models
 
 
 @pytest.mark.parametrize(
