@@ -91,9 +91,9 @@ def chain(runs: list[Run], site: Site) -> list[Job]:
     return [*jobs, Job("report", [page], gpus=False, after=(("afterany", jobs[-1].name),))]
 
 
-def cost(job: Job, site: Site) -> tuple[float | None, float | None]:
-    """GPU hours and bytes: not estimated for classifiers."""
-    return None, None
+def cost(job: Job, site: Site) -> tuple[float, float] | str:
+    """GPU hours and bytes; or, as here, why there is no telling."""
+    return "classifiers are not estimated"
 
 
 def preparation(runs: list[Run], site: Site) -> str:

@@ -7,10 +7,12 @@ Lines with ``--distill rdm`` are stage 1 and come first.
 
 import re
 import shlex
+from argparse import Namespace
 from pathlib import Path
 
 from slurm.jobs import Job, Run, Site, read_lines
 from training.errors import UsageError
+from training.models import add_model_configs, check_weights, model_config
 from training.params import batch_share, parse_args, teacher_names
 
 
@@ -18,11 +20,13 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
     """The runs of a grid file; `extra` flags win over every line's.
 
     Raises:
-        UsageError: a line is no valid command line, or the lines contradict each other.
+        UsageError: a line is no valid command line or names what OpenCLIP lacks, or the lines
+            contradict each other. Files of weights may be `missing`.
     """
     logs = Path(site["LOGS"]) / path.stem
     # said aloud, a node whose GPU can't be seen refuses, instead of training on its CPU
     device = ["--device", "cuda"] if site["GRES"] else []
+    known: dict[str, str] = {}  # the --model-config of every line, by the name it gives
 
     def read(line: list[str]) -> Run:
         flags = [
@@ -32,6 +36,7 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
         run = Run(flags, parse_args(flags))
         if run.args.global_batch is not None:
             batch_share(run.args, site.ranks)
+        check_models(run.args, known)
         return run
 
     runs = read_lines(path, site, logs, read, extra)
@@ -44,6 +49,53 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
                 "a line with --distill rdm"
             )
     return list(runs.values())
+
+
+def check_models(args: Namespace, known: dict[str, str]) -> None:
+    """Refuse models and tags of weights that are not OpenCLIP's, which a task would late.
+
+    Args:
+        args: of a line.
+        known: model configs of the lines before by the name they give; this line's are added.
+    """
+    add_model_configs(args.model_config)
+    own = {Path(file).stem: file for file in args.model_config}
+    for name, file in own.items():
+        if known.setdefault(name, file) != file:
+            raise UsageError(
+                f"--model-config '{file}': an earlier line's '{name}' is {known[name]}; give the "
+                "file another name"
+            )
+    for model, name, weights, tag in models(args):
+        if name in known and name not in own:
+            raise UsageError(
+                f"{model} '{name}' is an earlier line's --model-config {known[name]}: give it to "
+                "this line too"
+            )
+        file = weights_file(name, tag)
+        if name.startswith("hf-hub:") or (file and not file.is_file()):
+            continue  # only the hub knows, or `missing`
+        model_config(name, model)
+        if tag and not file:
+            quick = args.force_quick_gelu and model == "--model"
+            check_weights(name, tag, weights, quick)
+
+
+def models(args: Namespace) -> list[tuple[str, str, str, str | None]]:
+    """(flag, model, flag, its weights) of a run's student and teachers."""
+    student = ("--model", args.model, "--pretrained", args.pretrained or None)
+    flags = "--distill-model", "--distill-pretrained"
+    taught = ((flags[0], name, flags[1], weights) for name, weights in teacher_names(args))
+    return [student, *taught]
+
+
+def weights_file(name: str, weights: str | None) -> Path | None:
+    """The file that a model comes from, if one; a tag has neither folder nor suffix."""
+    if name.startswith("local-dir:"):
+        return Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+    if not weights or not ("/" in weights or Path(weights).suffix or Path(weights).is_file()):
+        return None
+    return Path(weights)
 
 
 def with_caches(runs: list[Run], site: Site) -> tuple[list[Run], list[list[str]]]:
@@ -133,13 +185,13 @@ def chain(runs: list[Run], site: Site) -> list[Job]:
     return [job for job in jobs if job.tasks]
 
 
-def cost(job: Job, site: Site) -> tuple[float | None, float | None]:
-    """GPU hours and bytes of a job's training; None where the flags don't tell, or none trains."""
+def cost(job: Job, site: Site) -> tuple[float, float] | str:
+    """GPU hours and bytes of a job's training; or why there is no telling."""
     from eval.cost import parse, summary  # takes seconds to import
 
     stage = {"cache": "cache", "rdm": "rdm", "distill": "student"}.get(job.name)
     if stage is None:
-        return None, None
+        return "only caches and training are estimated"
     hours = disk = 0.0
     for task in job.tasks:
         parts = site.number("CACHE_PARTS") if stage == "cache" else 1
@@ -150,8 +202,8 @@ def cost(job: Job, site: Site) -> tuple[float | None, float | None]:
                 options += ["--dataset-samples", site["TRAIN_SAMPLES"]]
         try:
             found = summary(parse([*task, *options]))
-        except UsageError:  # no --train-num-samples: the shards are not counted here
-            return None, None
+        except UsageError as error:  # no --train-num-samples: the shards are not counted here
+            return f"{parse_args(task).name}: {error}"
         for name in (stage, "rdm") if stage == "student" else (stage,):
             hours += found["hours"].get(name, 0) / parts
             disk += found["disk_bytes"].get(name, 0) / parts
@@ -162,15 +214,18 @@ def preparation(runs: list[Run], site: Site) -> str:
     """The command that fetches what the study needs, on a machine with a network."""
     from eval import datasets  # takes seconds to import
 
-    models = [*teachers(runs), *(r.args.model for r in runs if r.args.distill != "rdm")]
+    named = [*teachers(runs), *(r.args.model for r in runs if r.args.distill != "rdm")]
     sets = datasets.names(shlex.split(site["DATASETS"]))
-    fetch = ["python", "-m", "training.prefetch", *dict.fromkeys(models)]
+    fetch = ["python", "-m", "training.prefetch", *dict.fromkeys(named)]
     fetch += [*configs(runs), "--datasets", *sets, "--data-root", site["DATA_ROOT"]]
     line = shlex.join(fetch)
     home = site.get("HF_HOME")  # the jobs look there
-    return f"HF_HOME={shlex.quote(home)} {line}" if home else line
+    line = f"HF_HOME={shlex.quote(home)} {line}" if home else line
+    return f"{line}\nnot there yet: {', '.join(files)}" if (files := missing(runs)) else line
 
 
 def missing(runs: list[Run]) -> list[str]:
-    """Files that are not there and that no job makes: none that this machine could know of."""
-    return []
+    """Files of weights that are not there and that no job makes; tags' are for prefetch."""
+    named = [(name, weights) for run in runs for _, name, _, weights in models(run.args)]
+    files = (weights_file(name, weights) for name, weights in dict.fromkeys(named))
+    return [str(file) for file in files if file and not file.is_file()]

@@ -24,23 +24,26 @@ def kind(path: Path) -> ModuleType:
 
 
 def describe(study: ModuleType, jobs: list[Job], runs: list[Run], site: Site) -> str:
-    """The plan as a table: tasks, GPUs, GPU hours, disk; then what has to be there before."""
+    """The plan as a table: tasks, GPUs, GPU hours, disk; why some are ?; what to have before."""
     head = f"{'job':14} {'tasks':>5}  {'each':18} {'GPU hours':>9}  {'disk':>9}  waits for"
     out, total_hours, total_disk = [head], 0.0, 0.0
+    untold: dict[str, list[str]] = {}  # jobs by why they have a ?
     there = {job.name for job in jobs}
     for job in jobs:
         processes = job.nodes * job.ranks
         unit = "GPU" if site["GRES"] and job.gpus else "process"
         each = f"{processes} {unit}{'s' * (processes > 1)}, {job.nodes} node{'s' * (job.nodes > 1)}"
-        hours, disk = study.cost(job, site)
-        total_hours, total_disk = total_hours + (hours or 0), total_disk + (disk or 0)
-        told = [
-            f"{hours:9,.1f}" if hours is not None else f"{'?':>9}",
-            f"{disk / 2**30:6,.1f} GiB" if disk is not None else f"{'?':>10}",
-        ]
+        cost = study.cost(job, site)
+        if isinstance(cost, str):
+            untold.setdefault(cost, []).append(job.name)
+            told = [f"{'?':>9}", f"{'?':>10}"]
+        else:
+            total_hours, total_disk = total_hours + cost[0], total_disk + cost[1]
+            told = [f"{cost[0]:9,.1f}", f"{cost[1] / 2**30:6,.1f} GiB"]
         after = ", ".join(f"{name} ({kind})" for kind, name in job.after if name in there)
         out.append(f"{job.name:14} {len(job.tasks):5}  {each:18} {told[0]} {told[1]}  {after}")
     out.append(f"{'total':39} {total_hours:9,.1f} {total_disk / 2**30:6,.1f} GiB  (without '?')")
+    out += [f"? of {', '.join(names)}: {reason}" for reason, names in untold.items()]
     finished = [run.args.name for run in runs if (run.path / "finished.json").is_file()]
     if finished:
         out.append(f"finished already, end at once: {', '.join(finished)}")

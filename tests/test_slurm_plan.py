@@ -12,7 +12,7 @@ from runs import CONFIGS, ROOT
 from slurm import classifiers, clip
 from slurm.clip import chain, preparation, read_grid
 from slurm.jobs import Job, Site, running, sbatch
-from slurm.plan import GRIDS, grid_path, main
+from slurm.plan import GRIDS, describe, grid_path, main
 from training import prefetch
 from training.errors import UsageError
 from training.params import batch_share, parse_args
@@ -96,7 +96,7 @@ def test_with_a_cache_every_run_of_a_study_sees_the_same_views(site):
 
 
 def test_a_runs_own_views_win_and_its_cache_holds_them(site, tmp_path):
-    teacher = "--distill fd --distill-model ViT-B-32 --distill-pretrained x"
+    teacher = "--distill fd --distill-model ViT-B-32 --distill-pretrained laion2b_s34b_b79k"
     grid = tmp_path / "x.grid"
     grid.write_text(
         f"--name a {teacher}\n--name b {teacher} --views 4 --seed 1\n--name c --views 3\n"
@@ -143,7 +143,7 @@ def test_models_of_ones_own_are_known_to_prefetch_and_the_teachers_evaluation(si
     jobs = {job.name: job for job in chain(runs, site)}
     for task in jobs["eval-teachers"].tasks:
         assert benchmark.parse(task).model_config == CONFIGS
-    fetch = preparation(runs, site).partition("training.prefetch ")[2]
+    fetch = preparation(runs, site).splitlines()[0].partition("training.prefetch ")[2]
     fetched = prefetch._parser().parse_args(shlex.split(fetch))
     assert fetched.model_config == CONFIGS and "tiny-teacher:README.md" in fetched.models
 
@@ -203,6 +203,22 @@ def test_weights_that_are_missing_are_named_by_a_dry_run_and_refused_by_a_submis
     assert not (tmp_path / "logs").exists()
 
 
+def test_the_weights_of_a_clip_teacher_may_come_later_but_not_after_submission(tmp_path, capsys):
+    env, grid = tmp_path / "my.env", tmp_path / "x.grid"
+    env.write_text(f"source slurm/cluster.env\nLOGS={tmp_path}/logs\n")
+    grid.write_text(
+        f"--name a --distill fd --distill-model ViT-B-32 --distill-pretrained {tmp_path}/b32.pt\n"
+        f"--name b --distill fd --distill-model local-dir:{tmp_path}/teacher\n"
+    )
+    command = ["--cluster", str(env), str(grid)]
+    main(["--dry-run", *command])
+    lacking = f"{tmp_path}/b32.pt, {tmp_path}/teacher/open_clip_config.json"
+    assert f"not there yet: {lacking}\n" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=f"not there yet: {lacking}"):
+        main(command)
+    assert not (tmp_path / "logs").exists()
+
+
 def test_a_machine_without_slurm_is_named_before_anything_is_written(site, tmp_path, monkeypatch):
     grid = tmp_path / "classify" / "x.grid"
     grid.parent.mkdir()
@@ -238,6 +254,13 @@ WRONG = {
     "# nothing": "has no runs",
     "@nowhere.args": "no such flag file",
     "--name 'a": "No closing quotation",
+    "--model ViT-S16": "wrong.grid:1: --model 'ViT-S16' is no OpenCLIP .* mean ViT-S-16",
+    "--pretrained openia": "--pretrained 'openia' is neither a file nor a tag of RN50",
+    "--pretrained openai": "--pretrained 'openai' of RN50 was trained with QuickGELU",
+    "--distill fd --distill-model ViT-L14 --distill-pretrained x": "--distill-model 'ViT-L14'",
+    "--distill fd --distill-model ViT-L-14 --distill-pretrained datacomp_xl": "a tag of ViT-L-14",
+    "--model-config ruff.toml": "--model-config 'ruff.toml' is no JSON",
+    f"--model-config {CONFIGS[0]}\n--name b --model tiny-student": "wrong.grid:2: .* this line too",
 }
 
 
@@ -308,6 +331,15 @@ def test_a_recipe_edited_after_submission_changes_no_task(kind, site, tmp_path):
     inner.unlink()
     tasks = [task for job in study.chain([run], site) for task in job.tasks]
     assert not any(word.startswith("@") for task in tasks for word in task)
+
+
+def test_what_a_dry_run_cannot_estimate_it_explains(site, tmp_path):
+    grid = tmp_path / "x.grid"
+    grid.write_text("--name counted --train-num-samples 10\n--name uncounted\n")
+    runs = read_grid(grid, site, [])
+    told = describe(clip, chain(runs, site), runs, site)
+    assert "\n? of distill: uncounted: --train-num-samples is missing" in told
+    assert "\n? of eval, report: only caches and training are estimated\n" in told
 
 
 def test_a_tasks_line_reaches_its_command_unchanged(tmp_path):
