@@ -52,7 +52,7 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
 
 
 def check_models(args: Namespace, known: dict[str, str]) -> None:
-    """Refuse models and tags of weights that are not OpenCLIP's, which a task would late.
+    """Refuse models and tags of weights that are not OpenCLIP's, as a task would, but at once.
 
     Args:
         args: of a line.
@@ -73,8 +73,9 @@ def check_models(args: Namespace, known: dict[str, str]) -> None:
                 "this line too"
             )
         file = weights_file(name, tag)
-        if name.startswith("hf-hub:") or (file and not file.is_file()):
-            continue  # only the hub knows, or `missing`
+        own_weights = name.startswith(("local-dir:", "hf-hub:"))
+        if own_weights and not (file and file.is_file()):
+            continue  # `missing`, or only the hub knows
         model_config(name, model)
         if tag and not file:
             quick = args.force_quick_gelu and model == "--model"
