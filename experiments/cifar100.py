@@ -19,6 +19,7 @@ from eval.tables import markdown
 from experiments.runs import (
     Queue,
     Run,
+    all_there,
     check_settings,
     curve,
     is_finished,
@@ -27,6 +28,7 @@ from experiments.runs import (
     write_json,
 )
 from experiments.seeds import paired, summarise, told
+from training.classify_data import SPLITS, find_cifar100
 from training.classify_params import parse_args, parser, run_config
 from training.control import STOPPED_EXIT
 from training.errors import cli
@@ -260,6 +262,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left")
     args = parser.parse_args(argv)
     args.results = args.results or Path(f"results/cifar100{FEW if args.few else ''}")
+    for split in SPLITS:
+        find_cifar100(args.data, split)
     runs = plan(args.seeds, args.epochs, args.subset, args.few)
     check_settings(runs, args.results)
 
@@ -268,9 +272,12 @@ def main(argv: list[str]) -> int:
 
     for run in runs:
         keep(run)
+    if said := all_there(runs, args.results):
+        print(f"# {said}" if args.dry_run else said, flush=True)
     todo = outstanding(runs, args.logs, args.results)
     if args.dry_run:
-        print("\n".join(shlex.join(["python", *r.command(args.data, args.logs)]) for r in todo))
+        for run in todo:
+            print(shlex.join(["python", *run.command(args.data, args.logs)]))
         return 0
     if not Queue(todo, args.data, args.logs, args.jobs, keep).run():
         return STOPPED_EXIT

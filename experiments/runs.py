@@ -100,6 +100,20 @@ def outstanding(runs: list[Run], logs: Path, results: Path) -> list[Run]:
     return [run for run in runs if run.name in todo]
 
 
+def all_there(runs: list[Run], results: Path) -> str | None:
+    """If every result is kept already, a sentence that says so.
+
+    A study with nothing to do would otherwise look like one that has made its table just now.
+    """
+    kept = [path for run in runs for path in run.kept(results).values()]
+    if not all(path.is_file() for path in kept):
+        return None
+    return (
+        f"all {len(kept)} results are in {results} already; to make them again, give another "
+        "--results, and another --logs if it has their runs"
+    )
+
+
 def check_settings(runs: list[Run], results: Path) -> None:
     """Refuse results that were made with other settings than these.
 

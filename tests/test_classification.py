@@ -1156,6 +1156,32 @@ def test_a_run_with_a_result_is_repeated_only_for_its_weights(tmp_path):
         cifar100.check_settings(runs, results)
 
 
+def test_a_study_with_all_its_results_says_so_and_trains_nothing(tmp_path, capsys, monkeypatch):
+    results = shutil.copytree(ROOT / "results" / "cifar100", tmp_path / "results")
+    command = [f"--results={results}", f"--logs={tmp_path / 'logs'}"]
+    with pytest.raises(UsageError, match=r"--data .*nowhere holds no CIFAR-100"):
+        cifar100.main([*command, f"--data={tmp_path / 'nowhere'}"])
+    (tmp_path / "cifar-100-python").mkdir()
+    command.append(f"--data={tmp_path}")
+    runs = cifar100.plan([0, 1, 2])
+    count = sum(len(run.results) for run in runs)
+    said = (
+        f"all {count} results are in {results} already; to make them again, give another --results"
+    )
+    assert cifar100.main([*command, "--dry-run"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"# {said}")
+    monkeypatch.setattr(cifar100, "report", lambda _: None)
+    assert cifar100.main(command) == 0
+    first, *told = capsys.readouterr().out.splitlines()
+    assert first.startswith(said) and told[0].startswith("|")
+    assert not (tmp_path / "logs").exists()
+    (results / "runs" / "kd_s1.json").unlink()
+    assert cifar100.main([*command, "--dry-run"]) == 0
+    left = capsys.readouterr().out.splitlines()
+    assert len(left) == 2 and all(run.startswith("python -m training.classify") for run in left)
+
+
 def test_a_method_costs_what_its_whole_chain_took(tmp_path):
     for run in cifar100.plan([0, 1]):
         seed = int(run.name[-1])

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from training.data.index import index_shards
 from training.errors import Failure, UsageError
 from training.params import parse_args
 
+ROOT = Path(__file__).parents[1]
 CIFAR = Path(__file__).parents[2] / "shared" / "data"
 needs_cifar = pytest.mark.skipif(
     not (CIFAR / "cifar100_train.npz").is_file(), reason="needs CIFAR-100 in ../shared/data"
@@ -133,6 +135,23 @@ def test_a_dry_run_says_what_is_left_and_what_it_costs(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
     runs = [line for line in lines if line.startswith("python -m ")]
     assert lines[-1].startswith(f"# {len(runs)} runs, about ") and "core-minutes" in lines[-1]
+
+
+def test_with_all_results_a_study_says_so_and_trains_nothing(tmp_path, capsys, monkeypatch):
+    results = shutil.copytree(ROOT / "results" / "clip_small", tmp_path / "results")
+    before = {path: path.read_bytes() for path in results.rglob("*.json")}
+    command = ["--cifar100=c", "--flickr8k=f", f"--logs={tmp_path}/logs", f"--results={results}"]
+    said = rf"all \d+ results are in {results} already; to make them again, give another --results"
+    assert study.main([*command, "--dry-run"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.match(f"# {said}", line)
+    with pytest.raises(UsageError, match="--cifar100 'c': neither"):
+        study.main(command)
+    monkeypatch.setattr(study, "prepare", lambda *_: None)
+    assert study.main(command) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert re.match(said, first)
+    assert {path: path.read_bytes() for path in results.rglob("*.json")} == before
 
 
 # -- the queue -------------------------------------------------------------------------------------

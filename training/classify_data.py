@@ -198,24 +198,18 @@ def load_cifar100(directory: Path, split: str) -> Table:
     Raises:
         UsageError: none of these is there, or the split is damaged or not whole.
     """
-    tars = next((d for d in (directory / split, directory / "cifar100" / split) if d.is_dir()), 0)
-    packed, unpacked = directory / f"cifar100_{split}.npz", directory / "cifar-100-python"
-    if packed.is_file():
-        with _reading(packed):
-            images, labels = _from_npz(packed)
-    elif tars:
-        images, labels = _from_tars(tars)
-    elif unpacked.is_dir():
+    place = find_cifar100(directory, split)
+    if place.is_file():
+        with _reading(place):
+            images, labels = _from_npz(place)
+    elif place.name == split:
+        images, labels = _from_tars(place)
+    else:
         from torchvision.datasets import CIFAR100
 
-        with _reading(unpacked):
+        with _reading(place):
             data = CIFAR100(str(directory), train=split == "train")
         images, labels = data.data, np.array(data.targets)
-    else:
-        raise UsageError(
-            f"--data {directory} holds no CIFAR-100: expected cifar100_{split}.npz, {split}/*.tar "
-            "as clip_benchmark writes it, or torchvision's cifar-100-python/"
-        )
     if images.shape != (SPLITS[split], SIDE, SIDE, 3) or len(labels) != len(images):
         raise UsageError(
             f"--data {directory}: the {split} split has {len(images)} images of {images.shape[1:]} "
@@ -223,6 +217,24 @@ def load_cifar100(directory: Path, split: str) -> Table:
         )
     digest = sha256(images.tobytes() + labels.astype(np.int64).tobytes()).hexdigest()
     return Table(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), digest)
+
+
+def find_cifar100(directory: Path, split: str) -> Path:
+    """The file or folder that `load_cifar100` reads.
+
+    Raises:
+        UsageError: none is there.
+    """
+    packed, unpacked = directory / f"cifar100_{split}.npz", directory / "cifar-100-python"
+    if packed.is_file():
+        return packed
+    for place in (directory / split, directory / "cifar100" / split, unpacked):
+        if place.is_dir():
+            return place
+    raise UsageError(
+        f"--data {directory} holds no CIFAR-100: expected cifar100_{split}.npz, {split}/*.tar "
+        "as clip_benchmark writes it, or torchvision's cifar-100-python/"
+    )
 
 
 @contextmanager

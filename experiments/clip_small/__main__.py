@@ -19,7 +19,7 @@ from experiments.clip_small import table
 from experiments.clip_small.data import prepare
 from experiments.clip_small.keep import keep_result, read_results, score
 from experiments.clip_small.plan import METHODS, SCALES, Plan, Tuned
-from experiments.runs import Queue, Run, check_settings, outstanding, write_json
+from experiments.runs import Queue, Run, all_there, check_settings, outstanding, write_json
 from training.control import STOPPED_EXIT
 from training.errors import UsageError, cli
 from training.rundir import environment
@@ -79,8 +79,8 @@ class Study:
             for ask in (plans.choices, plans.calibrated)
         )
 
-    def dry_run(self) -> None:
-        """Print the commands that are left, and about how long they take."""
+    def planned(self) -> list[Run]:
+        """The runs of all stages asked for; until tuned, with the defaults."""
         tuned = self._tuned(default=Tuned())
         seeds = self.args.seeds
         plan = Plan(self.scale, self.args.device)
@@ -94,7 +94,20 @@ class Study:
         }
         for stage in self.args.stage:
             steps[stage]()
-        todo = outstanding(plan.runs, self.logs, self.results)
+        return plan.runs
+
+    def all_there(self) -> str | None:
+        """If all that the stages give is there already, a sentence that says so."""
+        runs = self.planned()
+        said = all_there(runs, self.results)
+        if said is None or not (self.results / "tuned.json").is_file():
+            return None
+        check_settings(runs, self.results)
+        return said
+
+    def dry_run(self) -> None:
+        """Print the commands that are left, and about how long they take."""
+        todo = outstanding(self.planned(), self.logs, self.results)
         for run in todo:
             print(shlex.join(["python", *run.command(self.data, self.logs)]))
         by_module = Counter()
@@ -198,11 +211,15 @@ def main(argv: list[str]) -> int:
     args.logs = args.logs or Path(f"logs/clip_small{suffix}")
     args.results = args.results or Path(f"results/clip_small{suffix}")
     study = Study(args)
+    said = study.all_there()
     if args.dry_run:
-        study.dry_run()
+        print(f"# {said}") if said else study.dry_run()
         return 0
     prepare(study.data, args.cifar100, args.flickr8k, study.scale.sizes)
-    finished = all(getattr(study, stage)() for stage in STAGES if stage in args.stage)
+    if said:
+        print(said, flush=True)
+    stages = [] if said else [stage for stage in STAGES if stage in args.stage]
+    finished = all(getattr(study, stage)() for stage in stages)
     text = study.write_tables()
     if not finished:
         return STOPPED_EXIT
