@@ -112,24 +112,40 @@ def with_caches(runs: list[Run], site: Site) -> tuple[list[Run], list[list[str]]
         return runs, []
     parts = site.number("CACHE_PARTS")
     reading, writers, most = [], {}, {}
+    data: dict[str, dict[str, None]] = {}  # a cache grows by the shards of each --train-data
     for run in runs:
         views = run.args.views or site.number("VIEWS")
         # caches are the site's: their views hang on no run's --seed
         flags = ["--view-seed", "0", *run.flags, "--views", str(views)]
-        if run.args.teacher_cache or run.args.val_data or run.args.distill == "none":
-            reading.append(Run(flags, parse_args(flags)))
+        args = parse_args(flags)
+        if args.teacher_cache or args.val_data or args.distill == "none":
+            reading.append(Run(flags, args))
             continue
-        names = []
-        for name, weights in teacher_names(run.args):
-            names.append(str(Path(site["TEACHER_CACHE"]) / slug(f"{name}-{weights or ''}")))
+        folders = []
+        for name, weights in teacher_names(args):
+            folder = str(Path(site["TEACHER_CACHE"]) / cache_name(name, weights, args))
+            folders.append(folder)
             model = ["--distill-model", name, "--distill-pretrained", weights or ""]
-            writers.setdefault(names[-1], [*flags, *model, "--teacher-cache", names[-1]])
-            most[names[-1]] = max(views, most.get(names[-1], 0))
-        flags += ["--teacher-cache", ",".join(names)]
+            writers.setdefault(folder, [*flags, *model, "--teacher-cache", folder])
+            most[folder] = max(views, most.get(folder, 0))
+            data.setdefault(folder, {})[args.train_data] = None
+        flags += ["--teacher-cache", ",".join(folders)]
         reading.append(Run(flags, parse_args(flags)))
     shares = [f"{i}/{parts}" for i in range(1, parts + 1)]
-    written = [[*flags, "--views", str(most[name])] for name, flags in writers.items()]
+    written = [
+        [*flags, "--train-data", shards, "--views", str(most[folder])]
+        for folder, flags in writers.items()
+        for shards in data[folder]
+    ]
     return reading, [[*flags, "--part", share] for flags in written for share in shares]
+
+
+def cache_name(name: str, weights: str | None, args: Namespace) -> str:
+    """The folder of a teacher's cache, another one for each of what a run refuses a cache for."""
+    usual = {"captions": "first", "aug_cfg": {}, "view_seed": 0}
+    chosen = {flag: getattr(args, flag) for flag in usual}
+    other = (f"{flag}-{value}" for flag, value in chosen.items() if value != usual[flag])
+    return slug("-".join([name, *filter(None, [weights]), *other]))
 
 
 def slug(text: str) -> str:

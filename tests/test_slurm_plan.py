@@ -112,6 +112,25 @@ def test_a_runs_own_views_win_and_its_cache_holds_them(site, tmp_path):
     assert set().union(*views("--views", "5").values()) == {5}
 
 
+def test_every_run_finds_its_own_captions_views_and_shards_in_its_cache(site, tmp_path):
+    grid = tmp_path / "x.grid"
+    teacher = "--distill fd --distill-model ViT-B-32 --distill-pretrained laion2b_s34b_b79k"
+    differ = ["", "--captions all", "--view-seed 7", "--train-data $TRAIN_SUBSET", "--views 3"]
+    differ += ["--aug-cfg scale=(0.4,1.0)", "--aug-cfg scale=(0.5,1.0)"]
+    grid.write_text("".join(f"--name r{i} {teacher} {d}\n" for i, d in enumerate(differ)))
+    jobs = {job.name: job for job in chain(read_grid(grid, site, []), site)}
+    caches: dict[str, list] = {}
+    for args in (parse_args(task[:-2]) for task in jobs["cache"].tasks):
+        caches.setdefault(args.teacher_cache, []).append(args)
+    for args in (parse_args(task) for task in jobs["distill"].tasks):
+        written = caches[args.teacher_cache]
+        for a in written:
+            assert (a.captions, a.view_seed) == (args.captions, args.view_seed), args.name
+            assert a.aug_cfg == args.aug_cfg and a.views >= args.views, args.name
+        assert sum(a.train_data == args.train_data for a in written) == 8, "all parts, once"
+    assert len(caches) == 5, "shards and views can be more in one cache"
+
+
 def test_runs_of_a_site_with_gpus_ask_for_one_unless_their_line_says_otherwise(site, tmp_path):
     grid = tmp_path / "x.grid"
     grid.write_text("--name a\n--name b --device cpu\n")
