@@ -172,8 +172,10 @@ def main() -> int:
                 elif code != 0:
                     problems.append(f"{name}: ended with code {code}")
                 check(name, before, f"{name}, a kill ({kind})")
-                # Once its last step is saved, a run may have nothing large left to write.
-                if before == 0 and 0 < saved_step(run) < last_step and code != 0:
+                # Once its last step is saved, a run may have nothing large left to write; and where
+                # its only checkpoint is damaged, it does not go on by itself.
+                saved, due = len(list(run.glob(MANIFESTS))), name not in disasters and code != 0
+                if due and saved > 1 and saved_step(run) < last_step:
                     full_disk_and_truncation(name)
             if not problems:
                 final = checkpoint.Checkpoints(run / "checkpoints").newest()
