@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.errors import Failure, UsageError
-from training.params import _Parser
+from training.params import flags_of
 
 
 class Site(dict[str, str]):
@@ -104,7 +104,7 @@ def expand(words: list[str]) -> list[str]:
         if not Path(word[1:]).is_file():
             raise UsageError(f"{word}: no such flag file")
         for line in Path(word[1:]).read_text().splitlines():
-            out += expand(_Parser().convert_arg_line_to_args(line))
+            out += expand(flags_of(line))
     return out
 
 

@@ -48,12 +48,17 @@ REFUSED = {
 }
 
 
+def flags_of(line: str) -> list[str]:
+    """The words of one line of a flag file, quoted as in a shell, without comments."""
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError as error:
+        raise UsageError(f"flag file, line {line!r}: {error}") from error
+
+
 class _Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        try:
-            return shlex.split(arg_line, comments=True)
-        except ValueError as error:
-            raise UsageError(f"flag file, line {arg_line!r}: {error}") from error
+        return flags_of(arg_line)
 
     def error(self, message: str):
         raise UsageError(f"{message} (see --help)")
