@@ -13,11 +13,12 @@ ALLOWED = {
     "training": {"cifd_clip"},
     # training.params: what a recipe costs depends on how training reads it; training.classify…: a
     # classifier's RDMs are measured on the images and with the teachers as training reads them;
-    # training.models: weights that training refuses are refused in evaluation
+    # training.models: model configs are read, and weights refused, as in training
     "eval": {
         "cifd_clip",
         "training.rundir",
         "training.errors",
+        "training.models.add_model_configs",
         "training.models.check_weights",
         "training.params",
         "training.classify.load_split",
