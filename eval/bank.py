@@ -35,6 +35,7 @@ from eval import benchmark, datasets, metrics, models
 from eval.datasets import Folder, Gap
 from eval.models import Evaluated
 from training.errors import UsageError, cli, sentence
+from training.params import bank_folder, holds_bank
 from training.rundir import cores, origin
 
 CLASSES, PER_CLASS = 10, 40  # of the t-SNE map
@@ -53,9 +54,9 @@ class LoadedBank:
 
 def find(path: Path) -> Path:
     """The bank's folder: the path itself, or a run's ``bank`` or ``rdm/bank``."""
-    for folder in (path, path / "bank", path / "rdm" / "bank"):
-        if (folder / "bank.safetensors").is_file():
-            return folder
+    folder = bank_folder(path)
+    if holds_bank(folder):
+        return folder
     raise UsageError(
         f"'{path}': expected a bank (bank.safetensors) or a run directory with bank/ or rdm/bank/; "
         "train one with --distill rdm"

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from cifd_clip.teacher import weights_hash
 from training.errors import UsageError
-from training.models import add_model_configs, check_weights
+from training.models import add_model_configs, check_weights, images_of
 
 CONFIG = "open_clip_config.json"
 #: flags of training that say what the student is and what it reads
@@ -24,10 +24,6 @@ MODEL_FLAGS = (
     "force_image_size",
     "force_context_length",
     "force_patch_dropout",
-    "image_mean",
-    "image_std",
-    "image_interpolation",
-    "image_resize_mode",
 )
 
 
@@ -164,12 +160,8 @@ def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
     options = {name: config[name] for name in MODEL_FLAGS if config.get(name)}
     if len(size := options.get("force_image_size", ())) == 1:
         options["force_image_size"] = size[0]
-    # Of a model that began as a tag's, the images are the tag's too. What it began with is not
-    # loaded: OpenCLIP would prefer a local-dir: model's own weights to the checkpoint's.
-    began = open_clip.get_pretrained_cfg(config["model"], config.get("pretrained") or "") or {}
-    for name in ("mean", "std", "interpolation", "resize_mode"):
-        if began.get(name) is not None:
-            options.setdefault(f"image_{name}", began[name])
+    options |= {f"image_{key}": value for key, value in images_of(str(path)).items()}
+    # What it began with is not loaded: OpenCLIP would prefer a local-dir: model's own weights.
     model, _, transform = open_clip.create_model_and_transforms(
         config["model"], device=device, load_weights=False, **options
     )

@@ -20,6 +20,7 @@ ALLOWED = {
         "training.errors",
         "training.models.add_model_configs",
         "training.models.check_weights",
+        "training.models.images_of",
         "training.params",
         "training.classify.load_split",
         "training.classify_data",

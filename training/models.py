@@ -153,7 +153,8 @@ def build_teachers(args: Namespace, device: torch.device) -> list[Teacher]:
 def images_of(pretrained: str) -> dict:
     """How a checkpoint's run prepared its images, as overrides; nothing of other weights.
 
-    A checkpoint does not say it, and OpenCLIP takes its own mean and std for a file's.
+    A checkpoint does not say it, and OpenCLIP takes its own mean and std for a file's. Of a model
+    that began as a tag's, the images are the tag's too.
     """
     config = Path(pretrained).resolve().parent.parent / "config.json"
     if not (Path(pretrained).is_file() and config.is_file()):

@@ -543,16 +543,21 @@ def check_teacher_weights(args: argparse.Namespace) -> None:
         )
 
 
-def _bank_folder(place: str) -> str:
-    """The bank of a run directory; any other place as it is."""
-    run = Path(place)
-    found = (b for b in (run / "bank", run / "rdm" / "bank") if (b / "bank.safetensors").is_file())
-    return str(next(found, place))
+def bank_folder(place: Path) -> Path:
+    """The bank of a run directory (``bank`` or ``rdm/bank``); any other place as it is."""
+    found = (b for b in (place / "bank", place / "rdm" / "bank") if holds_bank(b))
+    return next(found, place)
+
+
+def holds_bank(folder: Path) -> bool:
+    """Whether there is a bank's file of weights."""
+    return (folder / "bank.safetensors").is_file()
 
 
 def _defaults(args: argparse.Namespace) -> None:
-    if args.rdm_bank:
-        args.rdm_bank = _bank_folder(args.rdm_bank)
+    given = Path(args.rdm_bank or "")
+    if args.rdm_bank and (found := bank_folder(given)) != given:
+        args.rdm_bank = str(found)
     bank = Path(args.rdm_bank or "") / "config.json"
     if args.rdm_bank and bank.is_file():
         rates = json.loads(bank.read_text())["rates"]
