@@ -16,13 +16,13 @@ import torch
 from benchmarks.harness import paired, ratios, record
 from benchmarks.step import random_teacher
 from cifd_clip import World
-from training.cache_teacher import main as write_cache
+from training.clip.cache_teacher import main as write_cache
+from training.clip.flags import parse_args
+from training.clip.models import add_model_configs
+from training.clip.run import adopt_cache, epoch_steps, make_loader
+from training.clip.stages import RDMStage, StudentStage
 from training.data.index import index_shards
-from training.main import adopt_cache, epoch_steps, make_loader
-from training.models import add_model_configs
-from training.params import parse_args
-from training.stages import RDMStage, StudentStage
-from training.trainer import Trainer
+from training.engine.trainer import Trainer
 
 
 class Run:

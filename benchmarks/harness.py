@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from training.rundir import environment
+from training.engine.run import environment
 
 
 def paired(

@@ -27,12 +27,12 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.harness import paired, ratios, record
 from benchmarks.step import random_teacher
 from cifd_clip import RDMBank, World
-from training.control import StopFlag
+from training.clip.flags import parse_args
+from training.clip.models import add_model_configs
+from training.clip.stages import StudentStage, make_task
 from training.data.loader import Batch
-from training.models import add_model_configs
-from training.params import parse_args
-from training.stages import StudentStage, make_task
-from training.trainer import Trainer
+from training.engine.control import StopFlag
+from training.engine.trainer import Trainer
 
 #: What each method gathers across ranks: (the student's embeddings, each teacher's).
 GATHERS = {

@@ -1,7 +1,7 @@
 """``python -m benchmarks.step``: what each method costs in a training step.
 
-Step time (forward, backward, update, through the real `training.trainer.Trainer`) and peak memory
-of none, kd, fd, clipkd and cifd with K = 1 and 3 assistants, same student, same teacher, in turn.
+Step time (forward, backward, update, through the real `training.engine.trainer.Trainer`) and peak
+memory of none, kd, fd, clipkd and cifd with K = 1 and 3 assistants, same student, same teacher, in turn.
 Methods are also timed without the teacher's forward pass (as with a teacher cache), where their own
 cost is not hidden behind it.
 """
@@ -18,11 +18,11 @@ import torch
 
 from benchmarks.harness import paired, ratios, record
 from cifd_clip import RDMBank, World
+from training.clip.flags import parse_args
+from training.clip.models import add_model_configs
+from training.clip.stages import StudentStage
 from training.data.loader import Batch
-from training.models import add_model_configs
-from training.params import parse_args
-from training.stages import StudentStage
-from training.trainer import Trainer
+from training.engine.trainer import Trainer
 
 CONTESTANTS = {
     "none": (["--distill", "none"], 0),
@@ -121,7 +121,7 @@ def peak_megabytes(name: str, args: argparse.Namespace, teacher: str, folder: Pa
 
 def random_teacher(args: argparse.Namespace, folder: Path) -> str:
     """A randomly initialised teacher as a ``local-dir:`` model: its speed is that of a real one."""
-    from training.models import build_student, save_student, student_config
+    from training.clip.models import build_student, save_student, student_config
 
     flags = ["--train-data", "-", "--model", args.teacher, "--seed", str(args.seed)]
     parsed = parse_args(flags)

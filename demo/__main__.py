@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 from demo import scenes
+from training.engine.run import cores
 from training.errors import UsageError, cli
-from training.rundir import cores
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
 EPOCHS = {"teacher": 10, "bank": 4, "student": 6}

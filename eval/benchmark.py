@@ -39,8 +39,8 @@ from eval import datasets, metrics, models
 from eval.datasets import Folder, Gap
 from eval.models import Evaluated
 from eval.tables import UNPUBLISHED, WHOLE, shortfall
+from training.engine.run import cores, origin
 from training.errors import UsageError, cli, sentence
-from training.rundir import cores, origin
 
 PRECISIONS = {"fp32": None, "amp_bf16": torch.bfloat16, "amp": torch.float16}
 PACKAGES = ("torch", "open_clip_torch", "clip-benchmark", "timm", "transformers", "numpy", "Pillow")

@@ -24,12 +24,12 @@ from torchvision.datasets import CIFAR100
 from eval import metrics
 from eval.bank import embedding_map
 from eval.benchmark import write_once
-from training.classify import load_split
-from training.classify_data import Table
-from training.classify_photos import PhotoTable, check_classes
-from training.classify_teachers import EVALUATION_BATCH, LiveTeachers, load_rdms, load_teacher
+from training.classifier.cifar import Table
+from training.classifier.imagenet import PhotoTable, check_classes
+from training.classifier.run import load_split
+from training.classifier.teachers import EVALUATION_BATCH, LiveTeachers, load_rdms, load_teacher
+from training.engine.run import cores, environment
 from training.errors import UsageError, cli
-from training.rundir import cores, environment
 
 
 @torch.no_grad()

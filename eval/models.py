@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cifd_clip.teacher import weights_hash
+from training.clip.models import add_model_configs, check_weights, images_of
 from training.errors import UsageError
-from training.models import add_model_configs, check_weights, images_of
 
 CONFIG = "open_clip_config.json"
 #: flags of training that say what the student is and what it reads

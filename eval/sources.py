@@ -6,9 +6,9 @@ from functools import cache
 from pathlib import Path
 
 from eval.tables import Row, Run, add_result, common_name, shortfall
+from training.clip.flags import parser
+from training.engine.run import BEFORE, FREE_TO_CHANGE
 from training.errors import UsageError
-from training.params import parser
-from training.rundir import BEFORE, FREE_TO_CHANGE
 
 #: What may differ between the runs of one setting besides what may differ within one run.
 SEEDED = FREE_TO_CHANGE | {"seed", "view_seed", "name", "rdm_bank", "teacher", "paraphraser"}
@@ -287,7 +287,7 @@ def _clip_setting(source: Source) -> Setting:
 
 @cache
 def _absent_flags() -> dict:
-    """What flags stand for in runs that are older than they are (`training.rundir`)."""
+    """What flags stand for in runs that are older than they are (`training.engine.run`)."""
     return {**json.loads(json.dumps(vars(parser().parse_args([])))), **BEFORE}
 
 

@@ -28,11 +28,11 @@ from experiments.runs import (
     write_json,
 )
 from experiments.seeds import paired, summarise, told
-from training.classify_data import SPLITS, find_cifar100
-from training.classify_params import parse_args, parser, run_config
-from training.control import STOPPED_EXIT
+from training.classifier.cifar import SPLITS, find_cifar100
+from training.classifier.flags import parse_args, parser, run_config
+from training.engine.control import STOPPED_EXIT
+from training.engine.run import RunDirectory
 from training.errors import cli
-from training.rundir import RunDirectory
 
 __all__ = ["check_settings", "costs", "keep_results", "outstanding", "plan", "priorities"]
 

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from experiments.runs import Queue, Run, curve, is_finished, write_json
-from training.control import STOPPED_EXIT
+from training.engine.control import STOPPED_EXIT
+from training.engine.run import environment
 from training.errors import UsageError, cli
-from training.rundir import environment
 
 PAIRS = [
     ("cifar100", "wrn_40_2", "wrn_40_1"),

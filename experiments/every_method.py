@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from training.data.index import index_shards
+from training.engine.run import environment
 from training.errors import Failure, UsageError, cli
-from training.rundir import environment
 
 MODELS = Path(os.path.relpath(Path(__file__).parent.parent / "demo" / "models"))
 METHODS = ("none", "kd", "fd", "clipkd", "tinyclip", "mobileclip", "cifd")

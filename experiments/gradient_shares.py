@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from cifd_clip import Noise, World
 from eval.tables import markdown
-from training.checkpoint import Checkpoints
+from training.clip.models import add_model_configs
+from training.clip.run import epoch_steps, make_loader, open_data
+from training.clip.stages import StudentStage
+from training.engine.checkpoint import Checkpoints
+from training.engine.run import origin
+from training.engine.trainer import Trainer
 from training.errors import UsageError, cli
-from training.main import epoch_steps, make_loader, open_data
-from training.models import add_model_configs
-from training.rundir import origin
-from training.stages import StudentStage
-from training.trainer import Trainer
 
 TOWERS = ("image", "text")
 

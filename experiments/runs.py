@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.control import SIGNALS, STOPPED_EXIT
+from training.engine.control import SIGNALS, STOPPED_EXIT
 from training.errors import Failure, UsageError
 
 #: The environment of a run on one core. glibc keeps what a step frees for the next one, in place of

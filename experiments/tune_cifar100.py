@@ -17,9 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-from training.classify_params import STAGE1, parse_args
+from training.classifier.flags import STAGE1, parse_args
+from training.engine.run import environment
 from training.errors import Failure, UsageError, cli
-from training.rundir import environment
 
 #: flag → (lowest, highest, whether on a logarithmic scale)
 SPACE = {

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from training.clip.flags import flags_of
 from training.errors import Failure, UsageError
-from training.params import flags_of
 
 
 class Site(dict[str, str]):

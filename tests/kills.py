@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-import training.checkpoint as checkpoint
+import training.engine.checkpoint as checkpoint
 from demo.scenes import write
-from training.main import main as train
+from training.clip.run import main as train
 
 ROOT = Path(__file__).parent.parent
 MANIFESTS = "checkpoints/step_*.json"
@@ -64,7 +64,7 @@ def wait(pid: int) -> int:
 
 
 def kill_at(operation: int):
-    """Kill this process just before the given durable operation of `training.checkpoint`."""
+    """Kill this process just before the given durable operation of `training.engine.checkpoint`."""
 
     def arm() -> None:
         count = 0

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import training.stages
+import training.clip.stages
 from runs import assert_bit_equal, final, lines
-from training.cache_teacher import main as write_cache
+from training.clip.cache_teacher import main as write_cache
+from training.clip.run import main
 from training.errors import Failure, UsageError
-from training.main import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +34,7 @@ def no_teacher(monkeypatch):
     def refuse(*args):
         raise AssertionError("a teacher was loaded although its embeddings are cached")
 
-    monkeypatch.setattr(training.stages, "build_teachers", refuse)
+    monkeypatch.setattr(training.clip.stages, "build_teachers", refuse)
 
 
 @pytest.mark.parametrize("method", ["kd", "fd", "clipkd", "tinyclip", "mobileclip"])

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from tiny import embeddings
-from training import calibrate
-from training.cache import write_shard
+from training.clip import calibrate
+from training.clip.cache import write_shard
+from training.clip.flags import parser
 from training.data.index import Shard
 from training.errors import UsageError
-from training.params import parser
 
 DIM = 16
 FLAGS = "--steps 120 --batch-size 128 --lr 1e-2 --wd 0 --density-lr 3 --among 20".split()

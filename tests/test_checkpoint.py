@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.checkpoint import Checkpoints
+from training.engine.checkpoint import Checkpoints
 from training.errors import Failure
 
 

@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-import training.classify as classify
-import training.classify_trainer as classify_trainer
+import training.classifier.run as classify
+import training.classifier.trainer as classify_trainer
 from cifd_clip import World
 from cifd_clip.classification.losses import factor_loss, kd_dropout_mask, kl_per_sample
 from cifd_clip.classification.methods import (
@@ -39,14 +39,14 @@ from eval import classifier_bank, report
 from experiments import cifar100, every_classifier, tune_cifar100
 from runs import lines
 from test_launch import launch
-from training.classify_data import Batches, Table, load_cifar100, mirrored, normalise, split_rows
-from training.classify_params import METHODS as ALL_METHODS
-from training.classify_params import parse_args, parser, run_config
-from training.classify_photos import PhotoBatches, check_classes, load_photos
-from training.classify_teachers import CachedTeachers, LiveTeachers
-from training.control import STOPPED_EXIT
+from training.classifier.cifar import Batches, Table, load_cifar100, mirrored, normalise, split_rows
+from training.classifier.flags import METHODS as ALL_METHODS
+from training.classifier.flags import parse_args, parser, run_config
+from training.classifier.imagenet import PhotoBatches, check_classes, load_photos
+from training.classifier.teachers import CachedTeachers, LiveTeachers
+from training.engine.control import STOPPED_EXIT
+from training.engine.run import RunDirectory
 from training.errors import UsageError
-from training.rundir import RunDirectory
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data"
 needs_cifar = pytest.mark.skipif(

@@ -27,10 +27,10 @@ from experiments.clip_small.keep import figures, score
 from experiments.clip_small.plan import METHODS, MODELS, SCALES, Plan, Tuned
 from experiments.runs import Queue, Run
 from shards import FLICKR, needs_flickr
-from training import cache_teacher, calibrate
+from training.clip import cache_teacher, calibrate
+from training.clip.flags import parse_args
 from training.data.index import index_shards
 from training.errors import Failure, UsageError
-from training.params import parse_args
 
 ROOT = Path(__file__).parents[1]
 CIFAR = Path(__file__).parents[2] / "shared" / "data"

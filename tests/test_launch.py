@@ -15,9 +15,9 @@ import torch.multiprocessing as mp
 
 from cifd_clip import World
 from runs import ROOT, final, lines
-from training.control import STOPPED_EXIT, wait_for_all
+from training.clip.run import main
+from training.engine.control import STOPPED_EXIT, wait_for_all
 from training.errors import Failure
-from training.main import main
 
 
 def launch(

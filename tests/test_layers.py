@@ -11,21 +11,22 @@ PROJECT = {"cifd_clip", "training", "eval", "demo", "benchmarks", "tests"}
 ALLOWED = {
     "cifd_clip": set(),
     "training": {"cifd_clip"},
-    # training.params: what a recipe costs depends on how training reads it; training.classify…: a
-    # classifier's RDMs are measured on the images and with the teachers as training reads them;
-    # training.models: model configs are read, and weights refused, as in training
+    # training.clip.flags: what a recipe costs depends on how training reads it;
+    # training.classifier…: a classifier's RDMs are measured on the images and with the teachers as
+    # training reads them;
+    # training.clip.models: model configs are read, and weights refused, as in training
     "eval": {
         "cifd_clip",
-        "training.rundir",
+        "training.engine.run",
         "training.errors",
-        "training.models.add_model_configs",
-        "training.models.check_weights",
-        "training.models.images_of",
-        "training.params",
-        "training.classify.load_split",
-        "training.classify_data",
-        "training.classify_photos",
-        "training.classify_teachers",
+        "training.clip.models.add_model_configs",
+        "training.clip.models.check_weights",
+        "training.clip.models.images_of",
+        "training.clip.flags",
+        "training.classifier.run.load_split",
+        "training.classifier.cifar",
+        "training.classifier.imagenet",
+        "training.classifier.teachers",
     },
     "demo": {"cifd_clip", "training", "eval"},
     "benchmarks": {"cifd_clip", "training", "eval", "demo"},

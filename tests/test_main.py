@@ -18,11 +18,11 @@ from open_clip_train.params import parse_args as open_clip_parse_args
 from cifd_clip import World
 from cifd_clip.rdm import RDMBank
 from runs import assert_bit_equal, final, lines, word_tokenizer
-from training.checkpoint import Checkpoints
-from training.control import StopFlag
+from training.clip.flags import DISTILL, REFUSED, parse_args, parser
+from training.clip.run import bank_args, main
+from training.engine.checkpoint import Checkpoints
+from training.engine.control import StopFlag
 from training.errors import Failure, NonFinite, UsageError
-from training.main import bank_args, main
-from training.params import DISTILL, REFUSED, parse_args, parser
 
 ROOT = Path(__file__).parent.parent
 STEPS = 4  # of an epoch: 96 scenes in batches of 24
@@ -107,7 +107,7 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(
     command = [*flags, *method_flags(method, teacher, bank), "--logs", str(tmp_path)]
     assert main([*command, "--name", "whole"]) == 0
 
-    from training.trainer import Trainer
+    from training.engine.trainer import Trainer
 
     step = Trainer.step
 
@@ -451,7 +451,7 @@ def test_piped_shards_stream_and_resume_at_a_shard(flags, scenes, tmp_path):
 def test_a_held_out_batch_without_a_usable_sample_is_passed_over(
     flags, scenes, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("training.main.VALIDATION_BATCH", 29)  # of 30: the last is alone
+    monkeypatch.setattr("training.clip.run.VALIDATION_BATCH", 29)  # of 30: the last is alone
     (source,) = (scenes / "val").glob("*.tar")
     data = bytearray(source.read_bytes())
     at = data.rindex(b"\x89PNG") + 1

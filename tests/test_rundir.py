@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from training import classify_params
+from training.classifier import flags as classify_params
+from training.engine.run import RunDirectory
 from training.errors import UsageError
-from training.rundir import RunDirectory
 
 
 def test_other_rates_of_its_bank_make_another_classifier(tmp_path):

@@ -20,8 +20,8 @@ from PIL import Image
 from demo.scenes import _write_benchmark, _write_shards, pairs, retrieval
 from runs import CONFIGS, ROOT, assert_bit_equal, final, lines
 from slurm_cluster import cluster, kill_node, why_not
-from training import cache_teacher
-from training.main import main
+from training.clip import cache_teacher
+from training.clip.run import main
 
 PATIENCE = 900  # seconds for what takes a few on an idle machine
 

@@ -14,8 +14,8 @@ from slurm.clip import chain, preparation, read_grid
 from slurm.jobs import Job, Site, running, sbatch
 from slurm.plan import GRIDS, describe, grid_path, main
 from training import prefetch
+from training.clip.flags import batch_share, parse_args
 from training.errors import UsageError
-from training.params import batch_share, parse_args
 
 MILLION = 1_000_000
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval.benchmark import main as benchmark
-from training.main import main
+from training.clip.run import main
 
 
 @pytest.fixture(scope="module")

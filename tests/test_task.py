@@ -10,10 +10,10 @@ from cifd_clip import Noise, assistants
 from cifd_clip.student import Pooled
 from eval.sections import contrastive_weight
 from trainers import CASES, SIZE, batch, gradients, prepare, trainer, worst
+from training.clip.stages import Inputs
 from training.data.views import ImageSpec
-from training.metrics import _wandb_id, _wandb_name
-from training.stages import Inputs
-from training.trainer import split
+from training.engine.metrics import _wandb_id, _wandb_name
+from training.engine.trainer import split
 
 ROWS = 8
 STUDENTS = [case for case in CASES if case != "rdm"]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from cifd_clip import RDMBank, Teacher, World
+from training.clip.flags import parse_args
+from training.clip.models import add_model_configs
+from training.clip.stages import RDMStage, StudentStage
 from training.data.loader import Batch
-from training.models import add_model_configs
-from training.params import parse_args
-from training.stages import RDMStage, StudentStage
-from training.trainer import Trainer
+from training.engine.trainer import Trainer
 
 MODELS = Path(__file__).parent / "models"
 CPU = torch.device("cpu")

@@ -28,8 +28,8 @@ from training.data.decode import (
     image_size,
 )
 from training.data.index import NotAShard, Shard, Sources, expand, index_shard, is_remote
+from training.engine.run import cores
 from training.errors import UsageError, cli
-from training.rundir import cores
 
 HEADER = 1 << 14  # most images tell their size in these first bytes
 EXAMPLES = 3

@@ -18,8 +18,8 @@ import open_clip
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import get_session
 
+from training.clip.models import add_model_configs, check_weights, model_config, quiet
 from training.errors import Failure, UsageError, cli
-from training.models import add_model_configs, check_weights, model_config, quiet
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from eval.cost import flags, report, summary
+from training.engine.run import environment
 from training.errors import cli
-from training.rundir import environment
 
 
 def main(argv: list[str]) -> int:

@@ -8,10 +8,10 @@ from typing import Any
 
 import open_clip
 
-from training import params
+from training.clip import flags as params
 from training.errors import UsageError
 
-#: Cost depends on the number of samples, not on where they lie; `training.params` wants both.
+#: Cost depends on the number of samples, not on where they lie; `training.clip.flags` wants both.
 NO_DATA = ("--train-data", "none")
 
 
@@ -63,7 +63,7 @@ def parse(flags: list[str]) -> Namespace:
 
 
 def split(flags: list[str]) -> tuple[Namespace, list[str]]:
-    """Our own values, and the words that are left for `training.params`."""
+    """Our own values, and the words that are left for `training.clip.flags`."""
     own, recipe = parser().parse_known_args(flags)
     for flag in ("tflops", "mfu", "gpus"):
         if getattr(own, flag) <= 0:

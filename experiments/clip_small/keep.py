@@ -7,9 +7,9 @@ from typing import Any
 
 from experiments.clip_small.plan import Plan
 from experiments.runs import Run, curve, is_finished, write_json
+from training.clip.flags import parse_args, parser
+from training.engine.run import RunDirectory, resolved_config
 from training.errors import Failure
-from training.params import parse_args, parser
-from training.rundir import RunDirectory, resolved_config
 
 
 def keep_result(plan: Plan, run: Run, data: Path, logs: Path, results: Path) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from training.checkpoint import Checkpoints
-from training.control import StopFlag
 from training.data.loader import Batch, Loader
 from training.data.stream import StreamLoader
+from training.engine.checkpoint import Checkpoints
+from training.engine.control import StopFlag
+from training.engine.metrics import Meter, Sinks, flatten
+from training.engine.trainer import Progress, Trainer
 from training.errors import NonFinite, UsageError
-from training.metrics import Meter, Sinks, flatten
-from training.trainer import Progress, Trainer
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,9 @@ from cifd_clip import METHODS, DistillationTask, RDMBank, RDMTask, Student, Task
 from cifd_clip.losses import Features
 from cifd_clip.noise import Noise, derive_seed
 from cifd_clip.teacher import assistants
-from training.cache import CachedTeachers
-from training.data.index import Sources
-from training.data.loader import Batch, Fetcher
-from training.data.views import ImageSpec, View, eval_view, normalise, train_view
-from training.errors import UsageError
-from training.models import (
+from training.clip.cache import CachedTeachers
+from training.clip.flags import teacher_names
+from training.clip.models import (
     build_student,
     build_teachers,
     model_config,
@@ -31,7 +28,10 @@ from training.models import (
     save_student,
     student_config,
 )
-from training.params import teacher_names
+from training.data.index import Sources
+from training.data.loader import Batch, Fetcher
+from training.data.views import ImageSpec, View, eval_view, normalise, train_view
+from training.errors import UsageError
 
 
 class Inputs:

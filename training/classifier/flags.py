@@ -10,9 +10,9 @@ import torch
 from cifd_clip.classification.losses import EMBEDDING_LOSSES
 from cifd_clip.classification.models import NAMES
 from cifd_clip.classification.rdm import FORMS
-from training.classify_data import AUGMENTATIONS
+from training.classifier.cifar import AUGMENTATIONS
+from training.clip.flags import _Help, _Parser
 from training.errors import UsageError
-from training.params import _Help, _Parser
 
 METHODS = ("none", "kd", "takd", "dgkd", "ft", "cifd", "rdm", "paraphraser")
 STAGE1 = ("rdm", "paraphraser")

@@ -16,13 +16,13 @@ from cifd_clip import World
 from cifd_clip.classification.methods import Report, TeacherOutput
 from cifd_clip.entropy import FactorizedDensity
 from cifd_clip.noise import Noise
-from training.checkpoint import Checkpoints
-from training.classify_data import Batch, Batches, Table
-from training.classify_photos import PhotoBatches, PhotoTable
-from training.classify_teachers import EVALUATION_BATCH, CachedTeachers, LiveTeachers
-from training.control import StopFlag
+from training.classifier.cifar import Batch, Batches, Table
+from training.classifier.imagenet import PhotoBatches, PhotoTable
+from training.classifier.teachers import EVALUATION_BATCH, CachedTeachers, LiveTeachers
+from training.engine.checkpoint import Checkpoints
+from training.engine.control import StopFlag
+from training.engine.metrics import Meter, Sinks
 from training.errors import NonFinite
-from training.metrics import Meter, Sinks
 
 log = logging.getLogger(__name__)
 Source = LiveTeachers | CachedTeachers

@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from cifd_clip.losses import World
-from training.control import gathered
+from training.engine.control import gathered
 from training.errors import Failure
 
 log = logging.getLogger(__name__)

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from cifd_clip.classification.methods import Paraphraser, TeacherOutput
 from cifd_clip.classification.models import STOCK, Classifier, build, stock_state
 from cifd_clip.classification.rdm import ClassifyingRDMs
-from training import classify_data, classify_photos
-from training.cache import file_hash
-from training.classify_data import VIEWS, Batch, Table, mirrored
+from training.classifier import cifar, imagenet
+from training.classifier.cifar import VIEWS, Batch, Table, mirrored
+from training.clip.cache import file_hash
 from training.errors import UsageError
 
 Answer = tuple[Tensor, Tensor]  # logits and embedding
 
 EVALUATION_BATCH = 500
-SIDES = {"cifar100": classify_data.SIDE, "imagenet": classify_photos.SIDE}
+SIDES = {"cifar100": cifar.SIDE, "imagenet": imagenet.SIDE}
 
 
 @dataclass

@@ -18,8 +18,8 @@ from torch import nn
 
 from cifd_clip.noise import derive_seed
 from cifd_clip.teacher import Teacher
+from training.clip.flags import teacher_names
 from training.errors import UsageError
-from training.params import teacher_names
 
 
 def add_model_configs(paths: list[str]) -> None:

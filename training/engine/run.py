@@ -156,7 +156,7 @@ def _entry_point() -> str:
 
 def _commit() -> str | None:
     """The checkout's commit, with ``-dirty`` when it has uncommitted changes."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

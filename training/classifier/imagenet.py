@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import find_classes, make_dataset
 
 from cifd_clip import World
-from training.classify_data import Batch, normalise, share
+from training.classifier.cifar import Batch, normalise, share
 from training.data import draws
 from training.data.decode import BadSample, Caps, decode_image
 from training.data.loader import data_loader, end, iterate

@@ -16,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from cifd_clip import Features, Noise, World
 from cifd_clip.noise import derive_seed
 from cifd_clip.student import Pooled
-from training.control import gathered
+from training.clip.stages import Stage
 from training.data.loader import Batch
+from training.engine.control import gathered
+from training.engine.metrics import flatten
+from training.engine.optim import MovingAverage, make_optimizer, make_schedule
 from training.errors import NonFinite
-from training.metrics import flatten
-from training.optim import MovingAverage, make_optimizer, make_schedule
-from training.stages import Stage
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Training classifiers, the paper's supervised side, on the same engine."""

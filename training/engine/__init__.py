@@ -1,0 +1,1 @@
+"""The training engine: one loop, trainer, checkpoint and run directory for every stage."""
