@@ -1,7 +1,7 @@
 """``python -m benchmarks.step``: what each method costs in a training step.
 
 Step time (forward, backward, update, through the real `training.engine.trainer.Trainer`) and peak
-memory of none, kd, fd, clipkd and cifd with K = 1 and 3 assistants, same student, same teacher, in turn.
+memory of none, kd, fd, clipkd and cifd with K = 1 and 3 assistants, with one student and teacher.
 Methods are also timed without the teacher's forward pass (as with a teacher cache), where their own
 cost is not hidden behind it.
 """

@@ -1,0 +1,122 @@
+"""Files that survive a power cut, a kill and a second writer.
+
+Everything that anyone reads again is written here: beside its place, synced to disk, renamed, and
+the folder synced. A reader sees the old file or the new one, whole. This is the one module of the
+library that deals with the operating system.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class BadFile(Exception):
+    """A file can't be used; the message names it and says why, in one sentence."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears at ``path``, whole and on disk, when the block ends well.
+
+    An error in the block leaves what was there as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Named after the process: several may write one file at once.
+    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder (new, renamed, removed) survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file, see `writing`."""
+    with writing(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a whole UTF-8 file, see `writing`."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: Any, version: int | None = None) -> None:
+    """Write JSON, see `writing`.
+
+    Args:
+        path: where.
+        content: JSON values; an object if it has a version.
+        version: the artefact's format, which `read_json` compares; None: a file without one.
+    """
+    if version is not None:
+        content = {"format": version, **content}
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path, version: int | None = None) -> Any:
+    """The content of a JSON file, without its format.
+
+    Args:
+        path: where.
+        version: the format that this code reads; None: of a file without one.
+
+    Raises:
+        BadFile: it is missing, no JSON, or of another format.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{path} can't be read: {error}") from error
+    if version is None:
+        return content
+    if not isinstance(content, dict):
+        raise BadFile(f"{path} is damaged: it holds no JSON object")
+    if (found := content.pop("format", None)) != version:
+        raise BadFile(
+            f"{path} has format {found}, this version of cifd_clip reads format {version}: make it "
+            "again, or read it with the version that made it"
+        )
+    return content
+
+
+def write_tensors(
+    path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, see `writing` (safetensors' own would be private to its user)."""
+    from safetensors.torch import save
+
+    content = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_bytes(path, save(content, metadata))
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
