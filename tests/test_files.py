@@ -47,7 +47,7 @@ def test_another_format_is_refused_in_a_sentence_that_names_both(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(files.BadFile, match="run.json"):
+    with pytest.raises(files.BadFile, match=r"run\.json"):
         files.read_json(tmp_path / "run.json", version=1)
 
 
