@@ -1,0 +1,60 @@
+"""Runs and results → one self-contained HTML page, with Markdown and CSV beside it.
+
+Every figure comes from the files that are read (`runs`), and the same files give the same bytes.
+The report is one list of blocks (`page`, `paper`, `banks`), rendered twice (`blocks`, `table`).
+"""
+
+import argparse
+from pathlib import Path
+
+from eval.flags import command
+from training.errors import UsageError
+
+DESCRIPTION = """\
+Runs and results as one HTML page that needs no other file, with Markdown and CSV beside it.
+
+  python -m eval.report logs/teacher logs/bank logs/none logs/cifd -o report.html
+  python -m eval.report results/cifar100 -o cifar100.html
+
+A run directory brings its curves and its results (RUN/results); any other folder the results in it
+and in its runs/. The paper's tables that some result belongs to stand beside ours; runs that
+differ by their seed alone are one row. Written: OUT.html, OUT.md, OUT.csv (a line for each run)
+and, where the paper's tables appear, OUT.paper.csv."""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = command("eval.report", "RUN [...] [-o OUT.html] [--title TEXT]", DESCRIPTION)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", type=Path, help="run directories, folders of results")
+    add("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page")
+    add("--title", default="Controlled information flow", metavar="TEXT", help="of the page")
+    args = parser.parse_args(argv)
+    if args.out.suffix != ".html":
+        raise UsageError(f"--out '{args.out}': expected a name that ends in .html")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    """Entry point of ``python -m eval.report``."""
+    args = parse(argv)
+
+    from cifd_clip.files import write_text
+    from eval.report import blocks, page, paper
+    from eval.report.rows import records, rows
+    from eval.report.runs import read_sources
+
+    sources = read_sources(args.runs)
+    report = page.blocks(sources)
+    placed = paper.place(rows(sources))
+    texts = {
+        ".html": blocks.page(args.title, report),
+        ".md": blocks.markdown(report),
+        ".csv": records(rows(sources, pooled=False)).csv(),
+        **({".paper.csv": paper.records(placed).csv()} if placed else {}),
+    }
+    for suffix, text in texts.items():
+        write_text(args.out.with_suffix(suffix), text)
+    numbers = ", ".join(table.number for table in placed)
+    tables = f"; the paper's tables {numbers}" if placed else ""
+    print(f"{args.out}: {len(sources)} runs and folders{tables}")
