@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny import embeddings
 from training.clip import calibrate
 from training.clip.cache import write_shard
-from training.clip.flags import parser
+from training.clip.config import parser
 from training.data.index import Shard
 from training.errors import UsageError
 
