@@ -8,8 +8,9 @@ whole batch. Losses are computed in float32, outside autocast.
 import torch
 from torch import Tensor, nn
 
-from cifd_clip.losses import Features, World
-from cifd_clip.methods import Losses, Method, Report
+from cifd_clip.distributed import World
+from cifd_clip.losses import Features
+from cifd_clip.methods.base import Losses, Method, Report
 from cifd_clip.noise import Noise
 from cifd_clip.rdm import RDMBank
 from cifd_clip.student import Pooled, Student

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from cifd_clip import Noise, assistants
+from cifd_clip import Noise, with_assistants
 from cifd_clip.student import Pooled
 from eval.sections import contrastive_weight
 from trainers import CASES, SIZE, batch, gradients, prepare, trainer, worst
@@ -189,9 +189,8 @@ def test_the_flag_decides_what_an_assistant_teaches(form, home):
     made, noise, rows = trainer("cifd", home, "--rdm-output", form), Noise(5, 0), batch(ROWS)
     stage = made.stage
     teachers = stage.teachers(rows)
-    drawn, unit_norm = (noise if form == "noisy" else None), form != "raw"
-    wanted = assistants(stage.bank, teachers[0], 1.0, drawn, unit_norm)
-    for a, b in zip(stage.assisted(teachers, noise), [*teachers, *wanted], strict=True):
+    wanted = with_assistants(stage.bank, teachers, [1.0], noise, form)
+    for a, b in zip(stage.assisted(teachers, noise), wanted, strict=True):
         assert torch.equal(a.image, b.image) and torch.equal(a.text, b.text)
 
 

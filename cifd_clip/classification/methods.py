@@ -6,12 +6,14 @@ in who is on the list and which terms have a weight.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifd_clip import artefact
 from cifd_clip.bottleneck import InformationBottleneck
 from cifd_clip.classification.losses import (
     EMBEDDING_LOSSES,
@@ -20,8 +22,9 @@ from cifd_clip.classification.losses import (
     kl_per_sample,
 )
 from cifd_clip.classification.models import Classifier
-from cifd_clip.classification.rdm import ClassifyingRDMs, rdm_loss
+from cifd_clip.files import BadFile, read_json
 from cifd_clip.noise import Noise
+from cifd_clip.rdm import RDMBank, classifier_loss
 
 Losses = dict[str, Tensor]
 Report = dict[str, Tensor]
@@ -160,27 +163,27 @@ class RDMTraining(nn.Module):
     """Stage 1: all assistants of a teacher at once; they share no parameter.
 
     Args:
-        modules: the assistants.
+        bank: the assistants of a classifier.
         weights: λ_CE, λ_KL and τ of eq. (22), and the kind of embedding loss.
     """
 
     needs_images = False
     needs_embeddings = True
 
-    def __init__(self, modules: ClassifyingRDMs, weights: Weights):
+    def __init__(self, bank: RDMBank, weights: Weights):
         super().__init__()
-        self.modules_, self.weights = modules, weights
+        self.bank, self.weights = bank, weights
 
     def forward(
         self, images: None, labels: Tensor, teachers: list[TeacherOutput], noise: Noise
     ) -> tuple[Losses, Report]:
         """The losses of a batch: sums over assistants of eq. (22)'s terms."""
-        w, modules, (teacher,) = self.weights, self.modules_, teachers
-        width = len(modules.rates) * modules.channels
-        draws = noise.uniform("rdm", len(labels), width, labels.device)
-        output = modules(teacher.embedding, draws)
-        terms = rdm_loss(
-            modules,
+        w, (teacher,) = self.weights, teachers
+        output = self.bank.image(
+            teacher.embedding, self.bank.draws(noise, "image", teacher.embedding)
+        )
+        terms = classifier_loss(
+            self.bank.image,
             output,
             teacher.embedding,
             teacher.logits,
@@ -198,7 +201,7 @@ class RDMTraining(nn.Module):
 
     def measure(self, images: Tensor | None, labels: Tensor, teachers: list) -> Report:
         """Per-sample values (K, B): accuracy, and bits with rounding."""
-        output = self.modules_(teachers[0].embedding, None)
+        output = self.bank.image(teachers[0].embedding, None)
         return {**accuracy(output.logits, labels), "bits": output.nats / math.log(2)}
 
 
@@ -239,6 +242,44 @@ class Paraphraser(nn.Module):
         target = teachers[0].embedding.float() * self.scale
         reconstruction = self.decoder(self.encoder(target))
         return {"distortion": (reconstruction - target).square().mean(-1)}
+
+    def save(self, folder: Path, teacher: dict[str, Any]) -> None:
+        """Write ``config.json`` and ``paraphraser.safetensors``, see `cifd_clip.artefact`.
+
+        Args:
+            folder: where.
+            teacher: identity of the teacher: ``model``, a name, and ``weights``, their hash.
+        """
+        shape = {"dim": self.dim, "factors": self.factors, "scale": self.scale}
+        artefact.save(self, {"teacher": teacher, **shape}, folder, "paraphraser.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, teacher: dict[str, Any]) -> "Paraphraser":
+        """A frozen paraphraser.
+
+        Raises:
+            FileNotFoundError: there is none in the folder.
+            BadFile: a file of it is damaged, or its weights are not finite.
+            ValueError: it belongs to another teacher than ``teacher``.
+        """
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise FileNotFoundError(f"{folder} holds no paraphraser ({config_file} is missing)")
+        config = read_json(config_file, artefact.FORMAT)
+        try:
+            valid = (
+                isinstance(config["teacher"]["weights"], str)
+                and artefact.is_count(config["dim"], artefact.MAX_WIDTH)
+                and artefact.is_count(config["factors"], artefact.MAX_WIDTH)
+                and artefact.is_positive(config["scale"])
+            )
+        except (KeyError, TypeError):
+            valid = False
+        if not valid:
+            raise BadFile(f"{config_file} is damaged: it describes no paraphraser")
+        artefact.check_teacher(f"the paraphraser in {folder}", config["teacher"], teacher)
+        shape = config["dim"], config["factors"], config["scale"]
+        return artefact.load(lambda: cls(*shape), folder / "paraphraser.safetensors")
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Report:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from cifd_clip.artefact import FORMS
 from cifd_clip.classification.losses import EMBEDDING_LOSSES
 from cifd_clip.classification.models import NAMES
-from cifd_clip.classification.rdm import FORMS
 from training.classifier.cifar import AUGMENTATIONS
 from training.clip.flags import _Help, _Parser
 from training.errors import UsageError

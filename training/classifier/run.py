@@ -25,8 +25,8 @@ from cifd_clip.classification.methods import (
     Weights,
 )
 from cifd_clip.classification.models import build
-from cifd_clip.classification.rdm import ClassifyingRDMs, unit_scale
 from cifd_clip.noise import derive_seed
+from cifd_clip.rdm import RateDistortionModules, RDMBank, unit_scale
 from training.classifier.cifar import (
     VIEWS,
     Batches,
@@ -45,7 +45,6 @@ from training.classifier.teachers import (
     load_paraphraser,
     load_rdms,
     load_teacher,
-    save_paraphraser,
     save_weights,
 )
 from training.classifier.trainer import Source, Trainer, evaluate, train
@@ -236,11 +235,11 @@ def assemble(
         if args.method == "paraphraser":
             task = Paraphraser(width, args.factors or width // 2, scale, generator)
         else:
-            modules = ClassifyingRDMs(
-                args.rates, width, table.classes, args.rdm_form, args.rdm_hidden,
-                scale, teachers[0].hash, generator,
+            bank = RDMBank(
+                teachers[0].identity, args.rates, width, args.rdm_hidden, classes=table.classes,
+                form=args.rdm_form, scale=scale, generator=generator,
             )  # fmt: skip
-            task = RDMTraining(modules, weights)
+            task = RDMTraining(bank, weights)
     else:
         student = build(args.model, table.classes, table.side, generator)
         paraphraser = None
@@ -251,7 +250,7 @@ def assemble(
     return live, source, task.to(device, memory_format=torch.channels_last)
 
 
-def _picked(args: Namespace, rdms: ClassifyingRDMs) -> list[int]:
+def _picked(args: Namespace, rdms: RateDistortionModules) -> list[int]:
     missing = [r for r in args.rates or [] if r not in rdms.rates]
     if missing:
         there = ", ".join(f"{rate:g}" for rate in rdms.rates)
@@ -344,13 +343,13 @@ def finish(
         },
     }
     if args.method == "rdm":
-        task.modules_.save(path)
+        task.bank.save(path / "bank")
         for i, rate in enumerate(args.rates):
             one = {k: m and {n: v[i] for n, v in m.items()} for k, m in measured.items()}
             entry = {**result, **one, "role": "rdm", "rate": rate}
             directory.write_json(f"result_R{rate:g}.json", entry)
     elif args.method == "paraphraser":
-        save_paraphraser(path, task, teachers[0])
+        task.save(path / "paraphraser", teachers[0].identity)
         directory.write_json("result.json", {**result, **measured, "role": "paraphraser"})
     else:
         save_weights(path, "model", task.student)

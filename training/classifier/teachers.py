@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cifd_clip.classification.methods import Paraphraser, TeacherOutput
 from cifd_clip.classification.models import STOCK, Classifier, build, stock_state
-from cifd_clip.classification.rdm import ClassifyingRDMs
+from cifd_clip.rdm import RateDistortionModules, RDMBank
 from training.classifier import cifar, imagenet
 from training.classifier.cifar import VIEWS, Batch, Table, mirrored
 from training.clip.cache import file_hash
@@ -42,6 +42,11 @@ class Teacher:
     hash: str
     holdout: int | None
     data: str | None
+
+    @property
+    def identity(self) -> dict:
+        """What an RDM bank or a paraphraser of this teacher must match."""
+        return {"model": self.name, "weights": self.hash}
 
 
 def save_weights(directory: Path, name: str, module: nn.Module) -> None:
@@ -106,40 +111,24 @@ def check_unseen(place: str, kept: int, holdout: int) -> None:
         )
 
 
-def load_rdms(run: Path, teacher: Teacher, holdout: int = 0) -> ClassifyingRDMs:
+def load_rdms(run: Path, teacher: Teacher, holdout: int = 0) -> RateDistortionModules:
     """The assistants of a finished ``--method rdm`` run that has not seen what is held out."""
     config = _finished("--rdm-bank", run)
     check_unseen(f"--rdm-bank {run}", config["holdout"], holdout)
     try:
-        return ClassifyingRDMs.load(run, teacher.hash)
+        return RDMBank.load(run / "bank", teacher.identity).image
     except (FileNotFoundError, ValueError) as problem:
         raise UsageError(f"--rdm-bank: {problem}") from None
-
-
-def save_paraphraser(directory: Path, paraphraser: Paraphraser, teacher: Teacher) -> None:
-    """Write the weights and what `load_paraphraser` needs besides."""
-    save_weights(directory, "paraphraser", paraphraser)
-    config = {
-        "dim": paraphraser.dim,
-        "factors": paraphraser.factors,
-        "scale": paraphraser.scale,
-        "teacher": teacher.hash,
-    }
-    (directory / "paraphraser.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_paraphraser(run: Path, teacher: Teacher, holdout: int = 0) -> Paraphraser:
     """The one of a finished ``--method paraphraser`` run that has not seen what is held out."""
     trained = _finished("--paraphraser", run)
     check_unseen(f"--paraphraser {run}", trained["holdout"], holdout)
-    if not (run / "paraphraser.json").is_file():
-        raise UsageError(f"--paraphraser {run} is no run of --method paraphraser")
-    config = json.loads((run / "paraphraser.json").read_text())
-    if config.pop("teacher") != teacher.hash:
-        raise UsageError(f"--paraphraser {run} was trained on another teacher than --teacher")
-    paraphraser = Paraphraser(**config)
-    paraphraser.load_state_dict(load_file(run / "paraphraser.safetensors"))
-    return paraphraser.requires_grad_(False).eval()
+    try:
+        return Paraphraser.load(run / "paraphraser", teacher.identity)
+    except (FileNotFoundError, ValueError) as problem:
+        raise UsageError(f"--paraphraser: {problem}") from None
 
 
 def _finished(flag: str, run: Path) -> dict:
@@ -172,7 +161,7 @@ class LiveTeachers(nn.Module):
     def __init__(
         self,
         models: list[Classifier],
-        rdms: ClassifyingRDMs | None = None,
+        rdms: RateDistortionModules | None = None,
         picked: list[int] | None = None,
         weights: list[float] | None = None,
         embeddings: bool = True,

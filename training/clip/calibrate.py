@@ -29,6 +29,7 @@ from cifd_clip import Noise, RDMBank, RDMTask
 from cifd_clip.noise import derive_seed
 from training.clip.cache import MODALITIES, file_hash, read_config, shard_name
 from training.clip.flags import _defaults, parser
+from training.clip.stages import bank_widths
 from training.data.index import index_shards
 from training.engine.control import start_processes
 from training.engine.optim import make_optimizer, make_schedule
@@ -252,7 +253,11 @@ def train_sweep(args: Namespace, pairs: Pairs, rows: Tensor, teacher: dict) -> R
     device = pairs.image.device
     generator = torch.Generator().manual_seed(derive_seed(args.seed, "bank"))
     bank = RDMBank(
-        teacher, args.sweep, teacher["dim"], args.rdm_hidden, args.rdm_channels, generator
+        teacher,
+        args.sweep,
+        teacher["dim"],
+        bank_widths(args, teacher["dim"]),
+        generator=generator,
     )
     task = RDMTask(bank).to(device).train()
     optimizer = make_optimizer(args, task)

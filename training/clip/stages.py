@@ -14,10 +14,19 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from cifd_clip import METHODS, DistillationTask, RDMBank, RDMTask, Student, Task, Teacher, World
+from cifd_clip import (
+    METHODS,
+    DistillationTask,
+    RDMBank,
+    RDMTask,
+    Student,
+    Task,
+    Teacher,
+    World,
+    with_assistants,
+)
 from cifd_clip.losses import Features
 from cifd_clip.noise import Noise, derive_seed
-from cifd_clip.teacher import assistants
 from training.clip.cache import CachedTeachers
 from training.clip.flags import teacher_names
 from training.clip.models import (
@@ -185,9 +194,8 @@ class RDMStage(Stage):
             self.source.identities[0],
             args.rates,
             self.source.dims[0],
-            args.rdm_hidden,
-            args.rdm_channels,
-            torch.Generator().manual_seed(derive_seed(args.seed, "bank")),
+            bank_widths(args, self.source.dims[0]),
+            generator=torch.Generator().manual_seed(derive_seed(args.seed, "bank")),
         )
         self.rates = self.bank.rates
         self.task = RDMTask(self.bank).to(device)
@@ -247,11 +255,9 @@ class StudentStage(Stage):
     def assisted(self, teachers: list[Features], noise: Noise | None) -> list[Features]:
         if self.bank is None:
             return teachers
-        drawn = noise if self.rdm_output == "noisy" else None
-        unit_norm = self.rdm_output != "raw"
-        first, space = teachers[0], self.own_space
-        found = assistants(self.bank, first, self.lambda_n, drawn, unit_norm, space)
-        return teachers + found
+        return with_assistants(
+            self.bank, teachers, [self.lambda_n], noise, self.rdm_output, self.own_space
+        )
 
     def payload(self) -> dict[str, Any]:
         """``state_dict`` is what ships; with an average, what trains lies under ``training``."""
@@ -293,16 +299,26 @@ def make_task(
         "lambda_cl": args.lambda_cl,
         "lambda_i": args.lambda_i,
         "ibm": not args.no_ibm,
-        "ibm_contrastive": args.ibm_branch == "all",
-        "shared_projector": args.projector != "separate",
+        "ibm_site": args.ibm_site,
+        "ibm_branch": args.ibm_branch,
+        "projector": args.projector,
         "lambda_kd": args.lambda_kd,
         "lambda_fd": args.lambda_fd,
         "lambda_crd": args.lambda_crd,
         "lambda_icl": args.lambda_icl,
     }
-    weights = {name: float(chosen[name]) for name in method.defaults}
+    declared = {option.name for option in method.declaration.options}
+    options = {name: value for name, value in chosen.items() if name in declared}
+    if args.distill != "cifd":
+        options.pop("ibm", None)
     generator = torch.Generator().manual_seed(derive_seed(args.seed, "method"))
-    return DistillationTask(student, method(student, teacher_dims, weights, generator), world)
+    return DistillationTask(student, method(student, teacher_dims, options, generator), world)
+
+
+def bank_widths(args: Namespace, dim: int) -> tuple[int, int, int]:
+    """Widths of the hidden layers of ``--rdm-hidden`` and ``--rdm-channels``."""
+    hidden = args.rdm_hidden or dim
+    return hidden, args.rdm_channels or dim, hidden
 
 
 def make_teachers(

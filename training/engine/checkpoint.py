@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from cifd_clip.losses import World
+from cifd_clip import World
 from training.engine.control import gathered
 from training.errors import Failure
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from open_clip_train.distributed import init_distributed_device
 
-from cifd_clip.losses import World
+from cifd_clip import World
 from training.errors import UsageError
 
 #: Exit code of a run that was asked to stop and saved itself: start it again with --resume latest.
