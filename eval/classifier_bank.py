@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR100
 
+from cifd_clip.artefact import BANK_WEIGHTS, read_bank_config
 from eval import metrics
 from eval.bank import embedding_map
 from eval.benchmark import write_once
@@ -114,22 +115,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=workers, help="processes that decode images")
     parser.add_argument("--out", type=Path, help="the file to write (default: in RUN/results/bank)")
     args = parser.parse_args(argv)
-    if not (args.bank / "rdm.json").is_file():
+    if not (args.bank / "bank" / "config.json").is_file():
         raise UsageError(f"'{args.bank}' is no finished run of training.classify --method rdm")
     config = json.loads((args.bank / "config.json").read_text())
     args.dataset = config["dataset"]
     out = args.out or args.bank / "results" / "bank" / f"{args.dataset}_test.json"
-    rdm = json.loads((args.bank / "rdm.json").read_text())
+    rdm = read_bank_config(args.bank / "bank")
     table = load_split(args, "test")
     if isinstance(table, PhotoTable):
         trained = json.loads((args.bank / "data.json").read_text())["train"]
         check_classes(args.data, table, trained.get("classes"), rdm["classes"])
-    weights = hashlib.sha256((args.bank / "rdm.safetensors").read_bytes()).hexdigest()
+    weights = hashlib.sha256((args.bank / "bank" / BANK_WEIGHTS).read_bytes()).hexdigest()
     if out.exists():
         asked = {
             "data set": args.dataset,
             "test images": table.hash,
-            "teacher": rdm["teacher"],
+            "teacher": rdm["teacher"]["weights"],
             "rates": rdm["rates"],
             "seed": config["seed"],
             "weights": weights,

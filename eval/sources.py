@@ -6,12 +6,19 @@ from functools import cache
 from pathlib import Path
 
 from eval.tables import Row, Run, add_result, common_name, shortfall
-from training.engine.config import free_to_change
 from training.clip.config import Config
+from training.engine.config import free_to_change
 from training.errors import UsageError
 
 #: What may differ between the runs of one setting besides what may differ within one run.
-SEEDED = free_to_change(Config) | {"seed", "view_seed", "name", "rdm_bank", "teacher", "paraphraser"}
+SEEDED = free_to_change(Config) | {
+    "seed",
+    "view_seed",
+    "name",
+    "rdm_bank",
+    "teacher",
+    "paraphraser",
+}
 
 #: In the order of their lines.
 METHODS = ("none", "kd", "ft", "takd", "dgkd", "cifd")

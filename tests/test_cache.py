@@ -12,8 +12,8 @@ import torch
 import training.clip.stages
 from runs import assert_bit_equal, final, lines
 from training.cache_teacher import main as write_cache
-from training.main import main
 from training.errors import Failure, UsageError
+from training.main import main
 
 ROOT = Path(__file__).parents[1]
 

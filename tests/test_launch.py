@@ -15,9 +15,9 @@ import torch.multiprocessing as mp
 
 from cifd_clip import World
 from runs import ROOT, final, lines
-from training.main import main
 from training.engine.control import STOPPED_EXIT, barrier
 from training.errors import Failure
+from training.main import main
 
 
 def launch(

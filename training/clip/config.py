@@ -260,7 +260,9 @@ def parser(
     compatible = p.add_argument_group("as OpenCLIP's, without effect")
     for name in ALWAYS_ON:
         compatible.add_argument(name, action="store_true", help="always on")
-    compatible.add_argument("--dataset-type", choices=("webdataset", "auto"), help="always webdataset")
+    compatible.add_argument(
+        "--dataset-type", choices=("webdataset", "auto"), help="always webdataset"
+    )
     return p
 
 
