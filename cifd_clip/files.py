@@ -113,6 +113,36 @@ def write_tensors(
     write_bytes(path, save(content, metadata))
 
 
+def read_tensors(path: Path, expected: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """The tensors of a safetensors file.
+
+    Args:
+        path: where.
+        expected: tensors (on the meta device, say) of the same names, shapes and types: no more
+            than they need is allocated, whatever the file says.
+
+    Raises:
+        BadFile: it is missing or damaged, holds other tensors, or a value that is not finite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            if shapes != {name: tuple(tensor.shape) for name, tensor in expected.items()}:
+                raise BadFile(f"{path} holds other tensors than those its configuration describes")
+            tensors = {name: file.get_tensor(name) for name in shapes}
+    except (OSError, SafetensorError) as error:
+        raise BadFile(f"{path} can't be read: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype != expected[name].dtype:
+            raise BadFile(f"{path}: {name} is {tensor.dtype}, expected {expected[name].dtype}")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise BadFile(f"{path}: {name} holds values that are not finite")
+    return tensors
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     digest = sha256()

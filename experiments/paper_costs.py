@@ -10,8 +10,8 @@ import torch
 import torchvision
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from cifd_clip import RDMBank
 from cifd_clip.classification.models import SIMPLE_CNNS, simple_cnn
-from cifd_clip.classification.rdm import ClassifyingRDMs
 from eval.cost import macs
 from eval.cost.macs import Count
 from eval.cost.stages import FROZEN, TRAINED
@@ -56,7 +56,8 @@ def classifier(name: str, size: int) -> Count:
 def classifying_rdm(dim: int, classes: int, form: str) -> Count:
     """One RDM with its classifier: forward MACs per embedding."""
     with torch.device("meta"):
-        module = ClassifyingRDMs([1.0], dim, classes, form).requires_grad_(False)
+        bank = RDMBank({}, [1.0], dim, classes=classes, form=form, scale=1.0)
+        module = bank.image.requires_grad_(False)
         forward = macs.count_macs(module, torch.empty(1, dim), None)
     return Count(forward, macs.parameters(module))
 

@@ -11,7 +11,7 @@ PROJECT = {"cifd_clip", "training", "eval", "demo", "benchmarks", "tests"}
 ALLOWED = {
     "cifd_clip": set(),
     "training": {"cifd_clip"},
-    # training.clip.flags: what a recipe costs depends on how training reads it;
+    # training.clip.config: what a recipe costs depends on how training reads it;
     # training.classifier…: a classifier's RDMs are measured on the images and with the teachers as
     # training reads them;
     # training.clip.models: model configs are read, and weights refused, as in training
@@ -22,7 +22,7 @@ ALLOWED = {
         "training.clip.models.add_model_configs",
         "training.clip.models.check_weights",
         "training.clip.models.images_of",
-        "training.clip.flags",
+        "training.clip.config",
         "training.classifier.run.load_split",
         "training.classifier.cifar",
         "training.classifier.imagenet",

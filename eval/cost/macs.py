@@ -128,8 +128,9 @@ def head(
         cut = Student(build_clip(student, **dict(options)).requires_grad_(False))
         own = rdms if projector == "each" else 0
         dims = [*teacher_dims, *teacher_dims[:1] * own]
-        shared = {"shared_projector": float(projector != "separate")}
-        module = METHODS[method](cut, dims, shared).requires_grad_(False)
+        declared = {option.name for option in METHODS[method].declaration.options}
+        chosen = {"projector": projector} if "projector" in declared else {}
+        module = METHODS[method](cut, dims, chosen).requires_grad_(False)
         widths = cut.widths
         pooled = _pooled(rows, widths)
         teachers = [_features(rows, dim, space) for space, dim in enumerate(dims)]
@@ -143,7 +144,8 @@ def head(
 def bank(rates: int, dim: int, hidden: int | None = None, channels: int | None = None) -> Count:
     """An RDM bank, both modalities and all rates: forward MACs per pair of embeddings."""
     with torch.device("meta"):
-        module = RDMBank({}, [1.0] * rates, dim, hidden, channels).requires_grad_(False)
+        widths = (hidden or dim, channels or dim, hidden or dim)
+        module = RDMBank({}, [1.0] * rates, dim, widths).requires_grad_(False)
         embeddings = torch.empty(BATCH, dim)
         macs = count_macs(module, embeddings, embeddings, None)
     return Count(macs / BATCH, parameters(module))
