@@ -1,17 +1,16 @@
-"""``python -m eval.bank``: what banks of RDMs keep of their teachers, of CLIP and of classifiers.
+"""``python -m eval.bank``: what banks of RDMs keep of their teachers, CLIPs and classifiers."""
 
-What is measured is in `eval.reconstruct`; this is the command.
-"""
-
-import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.flags import add_data_flags, add_forward_flags, command, find_device
+from eval.flags import DataConfig, ForwardConfig
 from eval.result import GapRecord, attempt, file_name
 from training.engine import result
+from training.engine.flags import Parser, check_ranges, construct, flag
 from training.errors import cli
 
 if TYPE_CHECKING:
@@ -29,30 +28,48 @@ CLIP the mean of teacher and RDMs is measured too. Written to RUN/results/bank, 
 bits and, for classification, a t-SNE map of ten classes; eval.report draws them."""
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+@dataclass(frozen=True)
+class BankConfig:
+    """Which banks, and where results go."""
+
+    runs: tuple[str, ...] = ()
+    teacher: str = flag("", "of CLIP: a model folder or NAME:WEIGHTS [the run's]", metavar="MODEL")
+    model_config: tuple[str, ...] = flag((), "of a NAME that OpenCLIP lacks", metavar="FILE.json")
+    out: str = flag("", "folder of results [RUN/results]", metavar="DIR")
+
+
+@dataclass(frozen=True)
+class ImagesConfig:
+    """What a classifier's bank is measured on."""
+
+    data: str = flag("", "its images, as for training.classify", metavar="DIR")
+
+
+@dataclass(frozen=True)
+class Config(BankConfig, DataConfig, ImagesConfig, ForwardConfig):
     """The command line."""
-    p = command(
-        "eval.bank", "RUN [...] [--data-root DIR --datasets NAME ... | --data DIR]", DESCRIPTION
-    )
-    bank = p.add_argument_group("banks")
-    bank.add_argument(
-        "runs", nargs="+", metavar="RUN", type=Path, help="runs with a bank, or banks"
-    )
-    bank.add_argument(
-        "--teacher", metavar="MODEL", help="of CLIP: a model folder or NAME:WEIGHTS [the run's]"
-    )
-    bank.add_argument(
-        "--model-config", nargs="+", default=[], metavar="FILE", help="of a NAME OpenCLIP lacks"
-    )
-    add_data_flags(p.add_argument_group("data of a CLIP bank"), required=False)
-    p.add_argument_group("data of a classifier's bank").add_argument(
-        "--data", type=Path, metavar="DIR", help="the images, as for training.classify"
-    )
-    add_forward_flags(p.add_argument_group("computation"))
-    p.add_argument_group("results").add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of results [RUN/results]"
-    )
-    return p.parse_args(argv)
+
+
+GROUPS = (
+    ("banks and results", BankConfig),
+    ("data of a CLIP bank", DataConfig),
+    ("data of a classifier's bank", ImagesConfig),
+    ("computation", ForwardConfig),
+)
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """What a command line says.
+
+    Raises:
+        UsageError: a flag is wrong.
+    """
+    usage = "RUN [...] [--data-root DIR --datasets NAME [...]] [--data DIR] [flags]"
+    parser = Parser("python -m eval.bank", DESCRIPTION, f"python -m eval.bank {usage}", GROUPS)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="runs with banks, or banks")
+    config = construct(Config, parser.given(argv))
+    check_ranges(config)
+    return config
 
 
 def measure_once(bank: "Bank", dataset: str) -> str:
@@ -62,8 +79,8 @@ def measure_once(bank: "Bank", dataset: str) -> str:
         Gap: it can't be measured.
     """
     data = bank.open(dataset)
-    parts = [data.name, data.split, bank.name]
-    path = bank.out / "bank" / file_name(parts, bank.identity(data))
+    name = file_name([data.name, data.split, bank.name], bank.identity(data))
+    path = bank.out / "bank" / name
     if path.exists():
         return f"measured already, skipped ({path})"
     measured = bank.measure(data)
@@ -75,17 +92,14 @@ def measure_once(bank: "Bank", dataset: str) -> str:
 
 def main(argv: list[str]) -> int:
     """Entry point of ``python -m eval.bank``; 1 when a data set could not be evaluated."""
-    args = parse(argv)
+    config = parse(argv)
 
     from eval import models, reconstruct
-    from eval.embed import Forward
 
-    models.add_configs(args.model_config)
-    device = find_device(args.device)
-    forward = Forward(device, args.precision, args.batch_size, args.workers)
+    models.add_configs(config.model_config)
     gaps = 0
-    for path in args.runs:
-        bank = reconstruct.load(path, args, forward)
+    for run in config.runs:
+        bank = reconstruct.load(Path(run), config)
         for dataset in bank.datasets:
             gap = GapRecord(dataset=dataset, model=bank.name, weights=bank.weights)
             gaps += not attempt(bank.out, bank.split, gap, partial(measure_once, bank, dataset))

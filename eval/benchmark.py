@@ -1,14 +1,10 @@
-"""``python -m eval.benchmark``: zero-shot evaluation of models on data sets, offline.
+"""``python -m eval.benchmark``: zero-shot evaluation of models on data sets, offline."""
 
-Class names, templates and metrics are clip_benchmark's, and so is the result's JSON. Processes of
-torchrun or srun share the evaluations, as do the jobs of an array with --part.
-"""
-
-import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
 from itertools import groupby, product
@@ -16,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from eval import datasets
-from eval.flags import add_data_flags, add_forward_flags, command, find_device
+from eval.flags import DataConfig, ForwardConfig, find_device
 from eval.result import GapRecord, attempt, file_name
 from training.engine import result
-from training.errors import cli
+from training.engine.flags import Parser, check_ranges, construct, flag
+from training.errors import UsageError, cli
 
 if TYPE_CHECKING:
-    from eval.embed import Classifiers, Forward
+    from eval.embed import Classifiers
 
 DESCRIPTION = """\
 Zero-shot evaluation of models on data sets that are on this disk; nothing is downloaded.
@@ -36,39 +33,59 @@ clip_benchmark's JSON; their names hold what was evaluated, so none is overwritt
 evaluation is skipped. Processes of torchrun or srun share the work."""
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is evaluated."""
+
+    models: tuple[str, ...] = ()
+    model_config: tuple[str, ...] = flag((), "of NAMEs that OpenCLIP lacks", metavar="FILE.json")
+
+
+@dataclass(frozen=True)
+class OutConfig:
+    """Which results are made, and where they go."""
+
+    out: str = flag("", "folder of results [RUN/results, or results]", metavar="DIR")
+    part: str = flag("1/1", "only the I-th of N equal parts of the evaluations", metavar="I/N")
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """(I, N), from 1.
+
+        Raises:
+            UsageError: ``--part`` is not I/N.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", self.part)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(f"--part '{self.part}': expected I/N with 1 <= I <= N, such as 1/4")
+        return int(match[1]), int(match[2])
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig, DataConfig, ForwardConfig, OutConfig):
     """The command line."""
-    p = command("eval.benchmark", "MODEL [...] --data-root DIR --datasets NAME [...]", DESCRIPTION)
-    what = p.add_argument_group("models and data")
-    what.add_argument(
-        "models",
-        nargs="+",
-        metavar="MODEL",
-        help="a run, a checkpoint, a model folder, or NAME[:PRETRAINED] of OpenCLIP",
-    )
-    what.add_argument(
-        "--model-config", nargs="+", default=[], metavar="FILE", help="of NAMEs OpenCLIP lacks"
-    )
-    add_data_flags(what)
-    add_forward_flags(p.add_argument_group("computation"))
-    where = p.add_argument_group("results")
-    where.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder of results [RUN/results, or results]",
-    )
-    where.add_argument(
-        "--part", type=_part, default=(1, 1), metavar="I/N", help="only the I-th of N equal parts"
-    )
-    return p.parse_args(argv)
 
 
-def _part(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"'{text}': expected I/N with 1 <= I <= N, e.g. 1/4")
-    return int(match[1]), int(match[2])
+def parse(argv: Sequence[str]) -> Config:
+    """What a command line says.
+
+    Raises:
+        UsageError: a flag is wrong or missing.
+    """
+    groups = (("models", ModelConfig), ("data", DataConfig), ("computation", ForwardConfig))
+    parser = Parser(
+        "python -m eval.benchmark",
+        DESCRIPTION,
+        "python -m eval.benchmark MODEL [...] --data-root DIR --datasets NAME [...] [flags]",
+        (*groups, ("results", OutConfig)),
+    )
+    help = "a run, a checkpoint, a model folder, or NAME[:PRETRAINED] of OpenCLIP"
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=help)
+    config = construct(Config, parser.given(argv))
+    check_ranges(config)
+    config.check()
+    _ = config.parts
+    return config
 
 
 class Place(NamedTuple):
@@ -94,29 +111,34 @@ def share(items: Sequence, number: int, of: int) -> Sequence:
     return items[len(items) * (number - 1) // of : len(items) * number // of]
 
 
-def run(args: argparse.Namespace, forward: "Forward", place: Place) -> int:
+def run(config: Config, place: Place) -> int:
     """Evaluate this process's share of models on data sets; how many could not be."""
     from eval import models
-    from eval.embed import Classifiers
+    from eval.embed import Classifiers, Forward
 
-    root = datasets.check_root(args.data_root)
+    models.add_configs(config.model_config)
+    device = find_device(config.device, place.local_rank)
+    forward = Forward(device, config.precision, config.batch_size, config.workers)
+    root = datasets.check_root(Path(config.data_root))
     # Opened and fingerprinted once for all models.
-    opened = cache(lambda name: datasets.open_folder(root, name, args.split))
-    pairs = list(product(dict.fromkeys(args.models), datasets.names(args.datasets)))
-    pairs = share(share(pairs, *args.part), place.rank + 1, place.size)
+    opened = cache(lambda name: datasets.open_folder(root, name, config.split))
+    pairs = list(product(dict.fromkeys(config.models), datasets.names(config.datasets)))
+    pairs = share(share(pairs, *config.parts), place.rank + 1, place.size)
     gaps = 0
     for spec, of_model in groupby(pairs, key=lambda pair: pair[0]):
-        model = models.load(spec, forward.device)
+        model = models.load(spec, device)
         classifiers = Classifiers(model, forward)
-        out = args.out or (model.run / "results" if model.run else Path("results"))
+        out = Path(config.out or (model.run / "results" if model.run else "results"))
         for _, name in of_model:
             gap = GapRecord(dataset=name, model=model.name, weights=model.weights)
-            evaluate = partial(evaluate_once, out, partial(opened, name), classifiers, forward)
-            gaps += not attempt(out, args.split, gap, evaluate)
+            evaluate = partial(evaluate_once, out, partial(opened, name), classifiers)
+            gaps += not attempt(out, config.split, gap, evaluate)
     return gaps
 
 
-def evaluate_once(out: Path, opened, classifiers: "Classifiers", forward: "Forward") -> str:
+def evaluate_once(
+    out: Path, open_folder: Callable[[], datasets.Folder], classifiers: "Classifiers"
+) -> str:
     """Write the result of a model on a data set, unless it is there; a line about it.
 
     Raises:
@@ -124,13 +146,12 @@ def evaluate_once(out: Path, opened, classifiers: "Classifiers", forward: "Forwa
     """
     from eval import zeroshot
 
-    folder, model = opened(), classifiers.model
+    folder, model, forward = open_folder(), classifiers.model, classifiers.forward
     identity = zeroshot.identity(model, folder, forward.precision)
-    parts = [folder.name, folder.split, model.name, model.weights[:10]]
-    path = out / file_name(parts, identity)
+    path = out / file_name([folder.name, folder.split, model.name, model.weights[:10]], identity)
     if path.exists():
         return f"evaluated already, skipped ({path})"
-    found, examples = zeroshot.evaluate(model, folder, classifiers, forward)
+    found, examples = zeroshot.evaluate(model, folder, classifiers)
     if examples:
         result.write(out / "examples" / path.name, examples)
     result.write(path, found)
@@ -142,22 +163,16 @@ def evaluate_once(out: Path, opened, classifiers: "Classifiers", forward: "Forwa
 
 def main(argv: list[str]) -> int:
     """Entry point of ``python -m eval.benchmark``; 1 when a data set could not be evaluated."""
-    args, place = parse(argv), Place.of_process()
+    config, place = parse(argv), Place.of_process()
 
     import torch.distributed as dist
 
-    from eval import models
-    from eval.embed import Forward
-
-    models.add_configs(args.model_config)
-    device = find_device(args.device, place.local_rank)
     # torchrun, and srun --wait, end the others soon after one has ended: all wait for the last.
     wait = place.size > 1 and "MASTER_ADDR" in os.environ
     if wait:
-        dist.init_process_group(
-            "gloo", rank=place.rank, world_size=place.size, timeout=timedelta(days=30)
-        )
-    gaps = run(args, Forward(device, args.precision, args.batch_size, args.workers), place)
+        month = timedelta(days=30)
+        dist.init_process_group("gloo", rank=place.rank, world_size=place.size, timeout=month)
+    gaps = run(config, place)
     if gaps:
         print(f"{gaps} evaluations are gaps; each is named above", file=sys.stderr)
     if wait:

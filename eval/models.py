@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cifd_clip.teacher import weights_hash
-from eval.result import run_config
 from training.clip.models import add_model_configs, check_weights, images_of
+from training.engine.run import read_run
 from training.errors import UsageError
 
 CONFIG = "open_clip_config.json"
@@ -160,7 +160,7 @@ def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
             f"'{spec}': a checkpoint outside a run directory does not say its architecture; "
             f"write NAME:{spec} with an OpenCLIP model name"
         )
-    config = run_config(run)
+    config = read_run(run)
     add_run_configs(f"'{spec}'", config)
     options = {name: config[name] for name in MODEL_FLAGS if config[name]}
     if len(size := config["force_image_size"] or ()) == 1:

@@ -4,9 +4,7 @@ A bank of CLIP stands in for both towers, a classifier's for the features under 
 way, rounding takes the place of noise, as in stage 2.
 """
 
-import json
 import math
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,39 +17,47 @@ from torch import Tensor
 from torchvision.datasets import CIFAR100
 
 from cifd_clip import RDMBank
+from cifd_clip.artefact import read_bank_config
 from cifd_clip.teacher import weights_hash
 from eval import datasets, metrics, models, zeroshot
+from eval.bank import Config
 from eval.datasets import Folder
 from eval.embed import Forward, embed_images, embed_texts
-from eval.models import Evaluated
-from eval.result import run_config
-from training.classifier.cifar import Table
-from training.classifier.imagenet import PhotoTable, check_classes
-from training.classifier.run import load_split
-from training.classifier.teachers import EVALUATION_BATCH, LiveTeachers, load_rdms, load_teacher
-from training.clip.flags import bank_folder, holds_bank
+from eval.flags import find_device
+from training.classifier.cifar import Table, load_cifar100
+from training.classifier.imagenet import PhotoTable, check_classes, load_photos
+from training.classifier.teachers import (
+    EVALUATION_BATCH,
+    TeacherNetworks,
+    load_rdms,
+    load_teacher,
+)
+from training.engine.environment import origin
 from training.engine.result import BankResult, EmbeddingMap, Metrics, Provenance, Reconstruction
-from training.engine.run import origin
+from training.engine.run import bank_folder, holds_bank, read_run
 from training.errors import UsageError
 
 CLASSES, PER_CLASS = 10, 40  # of the t-SNE map
 
 
-def load(path: Path, args: Namespace, forward: Forward) -> "Bank":
+def load(path: Path, config: Config) -> "Bank":
     """The bank of a run, of either kind, with its teacher.
 
     Args:
         path: a run directory, or a bank's folder.
-        args: see `eval.bank.parse`.
-        forward: how the teacher is run.
+        config: see `eval.bank.parse`.
 
     Raises:
         UsageError: there is no bank, no data for it, no name of a teacher, or another teacher.
     """
-    in_run = (path / "config.json").is_file() and not holds_bank(path)
-    if in_run and "method" in run_config(path):
-        return ClassifierBank(path, args, forward)
-    return ClipBank(path, args, forward)
+    folder = bank_folder(path)
+    if not holds_bank(folder):
+        raise UsageError(
+            f"'{path}': expected a bank (bank.safetensors) or a run directory with bank/ or "
+            "rdm/bank/; train one with --distill rdm or --method rdm"
+        )
+    kind = ClipBank if read_bank_config(folder)["task"] == "clip" else ClassifierBank
+    return kind(folder.absolute(), config)
 
 
 class Bank:
@@ -60,23 +66,19 @@ class Bank:
     Attributes:
         name: the bank's run, for results.
         out: the folder of results.
-        datasets: what to measure on.
-        split: the split of each.
+        datasets, split: what to measure on.
         weights, teacher_weights: SHA-256 of the bank's and of the teacher's.
-        seed: of the bank's run.
-        source: what its teacher is called.
-        forward: how the teacher is run.
     """
 
-    name: str
-    out: Path
     datasets: list[str]
-    split: str
-    weights: str
     teacher_weights: str
-    seed: int | None
-    source: str
-    forward: Forward
+
+    def __init__(self, folder: Path, config: Config, bank: RDMBank, seed: int | None):
+        run = folder.parent
+        self.name = f"{run.parent.name}/rdm" if run.name == "rdm" else run.name
+        self.out = Path(config.out or run / "results")
+        self.split, self.seed = config.split, seed
+        self.rdms, self.weights = bank, weights_hash(bank)
 
     def identity(self, data: "Folder | Images") -> dict[str, Any]:
         """What the figures on a data set depend on."""
@@ -89,14 +91,14 @@ class Bank:
             "precision": self.forward.precision,
         }
 
-    def provenance(self, data: "Folder | Images", held: dict[str, int]) -> Provenance:
-        """Of a result on a data set."""
+    def provenance(self, data: "Folder | Images", source: str, **held: int) -> Provenance:
+        """Of a result on a data set; ``source`` is what the teacher is called."""
         return Provenance(
             **origin(),
             seed=self.seed,
             weights=self.weights,
             teachers=(self.teacher_weights,),
-            source=self.source,
+            source=source,
             data={data.split: data.fingerprint},
             held=held,
             precision=self.forward.precision,
@@ -108,28 +110,22 @@ class Bank:
 class ClipBank(Bank):
     """A bank of `training.main` on zero-shot data sets."""
 
-    def __init__(self, path: Path, args: Namespace, forward: Forward):
-        folder = bank_folder(path)
-        if not holds_bank(folder):
-            raise UsageError(
-                f"'{path}': expected a bank (bank.safetensors) or a run directory with bank/ or "
-                "rdm/bank/; train one with --distill rdm"
-            )
-        if not (args.data_root and args.datasets):
-            raise UsageError(f"'{path}' is a bank of CLIP: say --data-root DIR and --datasets NAME")
-        run = folder.absolute().parent
-        config = run_config(run) if (run / "config.json").is_file() else None
-        if args.out is None and config is None:
-            raise UsageError(f"'{path}': the bank is in no run directory; say --out DIR")
-        self.root = datasets.check_root(args.data_root)
-        self.model = models.load(args.teacher or _teacher_of(path, config), forward.device)
-        self.bank = _load_bank(path, folder, self.model).to(forward.device)
-        self.name = f"{run.parent.name}/rdm" if run.name == "rdm" else run.name
-        self.out = args.out or run / "results"
-        self.datasets, self.split = datasets.names(args.datasets), args.split
-        self.weights, self.teacher_weights = weights_hash(self.bank), self.model.weights
-        self.seed, self.source = config and config["seed"], self.model.source
-        self.forward = forward
+    def __init__(self, folder: Path, config: Config):
+        config.check()
+        run = read_run(folder.parent) if (folder.parent / "config.json").is_file() else None
+        if not (config.out or run):
+            raise UsageError(f"'{folder}': the bank is in no run directory; say --out DIR")
+        device = find_device(config.device)
+        self.forward = Forward(device, config.precision, config.batch_size, config.workers)
+        self.root = datasets.check_root(Path(config.data_root))
+        self.model = models.load(config.teacher or _teacher_of(folder, run), device)
+        identity = {"model": self.model.name, "weights": self.model.weights}
+        try:
+            bank = RDMBank.load(folder, identity).to(device)
+        except ValueError as error:
+            raise UsageError(f"'{folder}': {error}; name the bank's own with --teacher") from error
+        super().__init__(folder, config, bank, run and run["seed"])
+        self.datasets, self.teacher_weights = datasets.names(config.datasets), self.model.weights
 
     def open(self, dataset: str) -> Folder:
         """One of the data sets."""
@@ -143,10 +139,10 @@ class ClipBank(Bank):
         else:
             texts, image_of = zeroshot.captions_of(folder)
             image_of = image_of.to(self.forward.device)
-        teacher = (
+        teacher = [
             embed_images(self.model, folder, self.forward),
             embed_texts(self.model, texts, self.forward),
-        )
+        ]
 
         def metrics_of(images: Tensor, texts: Tensor) -> Metrics:
             if not classifies:
@@ -155,26 +151,15 @@ class ClipBank(Bank):
             classes = F.normalize(prompts.mean(dim=1), dim=-1)
             return zeroshot.classification(images, classes, folder)
 
-        towers = (self.bank.image, self.bank.text)
-        assistants, spaces, total = [], [teacher[0]], list(teacher)
-        for k, rate in enumerate(self.bank.rates):
-            pairs = [reconstruct(rdms, x, k, self.forward.batch_size)
-                     for rdms, x in zip(towers, teacher)]  # fmt: skip
-            embeddings, bits = zip(*pairs)
-            assistants.append(
-                Reconstruction(
-                    rate=rate,
-                    bits=dict(zip(("image", "text"), bits)),
-                    metrics=metrics_of(*embeddings),
-                )
-            )
+        assistants, spaces, total = [], [teacher[0]], teacher
+        for k, rate in enumerate(self.rdms.rates):
+            towers = zip((self.rdms.image, self.rdms.text), teacher)
+            embeddings, bits = zip(*(self._reconstruct(*tower, k) for tower in towers))
+            kept = dict(zip(("image", "text"), bits))
+            assistants.append(Reconstruction(rate=rate, bits=kept, metrics=metrics_of(*embeddings)))
             spaces.append(embeddings[0])
             total = [so_far + x for so_far, x in zip(total, embeddings)]
-        held = {"images": len(teacher[0]), "texts": len(texts)}
-        points = None
-        if classifies:
-            labels = torch.tensor(folder.labels())
-            points = embedding_map(spaces, self.bank.rates, labels, folder.classnames)
+        labels = torch.tensor(folder.labels()) if classifies else None
         return BankResult(
             task=folder.task,
             dataset=folder.name,
@@ -183,38 +168,32 @@ class ClipBank(Bank):
             teacher=metrics_of(*teacher),
             assistants=tuple(assistants),
             mean=metrics_of(*(F.normalize(x, dim=-1) for x in total)),
-            map=points,
-            provenance=self.provenance(folder, held),
+            map=embedding_map(spaces, self.rdms.rates, labels, folder.classnames)
+            if classifies
+            else None,
+            provenance=self.provenance(
+                folder, self.model.source, images=len(teacher[0]), texts=len(texts)
+            ),
         )
 
+    @torch.no_grad()
+    def _reconstruct(self, rdms, embeddings: Tensor, k: int) -> tuple[Tensor, float]:
+        """Module k's unit embeddings (N, D) of unit embeddings (N, D), and bits per embedding."""
+        vectors, nats = [], 0.0
+        for batch in embeddings.split(self.forward.batch_size):
+            vectors.append(rdms.reconstruct(batch)[k])
+            nats += float(rdms(batch, None).nats[k].double().sum())
+        return torch.cat(vectors), nats / math.log(2) / len(embeddings)
 
-def _load_bank(path: Path, folder: Path, teacher: Evaluated) -> RDMBank:
-    try:
-        return RDMBank.load(folder, {"model": teacher.name, "weights": teacher.weights})
-    except ValueError as error:
-        raise UsageError(f"'{path}': {error}; name the bank's own with --teacher") from error
 
-
-def _teacher_of(path: Path, config: dict[str, Any] | None) -> str:
-    name = config and config["distill_model"]
-    if not name:
+def _teacher_of(folder: Path, run: dict[str, Any] | None) -> str:
+    if not (run and run["distill_model"]):
         raise UsageError(
-            f"'{path}': the run names no teacher (it read a cache); say --teacher NAME:WEIGHTS or "
-            "a model folder"
+            f"'{folder}': the run names no teacher (it read a cache); say --teacher NAME:WEIGHTS "
+            "or a model folder"
         )
-    models.add_run_configs(f"'{path}'", config)
-    weights = config["distill_pretrained"]
-    return f"{name}:{weights}" if weights else name
-
-
-@torch.no_grad()
-def reconstruct(rdms, embeddings: Tensor, k: int, batch_size: int) -> tuple[Tensor, float]:
-    """Module k's unit embeddings (N, D) of unit embeddings (N, D), and bits per embedding."""
-    vectors, nats = [], 0.0
-    for batch in embeddings.split(batch_size):
-        vectors.append(rdms.reconstruct(batch)[k])
-        nats += float(rdms(batch, None).nats[k].double().sum())
-    return torch.cat(vectors), nats / math.log(2) / len(embeddings)
+    models.add_run_configs(f"'{folder}'", run)
+    return ":".join(filter(None, (run["distill_model"], run["distill_pretrained"])))
 
 
 @dataclass(frozen=True)
@@ -222,57 +201,53 @@ class Images:
     """The test images of a classifier's data set, with the names of their classes."""
 
     name: str
-    split: str
     fingerprint: str
     table: Table | PhotoTable
     classnames: list[str]
+    split: str = "test"
 
 
 class ClassifierBank(Bank):
     """The RDMs of a finished ``training.classify --method rdm`` on the test images."""
 
-    def __init__(self, run: Path, args: Namespace, forward: Forward):
-        if not args.data:
-            raise UsageError(f"'{run}' is a bank of a classifier: say --data DIR, its images")
-        config = run_config(run)
-        if config["method"] != "rdm":
-            raise UsageError(f"'{run}' trained no RDMs, but --method {config['method']}")
-        teacher = load_teacher(config["teacher"][0], config["dataset"])
-        rdms = load_rdms(run, teacher)
-        picked = list(range(len(rdms.rates)))
-        teachers = LiveTeachers([teacher.model], rdms, picked, [1.0] * len(picked))
-        self.teachers = teachers.to(forward.device)
-        self.run, self.data, self.workers = run, args.data, forward.workers
-        self.name, self.out = run.resolve().name, args.out or run / "results"
-        self.datasets, self.split = [config["dataset"]], "test"
-        self.weights, self.teacher_weights = weights_hash(rdms), teacher.hash
-        self.seed, self.source = config["seed"], teacher.name
-        self.forward = forward
+    def __init__(self, folder: Path, config: Config):
+        if not config.data:
+            raise UsageError(f"'{folder}' is a classifier's bank: say --data DIR, its images")
+        self.run, self.data = folder.parent, Path(config.data)
+        run = read_run(self.run)
+        device = find_device(config.device)
+        self.forward = Forward(device, batch_size=EVALUATION_BATCH, workers=config.workers)
+        teacher = load_teacher(run["teacher"], run["dataset"])
+        bank = load_rdms(self.run, teacher)
+        super().__init__(folder, config, bank, run["seed"])
+        selected = list(range(len(bank.rates)))
+        networks = TeacherNetworks([teacher.model], bank, selected, [1.0] * len(selected))
+        self.teacher, self.networks = teacher, networks.to(device)
+        self.datasets, self.split = [run["dataset"]], "test"
+        self.teacher_weights = teacher.hash
 
     def open(self, dataset: str) -> Images:
         """The test images."""
-        where = Namespace(dataset=dataset, data=self.data, workers=self.workers)
-        table = load_split(where, "test")
-        if isinstance(table, PhotoTable):
-            trained = json.loads((self.run / "data.json").read_text())["train"]
-            check_classes(self.data, table, trained["classes"], self.teachers.rdms.classes)
+        if dataset == "imagenet":
+            table = load_photos(self.data, "val", self.forward.workers)
+            trained = read_run(self.run, "data.json")["train"]
+            check_classes(self.data, table, trained["classes"], self.rdms.image.classes)
+        else:
+            table = load_cifar100(self.data, "test")
         names = class_names(self.data, table)
-        return Images(dataset, "test", table.hash, table.to(self.forward.device), names)
+        return Images(dataset, table.hash, table.to(self.forward.device), names)
 
     @torch.no_grad()
     def measure(self, images: Images) -> BankResult:
         """Accuracies of the teacher and of its RDMs, bits, and a map of their embeddings."""
-        table, rdms, logits, embeddings = images.table, self.teachers.rdms, [], []
-        for batch in table.in_order(torch.arange(len(table)), EVALUATION_BATCH):
-            outputs = self.teachers(batch)
-            logits.append(torch.stack([one.logits for one in outputs]))
-            embeddings.append([one.embedding for one in outputs])
-        labels = table.labels
-        teacher, *scores = [
-            metrics.classification_metrics(each, labels) for each in torch.cat(logits, dim=1)
-        ]
-        spaces = [torch.cat(each) for each in zip(*embeddings)]
-        nats = [rdms(x, None).nats.sum(1) for x in spaces[0].split(EVALUATION_BATCH)]
+        table, size = images.table, self.forward.batch_size
+        outputs = [self.networks(b) for b in table.in_order(torch.arange(len(table)), size)]
+        logits, spaces = (
+            [torch.cat([getattr(one, name) for one in each]) for each in zip(*outputs)]
+            for name in ("logits", "embedding")
+        )
+        teacher, *kept = [metrics.classification_metrics(x, table.labels) for x in logits]
+        nats = [self.rdms.image(x, None).nats.sum(1) for x in spaces[0].split(size)]
         bits = (torch.stack(nats).sum(0) / math.log(2) / len(table)).tolist()
         return BankResult(
             task="classification",
@@ -282,10 +257,10 @@ class ClassifierBank(Bank):
             teacher=teacher,
             assistants=tuple(
                 Reconstruction(rate=rate, bits={"image": b}, metrics=values)
-                for rate, b, values in zip(rdms.rates, bits, scores, strict=True)
+                for rate, b, values in zip(self.rdms.rates, bits, kept, strict=True)
             ),
-            map=embedding_map(spaces, rdms.rates, labels, images.classnames),
-            provenance=self.provenance(images, {"images": len(table)}),
+            map=embedding_map(spaces, self.rdms.rates, table.labels, images.classnames),
+            provenance=self.provenance(images, self.teacher.name, images=len(table)),
         )
 
 

@@ -12,13 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cifd_clip.files import read_json
 from eval.datasets import Gap
 from training.engine.result import write
 from training.errors import sentence
-
-#: Of the ``config.json`` of a run.
-CONFIG_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +92,3 @@ def attempt(folder: Path, split: str, gap: GapRecord, evaluate: Callable[[], str
     path.unlink(missing_ok=True)
     print(f"{title}: {line}", flush=True)
     return True
-
-
-def run_config(run: Path) -> dict[str, Any]:
-    """The configuration of a run: every flag's resolved value by its name.
-
-    Raises:
-        BadFile: there is none, or of another format.
-    """
-    return read_json(run / "config.json", CONFIG_FORMAT)

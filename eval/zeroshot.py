@@ -13,23 +13,24 @@ from eval.datasets import Folder
 from eval.embed import Classifiers, Forward, embed_images, embed_texts
 from eval.models import Evaluated
 from eval.result import Examples, Query, Retrieved
+from training.engine.environment import origin
 from training.engine.result import UNPUBLISHED, WHOLE, Metrics, Provenance, Result
-from training.engine.run import origin
 
 PACKAGES = ("torch", "open_clip_torch", "clip-benchmark", "timm", "transformers", "numpy", "Pillow")
 EXAMPLES, NEAREST, SIDE = 9, 5, 96
 
 
 def evaluate(
-    model: Evaluated, folder: Folder, classifiers: Classifiers, forward: Forward
+    model: Evaluated, folder: Folder, classifiers: Classifiers
 ) -> tuple[Result, Examples | None]:
     """The result of a model on a data set, and of retrieval some examples.
 
     Raises:
         Gap: an image can't be decoded, or embeddings are not finite.
     """
+    forward, examples = classifiers.forward, None
     if folder.task == "zeroshot_classification":
-        (values, held), examples = classify(model, folder, classifiers, forward), None
+        values, held = classify(model, folder, classifiers)
     else:
         values, held, examples = retrieve(model, folder, forward)
     result = Result(
@@ -57,11 +58,11 @@ def evaluate(
 
 
 def classify(
-    model: Evaluated, folder: Folder, classifiers: Classifiers, forward: Forward
+    model: Evaluated, folder: Folder, classifiers: Classifiers
 ) -> tuple[Metrics, dict[str, int]]:
     """Metrics of classification, and what the data set holds."""
     classes = classifiers(folder.classnames, folder.templates)
-    images = embed_images(model, folder, forward)
+    images = embed_images(model, folder, classifiers.forward)
     counts = {"classes": len(folder.classnames), "templates": len(folder.templates)}
     return classification(images, classes, folder), {"images": len(images), **counts}
 

@@ -4,10 +4,11 @@ Every figure comes from the files that are read (`runs`), and the same files giv
 The report is one list of blocks (`page`, `paper`, `banks`), rendered twice (`blocks`, `table`).
 """
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from eval.flags import command
+from training.engine.flags import Parser, construct
 from training.errors import UsageError
 
 DESCRIPTION = """\
@@ -22,39 +23,53 @@ differ by their seed alone are one row. Written: OUT.html, OUT.md, OUT.csv (a li
 and, where the paper's tables appear, OUT.paper.csv."""
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+@dataclass(frozen=True)
+class Config:
     """The command line."""
-    parser = command("eval.report", "RUN [...] [-o OUT.html] [--title TEXT]", DESCRIPTION)
+
+    runs: tuple[str, ...] = ()
+    out: str = "report.html"
+    title: str = "Controlled information flow"
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """What a command line says.
+
+    Raises:
+        UsageError: a flag is wrong.
+    """
+    usage = "python -m eval.report RUN [...] [-o OUT.html] [--title TEXT]"
+    parser = Parser("python -m eval.report", DESCRIPTION, usage)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", type=Path, help="run directories, folders of results")
-    add("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page")
-    add("--title", default="Controlled information flow", metavar="TEXT", help="of the page")
-    args = parser.parse_args(argv)
-    if args.out.suffix != ".html":
-        raise UsageError(f"--out '{args.out}': expected a name that ends in .html")
-    return args
+    add("runs", nargs="+", metavar="RUN", help="run directories, and folders of results")
+    add("-o", "--out", metavar="OUT.html", help=f"the page [{Config.out}]")
+    add("--title", metavar="TEXT", help=f"of the page [{Config.title}]")
+    config = construct(Config, parser.given(argv))
+    if not config.out.endswith(".html"):
+        raise UsageError(f"--out '{config.out}': expected a name that ends in .html")
+    return config
 
 
 def main(argv: list[str]) -> None:
     """Entry point of ``python -m eval.report``."""
-    args = parse(argv)
+    config = parse(argv)
 
     from cifd_clip.files import write_text
     from eval.report import blocks, page, paper
     from eval.report.rows import records, rows
     from eval.report.runs import read_sources
 
-    sources = read_sources(args.runs)
+    sources = read_sources(map(Path, config.runs))
     report = page.blocks(sources)
     placed = paper.place(rows(sources))
     texts = {
-        ".html": blocks.page(args.title, report),
+        ".html": blocks.page(config.title, report),
         ".md": blocks.markdown(report),
         ".csv": records(rows(sources, pooled=False)).csv(),
         **({".paper.csv": paper.records(placed).csv()} if placed else {}),
     }
     for suffix, text in texts.items():
-        write_text(args.out.with_suffix(suffix), text)
+        write_text(Path(config.out).with_suffix(suffix), text)
     numbers = ", ".join(table.number for table in placed)
     tables = f"; the paper's tables {numbers}" if placed else ""
-    print(f"{args.out}: {len(sources)} runs and folders{tables}")
+    print(f"{config.out}: {len(sources)} runs and folders{tables}")

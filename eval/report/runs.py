@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cifd_clip.files import read_json
-from eval.result import Examples, GapRecord, run_config
+from eval.result import Examples, GapRecord
+from training.classifier import config as classifier
+from training.clip import config as clip
+from training.engine.config import free_to_change
 from training.engine.result import BankResult, Result, decode, read
-from training.engine.run import FREE_TO_CHANGE
+from training.engine.run import read_run
 from training.errors import UsageError
 
 #: What may differ between the runs of one setting besides what may differ within one run.
-SEEDED = FREE_TO_CHANGE | {"seed", "view_seed", "name", "rdm_bank", "teacher", "paraphraser"}
+SEEDED = free_to_change(clip.Config) | free_to_change(classifier.Config)
+SEEDED |= {"seed", "view_seed", "name", "rdm_bank", "teacher", "paraphraser"}
 T = TypeVar("T")
 
 
@@ -153,14 +157,14 @@ def _read(path: Path) -> Source:
 
 def _read_run(source: Source) -> None:
     path = source.path
-    source.config = run_config(path)
+    source.config = read_run(path)
     if (path / "finished.json").is_file():
-        source.finished = decode(Finished, read_json(path / "finished.json"))
+        source.finished = decode(Finished, read_run(path, "finished.json"))
     if "distill" in source.config:
         if (path / "data.json").is_file():
-            source.data = decode(TrainingData, read_json(path / "data.json"))
+            source.data = decode(TrainingData, read_run(path, "data.json"))
         if (path / "teachers.json").is_file():
-            source.taught_by = decode(TaughtBy, read_json(path / "teachers.json"))
+            source.taught_by = decode(TaughtBy, read_run(path, "teachers.json"))
     if (path / "metrics.jsonl").is_file():
         lines = (path / "metrics.jsonl").read_text().splitlines()
         source.metrics = [json.loads(line) for line in lines]
