@@ -17,7 +17,7 @@ from cifd_clip.methods import DECLARED, Option
 from training.engine import config as engine
 from training.engine.config import OptimConfig, ProcessConfig, RunConfig
 from training.engine.flags import Given, KeyValues, Parser, add_flags, construct, flag, spelled
-from training.engine.run import bank_folder
+from training.engine.run import bank_folder, holds_bank
 from training.errors import UsageError
 
 DISTILL = (*DECLARED, "rdm")
@@ -56,6 +56,13 @@ UNSUPPORTED = {
 }
 #: OpenCLIP flags that say what is always so here.
 ALWAYS_ON = ("--local-loss", "--gather-with-grad", "--lock-text-freeze-layer-norm")
+
+
+class Bank(NamedTuple):
+    """The bank that ``--rdm-bank`` names."""
+
+    folder: str
+    rates: list[float]
 
 
 class TeacherName(NamedTuple):
@@ -355,9 +362,9 @@ def named_files(given: Given) -> dict[str, Any]:
         BadFile: a file is damaged.
     """
     said: dict[str, Any] = {}
-    config = bank_folder(Path(given.get("rdm_bank", ""))) / "config.json"
-    if given.get("rdm_bank") and config.is_file():
-        said["bank_rates"] = read_bank_config(config.parent)["rates"]
+    folder = bank_folder(Path(given.get("rdm_bank", "")))
+    if given.get("rdm_bank") and holds_bank(folder):
+        said["bank"] = Bank(str(folder), read_bank_config(folder)["rates"])
     if given.get("teacher_cache"):
         said["cache"] = read_cache_config(Path(given["teacher_cache"].split(",")[0]))
     return said
@@ -382,7 +389,7 @@ def resolve(
     given: Given,
     world_size: int = 1,
     device_type: str = "cpu",
-    bank_rates: Sequence[float] | None = None,
+    bank: Bank | None = None,
     cache: dict[str, Any] | None = None,
 ) -> Config:
     """The configuration that flags amount to.
@@ -391,12 +398,12 @@ def resolve(
         given: flags, see `parse`.
         world_size: number of processes.
         device_type: where they compute.
-        bank_rates, cache: what files say, see `named_files`.
+        bank, cache: what files say, see `named_files`.
 
     Raises:
         UsageError: a flag is missing, out of range, or contradicts another.
     """
-    config = construct(Config, resolved(given, world_size, device_type, bank_rates, cache))
+    config = construct(Config, resolved(given, world_size, device_type, bank, cache))
     _check(config)
     return config
 
@@ -405,14 +412,14 @@ def resolved(
     given: Given,
     world_size: int = 1,
     device_type: str = "cpu",
-    bank_rates: Sequence[float] | None = None,
+    bank: Bank | None = None,
     cache: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Flags, and those that others, files or processes decide about where they are not given.
 
     Args:
         given, world_size, device_type: see `resolve`.
-        bank_rates: rates of the bank that ``--rdm-bank`` names.
+        bank: the one that ``--rdm-bank`` names.
         cache: ``config.json`` of the (first) cache that ``--teacher-cache`` names.
     """
     values = dict(given)
@@ -420,13 +427,15 @@ def resolved(
     model, seed = given.get("model", Config.model), given.get("seed", Config.seed)
     # The method, its assistants and the views it sees.
     values["options"] = method_options(distill, given)
-    if bank_rates is not None:
-        if list(given.get("rates", bank_rates)) != list(bank_rates):
+    if not all(rate > 0 for rate in given.get("rates", ())):
+        raise UsageError(f"--rates must be positive, got {given['rates']}")
+    if bank is not None:
+        if list(given.get("rates", bank.rates)) != bank.rates:
             raise UsageError(
-                f"--rates {list(given['rates'])}: the bank {given['rdm_bank']} has "
-                f"{list(bank_rates)}, and all of them teach; leave --rates out"
+                f"--rates {list(given['rates'])}: the bank {bank.folder} has {bank.rates}, and all "
+                "of them teach; leave --rates out"
             )
-        values["rates"] = bank_rates
+        values |= {"rdm_bank": bank.folder, "rates": bank.rates}
     elif distill in ("rdm", "cifd"):
         values.setdefault("rates", RATES)
     else:  # recipes are shared among methods
