@@ -11,19 +11,25 @@ PROJECT = {"cifd_clip", "training", "eval", "demo", "benchmarks", "tests"}
 ALLOWED = {
     "cifd_clip": set(),
     "training": {"cifd_clip"},
+    # training.engine: flags, results, a run's directory, and who makes a figure;
     # training.clip.config: what a recipe costs depends on how training reads it;
+    # training.clip.models: model configs are read, and weights refused, as in training;
     # training.classifier…: a classifier's RDMs are measured on the images and with the teachers as
-    # training reads them;
-    # training.clip.models: model configs are read, and weights refused, as in training
+    # training reads them
     "eval": {
         "cifd_clip",
-        "training.engine.run",
         "training.errors",
+        "training.engine.config",
+        "training.engine.environment",
+        "training.engine.flags",
+        "training.engine.result",
+        "training.engine.run",
+        "training.clip.config",
         "training.clip.models.add_model_configs",
         "training.clip.models.check_weights",
         "training.clip.models.images_of",
-        "training.clip.config",
-        "training.classifier.run.load_split",
+        "training.clip.models.quiet",
+        "training.classifier.config",
         "training.classifier.cifar",
         "training.classifier.imagenet",
         "training.classifier.teachers",
