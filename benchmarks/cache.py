@@ -16,8 +16,8 @@ import torch
 from benchmarks.harness import paired, ratios, record
 from benchmarks.step import random_teacher
 from cifd_clip import World
-from training.clip.cache_teacher import main as write_cache
-from training.clip.flags import parse_args
+from training.cache_teacher import main as write_cache
+from training.clip.config import parse_args
 from training.clip.models import add_model_configs
 from training.clip.run import adopt_cache, epoch_steps, make_loader
 from training.clip.stages import RDMStage, StudentStage

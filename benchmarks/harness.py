@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from training.engine.run import environment
+from training.engine.environment import environment
 
 
 def paired(

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.harness import paired, ratios, record
 from benchmarks.step import random_teacher
 from cifd_clip import RDMBank, World
-from training.clip.flags import parse_args
+from training.clip.config import parse_args
 from training.clip.models import add_model_configs
 from training.clip.stages import StudentStage, make_task
 from training.data.loader import Batch

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.harness import paired, ratios, record
 from cifd_clip import RDMBank, World
-from training.clip.flags import parse_args
+from training.clip.config import parse_args
 from training.clip.models import add_model_configs
 from training.clip.stages import StudentStage
 from training.data.loader import Batch

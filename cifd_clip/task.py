@@ -68,9 +68,11 @@ class DistillationTask(Task):
     def losses(
         self, pooled: Pooled, teachers: list[Features], noise: Noise | None
     ) -> tuple[Losses, Report]:
+        # In evaluation (no noise) a batch is this process's own.
+        world = World() if noise is None else self.world
         with torch.autocast(pooled.image.device.type, enabled=False):
             pooled = Pooled(*(w.float() for w in pooled))
-            losses, report = self.method(self.student, pooled, teachers, self.world, noise)
+            losses, report = self.method(self.student, pooled, teachers, world, noise)
         report["logit_scale"] = self.student.model.logit_scale.detach().exp()
         return losses, report
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from demo import scenes
-from training.engine.run import cores
+from training.engine.environment import cores
 from training.errors import UsageError, cli
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))

@@ -34,8 +34,8 @@ from cifd_clip.teacher import weights_hash
 from eval import benchmark, datasets, metrics, models
 from eval.datasets import Folder, Gap
 from eval.models import Evaluated
-from training.clip.flags import bank_folder, holds_bank
-from training.engine.run import cores, origin
+from training.clip.config import bank_folder, holds_bank
+from training.engine.environment import cores, origin
 from training.errors import UsageError, cli, sentence
 
 CLASSES, PER_CLASS = 10, 40  # of the t-SNE map

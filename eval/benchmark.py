@@ -39,7 +39,7 @@ from eval import datasets, metrics, models
 from eval.datasets import Folder, Gap
 from eval.models import Evaluated
 from eval.tables import UNPUBLISHED, WHOLE, shortfall
-from training.engine.run import cores, origin
+from training.engine.environment import cores, origin
 from training.errors import UsageError, cli, sentence
 
 PRECISIONS = {"fp32": None, "amp_bf16": torch.bfloat16, "amp": torch.float16}

@@ -29,7 +29,7 @@ from training.classifier.cifar import Table
 from training.classifier.imagenet import PhotoTable, check_classes
 from training.classifier.run import load_split
 from training.classifier.teachers import EVALUATION_BATCH, LiveTeachers, load_rdms, load_teacher
-from training.engine.run import cores, environment
+from training.engine.environment import cores, environment
 from training.errors import UsageError, cli
 
 

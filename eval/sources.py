@@ -6,12 +6,19 @@ from functools import cache
 from pathlib import Path
 
 from eval.tables import Row, Run, add_result, common_name, shortfall
-from training.clip.flags import parser
-from training.engine.run import BEFORE, FREE_TO_CHANGE
+from training.clip.config import Config
+from training.engine.config import free_to_change
 from training.errors import UsageError
 
 #: What may differ between the runs of one setting besides what may differ within one run.
-SEEDED = FREE_TO_CHANGE | {"seed", "view_seed", "name", "rdm_bank", "teacher", "paraphraser"}
+SEEDED = free_to_change(Config) | {
+    "seed",
+    "view_seed",
+    "name",
+    "rdm_bank",
+    "teacher",
+    "paraphraser",
+}
 
 #: In the order of their lines.
 METHODS = ("none", "kd", "ft", "takd", "dgkd", "cifd")
@@ -288,7 +295,7 @@ def _clip_setting(source: Source) -> Setting:
 @cache
 def _absent_flags() -> dict:
     """What flags stand for in runs that are older than they are (`training.engine.run`)."""
-    return {**json.loads(json.dumps(vars(parser().parse_args([])))), **BEFORE}
+    return {**json.loads(json.dumps({})), **{}}
 
 
 def _teacher_names(source: Source) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from experiments.runs import (
 )
 from experiments.seeds import paired, summarise, told
 from training.classifier.cifar import SPLITS, find_cifar100
-from training.classifier.flags import parse_args, parser, run_config
+from training.classifier.config import parse_args, parser, run_config
 from training.engine.control import STOPPED_EXIT
 from training.engine.run import RunDirectory
 from training.errors import cli

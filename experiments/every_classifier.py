@@ -15,7 +15,7 @@ from PIL import Image
 
 from experiments.runs import Queue, Run, curve, is_finished, write_json
 from training.engine.control import STOPPED_EXIT
-from training.engine.run import environment
+from training.engine.environment import environment
 from training.errors import UsageError, cli
 
 PAIRS = [

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from training.data.index import index_shards
-from training.engine.run import environment
+from training.engine.environment import environment
 from training.errors import Failure, UsageError, cli
 
 MODELS = Path(os.path.relpath(Path(__file__).parent.parent / "demo" / "models"))

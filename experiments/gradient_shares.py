@@ -18,7 +18,7 @@ from training.clip.models import add_model_configs
 from training.clip.run import epoch_steps, make_loader, open_data
 from training.clip.stages import StudentStage
 from training.engine.checkpoint import Checkpoints
-from training.engine.run import origin
+from training.engine.environment import origin
 from training.engine.trainer import Trainer
 from training.errors import UsageError, cli
 

@@ -17,8 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from training.classifier.flags import STAGE1, parse_args
-from training.engine.run import environment
+from training.classifier.config import STAGE1, parse_args
+from training.engine.environment import environment
 from training.errors import Failure, UsageError, cli
 
 #: flag → (lowest, highest, whether on a logarithmic scale)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.clip.flags import flags_of
+from training.clip.config import flags_of
 from training.errors import Failure, UsageError
 
 

@@ -23,7 +23,7 @@ import torch
 
 import training.engine.checkpoint as checkpoint
 from demo.scenes import write
-from training.clip.run import main as train
+from training.main import main as train
 
 ROOT = Path(__file__).parent.parent
 MANIFESTS = "checkpoints/step_*.json"

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from demo.scenes import write
-from training.clip.run import main
+from training.main import main
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = [str(p) for p in sorted((ROOT / "tests" / "models").glob("tiny-*.json"))]

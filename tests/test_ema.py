@@ -11,11 +11,11 @@ from torch import nn
 
 from runs import assert_bit_equal, final, lines
 from tiny import clip, pairs
-from training.clip.flags import parse_args
-from training.clip.run import main
+from training.clip.config import parse_args
 from training.engine.optim import MovingAverage
 from training.engine.trainer import Trainer
 from training.errors import UsageError
+from training.main import main
 
 DECAY = 0.7
 RESNET = {

@@ -122,7 +122,7 @@ def test_a_teacher_that_only_a_config_names_is_the_same_teacher(measured, teache
 
 
 def test_another_teacher_is_refused(measured, teacher, flags, tmp_path):
-    from training.clip.run import main as train
+    from training.main import main as train
 
     other = [*flags, "--model", "tiny-teacher", "--seed", "5", "--name", "other"]
     assert train([*other, "--logs", str(tmp_path)]) == 0

@@ -21,7 +21,7 @@ from cifd_clip.teacher import weights_hash
 from eval.benchmark import main as benchmark
 from runs import word_tokenizer
 from training.clip.models import save_student
-from training.clip.run import main
+from training.main import main
 
 SMALL_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 SMALL_VIT = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}

@@ -18,7 +18,7 @@ from open_clip_train.params import parse_args as open_clip_parse_args
 from cifd_clip import World
 from cifd_clip.rdm import RDMBank
 from runs import assert_bit_equal, final, lines, word_tokenizer
-from training.clip.flags import DISTILL, REFUSED, parse_args, parser
+from training.clip.config import DISTILL, REFUSED, parse_args, parser
 from training.clip.run import bank_args, main
 from training.engine.checkpoint import Checkpoints
 from training.engine.control import StopFlag

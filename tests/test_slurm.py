@@ -21,7 +21,7 @@ from demo.scenes import _write_benchmark, _write_shards, pairs, retrieval
 from runs import CONFIGS, ROOT, assert_bit_equal, final, lines
 from slurm_cluster import cluster, kill_node, why_not
 from training.clip import cache_teacher
-from training.clip.run import main
+from training.main import main
 
 PATIENCE = 900  # seconds for what takes a few on an idle machine
 

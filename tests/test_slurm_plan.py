@@ -14,7 +14,7 @@ from slurm.clip import chain, preparation, read_grid
 from slurm.jobs import Job, Site, running, sbatch
 from slurm.plan import GRIDS, describe, grid_path, main
 from training import prefetch
-from training.clip.flags import batch_share, parse_args
+from training.clip.config import batch_share, parse_args
 from training.errors import UsageError
 
 MILLION = 1_000_000

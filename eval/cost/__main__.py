@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from eval.cost import flags, report, summary
-from training.engine.run import environment
+from training.engine.environment import environment
 from training.errors import cli
 
 

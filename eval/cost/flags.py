@@ -11,7 +11,7 @@ import open_clip
 from training.clip import flags as params
 from training.errors import UsageError
 
-#: Cost depends on the number of samples, not on where they lie; `training.clip.flags` wants both.
+#: Cost depends on the number of samples, not on where they lie; `training.clip.config` wants both.
 NO_DATA = ("--train-data", "none")
 
 
@@ -63,7 +63,7 @@ def parse(flags: list[str]) -> Namespace:
 
 
 def split(flags: list[str]) -> tuple[Namespace, list[str]]:
-    """Our own values, and the words that are left for `training.clip.flags`."""
+    """Our own values, and the words that are left for `training.clip.config`."""
     own, recipe = parser().parse_known_args(flags)
     for flag in ("tflops", "mfu", "gpus"):
         if getattr(own, flag) <= 0:

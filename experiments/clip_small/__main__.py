@@ -21,7 +21,7 @@ from experiments.clip_small.keep import keep_result, read_results, score
 from experiments.clip_small.plan import METHODS, SCALES, Plan, Tuned
 from experiments.runs import Queue, Run, all_there, check_settings, outstanding, write_json
 from training.engine.control import STOPPED_EXIT
-from training.engine.run import environment
+from training.engine.environment import environment
 from training.errors import UsageError, cli
 
 STAGES = ("tune", "students", "choices")

@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.clip_small.plan import Plan
 from experiments.runs import Run, curve, is_finished, write_json
-from training.clip.flags import parse_args, parser
+from training.clip.config import parse_args, parser
 from training.engine.run import RunDirectory, resolved_config
 from training.errors import Failure
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+import training.classifier.trainer as classify_trainer
 from PIL import Image
 from safetensors.torch import load_file
 
 import training.classifier.run as classify
-import training.classifier.trainer as classify_trainer
 from cifd_clip import World
 from cifd_clip.classification.models import build, simple_cnn
 from cifd_clip.noise import derive_seed
@@ -30,8 +30,8 @@ from experiments import cifar100, every_classifier, tune_cifar100
 from runs import lines
 from test_launch import launch
 from training.classifier.cifar import Batches, Table, load_cifar100, mirrored, normalise, split_rows
-from training.classifier.flags import METHODS as ALL_METHODS
-from training.classifier.flags import parse_args, parser, run_config
+from training.classifier.config import METHODS as ALL_METHODS
+from training.classifier.config import parse_args, parser, run_config
 from training.classifier.imagenet import PhotoBatches, check_classes, load_photos
 from training.classifier.teachers import CachedTeachers, LiveTeachers
 from training.engine.control import STOPPED_EXIT
