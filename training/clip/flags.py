@@ -49,11 +49,24 @@ REFUSED = {
 
 
 def flags_of(line: str) -> list[str]:
-    """The words of one line of a flag file, quoted as in a shell, without comments."""
+    """The words of one line of a flag file or a grid, quoted as in a shell.
+
+    A comment begins with ``#`` at the start of a word, as in a shell: ``name#1`` is a name.
+
+    Raises:
+        UsageError: a quotation has no end.
+    """
+    lexer = shlex.shlex(line, posix=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    words = []
     try:
-        return shlex.split(line, comments=True)
+        while rest := line[lexer.instream.tell() :].lstrip():
+            if rest.startswith("#"):
+                break
+            words.append(lexer.get_token())
     except ValueError as error:
-        raise UsageError(f"flag file, line {line!r}: {error}") from error
+        raise UsageError(f"the line {line!r} can't be read: {error}") from error
+    return words
 
 
 class _Parser(argparse.ArgumentParser):
