@@ -6,7 +6,6 @@ import logging
 import math
 import shutil
 import signal
-import sys
 import tarfile
 from dataclasses import replace
 from functools import cache
@@ -36,11 +35,9 @@ from cifd_clip.classification.models import SIMPLE_CNNS, build, simple_cnn, stoc
 from cifd_clip.classification.rdm import ClassifyingRDMs, rdm_loss, unit_scale
 from cifd_clip.noise import Noise, derive_seed
 from eval import classifier_bank, report
-from experiments import cifar100, every_classifier, tune_cifar100
 from runs import lines
 from test_launch import launch
 from training.classifier.cifar import Batches, Table, load_cifar100, mirrored, normalise, split_rows
-from training.classifier.flags import METHODS as ALL_METHODS
 from training.classifier.flags import parse_args, parser, run_config
 from training.classifier.imagenet import PhotoBatches, check_classes, load_photos
 from training.classifier.teachers import CachedTeachers, LiveTeachers
@@ -1109,124 +1106,6 @@ def test_stock_weights_of_another_size_are_refused(folder, tmp_path):
         run_folder(folder, "wrong", *flags[:2], f"--teacher=resnet34:{weights}")
 
 
-# -- the experiment --------------------------------------------------------------------------------
-
-
-def test_the_plan_trains_every_run_after_those_it_needs():
-    seen: set[str] = set()
-    runs = cifar100.plan([4, 5, 6])
-    for run in runs:
-        assert seen.issuperset(run.needs), f"{run.name} comes before one of {run.needs}"
-        seen.add(run.name)
-        args = parse_args(run.command(Path("d"), Path("l"))[2:])
-        assert run.name.endswith(f"_s{args.seed}") and args.final and args.holdout == 2500
-        teachers = {Path(place).name.rpartition("_")[2] for place in args.teacher}
-        assert teachers <= {"s4"}, "the first seed's teachers teach every student"
-    every_seed = [{run.name[:-3] for run in runs if run.name.endswith(f"_s{n}")} for n in (4, 5, 6)]
-    assert every_seed[1] == every_seed[2] < every_seed[0]
-    first = cifar100.priorities(runs)
-    assert max(first, key=first.get) == "teacher_s4"
-
-
-@pytest.mark.parametrize("few", [0, 10_000])
-def test_a_trials_epochs_and_images_are_those_of_every_run(few):
-    for run in cifar100.plan([0], epochs=1, subset=256, few=few):
-        args = parse_args(run.command(Path("d"), Path("l"))[2:])
-        assert (args.epochs, args.subset) == (1, 256), run.name
-
-
-def test_a_run_with_a_result_is_repeated_only_for_its_weights(tmp_path):
-    logs, results = tmp_path / "logs", tmp_path / "results"
-    runs = cifar100.plan([0])
-    (results / "runs").mkdir(parents=True)
-    for run in runs:
-        for path in run.kept(results).values():
-            path.write_text(json.dumps({"flags": list(run.flags)}))
-    assert cifar100.outstanding(runs, logs, results) == []
-    (results / "runs" / "cifd3_s0.json").unlink()
-    names = [run.name for run in cifar100.outstanding(runs, logs, results)]
-    assert names == ["teacher_s0", "rdm_s0", "cifd3_s0"]
-    (logs / "teacher_s0").mkdir(parents=True)
-    (logs / "teacher_s0" / "finished.json").write_text("{}")
-    names = [run.name for run in cifar100.outstanding(runs, logs, results)]
-    assert names == ["rdm_s0", "cifd3_s0"]
-    cifar100.check_settings(runs, results)
-    (results / "runs" / "kd_s0.json").write_text(json.dumps({"flags": ["--lr", "9"]}))
-    with pytest.raises(UsageError, match=r"kd_s0.json \(1 results\) were made with other settings"):
-        cifar100.check_settings(runs, results)
-
-
-def test_a_study_with_all_its_results_says_so_and_trains_nothing(tmp_path, capsys, monkeypatch):
-    results = shutil.copytree(ROOT / "results" / "cifar100", tmp_path / "results")
-    command = [f"--results={results}", f"--logs={tmp_path / 'logs'}"]
-    with pytest.raises(UsageError, match=r"--data .*nowhere holds no CIFAR-100"):
-        cifar100.main([*command, f"--data={tmp_path / 'nowhere'}"])
-    (tmp_path / "cifar-100-python").mkdir()
-    command.append(f"--data={tmp_path}")
-    runs = cifar100.plan([0, 1, 2])
-    count = sum(len(run.results) for run in runs)
-    said = (
-        f"all {count} results are in {results} already; to make them again, give another --results"
-    )
-    assert cifar100.main([*command, "--dry-run"]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"# {said}")
-    monkeypatch.setattr(cifar100, "report", lambda _: None)
-    assert cifar100.main(command) == 0
-    first, *told = capsys.readouterr().out.splitlines()
-    assert first.startswith(said) and told[0].startswith("|")
-    assert not (tmp_path / "logs").exists()
-    (results / "runs" / "kd_s1.json").unlink()
-    assert cifar100.main([*command, "--dry-run"]) == 0
-    left = capsys.readouterr().out.splitlines()
-    assert len(left) == 2 and all(run.startswith("python -m training.classify") for run in left)
-
-
-def test_a_method_costs_what_its_whole_chain_took(tmp_path):
-    for run in cifar100.plan([0, 1]):
-        seed = int(run.name[-1])
-        spent = {"provenance": {"cpu_seconds": 10.0 + 2 * seed}, "seed": seed}
-        for path in run.kept(tmp_path).values():
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(spent))
-    costs = cifar100.costs(tmp_path)
-    assert costs == pytest.approx(
-        # Students of 11 s on average; assistants, made once, of 10.
-        {"kd": 1, "takd": 41 / 11, "dgkd": 41 / 11, **{f"cifd{n}": 21 / 11 for n in (1, 3, 5)}}
-    )
-    (tmp_path / "runs" / "cnn4_takd_s0.json").unlink()
-    assert set(cifar100.costs(tmp_path)) == set(costs) - {"takd"}
-
-
-def test_rows_of_the_study_are_compared_seed_by_seed(tmp_path):
-    for name, gains in {"kd": (0, 0, 0), "cifd3": (1, 2, 3), "cifd3_noibm": (2, 1, 1)}.items():
-        for seed, gain in enumerate(gains):
-            metrics = {"acc1": 0.4 + 0.1 * seed + gain / 100}
-            path = tmp_path / "runs" / f"{name}_s{seed}.json"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(
-                json.dumps({"metrics": metrics, "train_metrics": metrics, "seed": seed})
-            )
-    rows = {line.split("|")[1].strip(): line for line in cifar100.table(tmp_path).splitlines()}
-    assert rows["CIFD (3 RDM)"] == (
-        "| CIFD (3 RDM) | 3 | 52.00 ± 11.00 | +2.00 ± 0.58 | +0.67 ± 0.88 | 52.0 |"
-    )
-    assert "TAKD (3 TA)" not in rows
-
-
-@pytest.mark.parametrize("dataset, teacher, student", every_classifier.PAIRS)
-def test_a_pair_of_networks_meets_every_method_in_order(dataset, teacher, student):
-    seen: set[str] = set()
-    methods = []
-    for run in every_classifier.plan(dataset, teacher, student):
-        assert seen.issuperset(run.needs), f"{run.name} comes before one of {run.needs}"
-        seen.add(run.name)
-        args = parse_args(run.command(Path("d"), Path("l"))[2:])
-        methods.append(args.method)
-        assert args.model in (None, teacher, student)
-    assert set(methods) == set(ALL_METHODS)
-
-
 def test_bits_are_nats_in_another_unit():
     modules = rdms("classify")
     x = torch.randn(BATCH, 12, generator=generator())
@@ -1237,7 +1116,7 @@ def test_bits_are_nats_in_another_unit():
     torch.testing.assert_close(measured["bits"], nats / math.log(2))
 
 
-# -- recipes and tuning ----------------------------------------------------------------------------
+# -- recipes ---------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).parent.parent
 MISSING = {
@@ -1283,39 +1162,3 @@ def test_a_student_of_a_subset_learns_from_a_teacher_of_all(run_classify, tmp_pa
     for name, subset in (("some", 64), ("others", 96)):
         run_classify(tmp_path, name, *taught, *cache, f"--subset={subset}")
     assert len(list((tmp_path / "answers").iterdir())) == 2, "answers of other rows were taken"
-
-
-@pytest.mark.parametrize("flags", ["--holdout 0", "--holdout 5000 --final"])
-def test_tuning_looks_at_held_out_training_images_alone(flags):
-    run = ["--data", "d", "--model", "cnn2", *flags.split()]
-    with pytest.raises(UsageError, match="held-out training images alone"):
-        tune_cifar100.parse(["--name", "x", "--tune", "lr", "--", *run])
-
-
-@pytest.mark.parametrize(
-    "given, used", [("", "cpu"), ("--device cpu", "cpu"), ("--device cuda", "cuda")]
-)
-def test_a_trial_runs_on_the_cpu_unless_its_flags_say_where(given, used):
-    flags = ["--data", "d", "--model", "cnn2", *given.split()]
-    _, module, *trial = tune_cifar100.command(Path("logs/x/trial0"), flags)
-    args = parse_args(trial)
-    assert (module, args.device, args.logs) == ("training.classify", used, "logs/x")
-
-
-def test_tuning_without_optuna_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UsageError, match=r"pip install 'cifd_clip\[tune\]'"):
-        tune_cifar100.main([])
-
-
-@needs_cifar
-def test_a_study_goes_on_where_it_was(tmp_path):
-    pytest.importorskip("optuna", reason="needs the extra `tune`")
-    ours = ["--name=x", "--tune", "lr", "tau", f"--logs={tmp_path}"]
-    run = ["--", f"--data={CIFAR}", "--model=cnn2", "--subset=128", "--holdout=32", "--epochs=1"]
-    run += ["--batch-size=32"]
-    for trials in (1, 2):
-        tune_cifar100.main([*ours, f"--trials={trials}", *run])
-    record = json.loads((tmp_path / "x.json").read_text())
-    assert [t["number"] for t in record["trials"]] == [0, 1]
-    assert record["holdout_acc1"] == max(t["value"] for t in record["trials"])
