@@ -7,7 +7,7 @@ of what the files it names say. Everything below takes the narrow part of `Confi
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -488,6 +488,13 @@ def calibration_config(given: Given) -> CalibrationConfig:
         raise UsageError(f"--out '{config.out}': expected a name that ends in .json")
     engine.check(config)
     return config
+
+
+def recorded(values: dict[str, Any]) -> Config:
+    """The configuration that a run's ``config.json`` holds."""
+    names = {f.name for f in fields(Config)}
+    own = {k: v for k, v in values.items() if k in names}
+    return construct(Config, own | {"options": {k: v for k, v in values.items() if k not in own}})
 
 
 def method_options(distill: str, given: Given) -> dict[str, Any]:
