@@ -1,21 +1,19 @@
 """``python -m benchmarks.entropy``: our density against the textbook chain of small matmuls.
 
-Forward and backward of −log p at (rows, channels), same parameters, in turn; peak memory of each
-in a process of its own.
+Forward and backward of −log p at (rows, channels), same parameters, in turn; and the memory that
+each needs beyond parameters and values, in a process of its own.
 """
 
-import argparse
-import multiprocessing
-import resource
 import statistics
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import paired, ratios, record
+from benchmarks.harness import command_line, memory, paired, ratios, record, spelled
 from cifd_clip.entropy import FactorizedDensity
+from training.errors import cli
 
 
 class Textbook(nn.Module):
@@ -47,73 +45,45 @@ class Textbook(nn.Module):
         return -likelihood.clamp_min(1e-9).log().squeeze(1).t()
 
 
-def _step(module: nn.Module, values: Tensor) -> None:
-    module.zero_grad()
-    values.grad = None
-    module(values).sum(1).mean().backward()
-
-
-def _setup(name: str, rows: int, channels: int, device: str, seed: int):
+def calls(name: str, rows: int, channels: int, device: str, seed: int) -> list[Callable[[], None]]:
+    """Forward and backward of a contestant: on two rows, then on all."""
     generator = torch.Generator().manual_seed(seed)
     density = FactorizedDensity(channels, generator=generator)
-    values = torch.randn(rows, channels, generator=generator) * 5
-    module = density if name == "ours" else Textbook(density)
-    return module.to(device), values.to(device).requires_grad_()
+    values = (torch.randn(rows, channels, generator=generator) * 5).to(device)
+    module = (density if name == "ours" else Textbook(density)).to(device)
+
+    def call(values: Tensor) -> Callable[[], None]:
+        def run() -> None:
+            module.zero_grad()
+            values.grad = None
+            module(values).sum(1).mean().backward()
+
+        values = values.clone().requires_grad_()
+        return run
+
+    return [call(values[:2]), call(values)]
 
 
-def _peak(name, rows, channels, device, seed, queue) -> None:
-    module, values = _setup(name, rows, channels, device, seed)
-    _step(module, values[:2].detach().requires_grad_())
-    if device == "cpu":
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        _step(module, values)
-        queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _step(module, values)
-        queue.put((torch.cuda.max_memory_allocated() - before) / 2**20)
-
-
-def peak_megabytes(name: str, rows: int, channels: int, device: str, seed: int) -> float:
-    """Memory that one step needs beyond parameters and values, in MiB."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_peak, args=(name, rows, channels, device, seed, queue))
-    process.start()
-    result = queue.get()
-    process.join()
-    return result
-
-
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--channels", type=int, default=768)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="save the figures here")
-    args = parser.parse_args()
-    shape = (args.rows, args.channels, args.device, args.seed)
-    # First: a child process starts with its parent's peak.
-    memory = {name: peak_megabytes(name, *shape) for name in ("ours", "textbook")}
-    steps = {name: _setup(name, *shape) for name in memory}
-    seconds = paired(
-        {name: lambda pair=pair: _step(*pair) for name, pair in steps.items()},
-        args.rounds,
-        device=torch.device(args.device),
-    )
+    parser = command_line("entropy", __doc__, rounds=10)
+    add = parser.add_argument
+    add("--rows", type=int, default=4096, help="B of the values")
+    add("--channels", type=int, default=768, help="C of the values")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    args = parser.parse_args(argv)
+    shape, names = (args.rows, args.channels, args.device, args.seed), ("ours", "textbook")
+    peaks = {name: memory(calls, name, *shape) for name in names}
+    beyond = {name: peak - before for name, (before, peak) in peaks.items()}
+    steps = {name: calls(name, *shape)[1] for name in names}
+    seconds = paired(steps, args.rounds, device=torch.device(args.device))
     ratio = ratios(seconds, "textbook", "ours")
     for name, times in seconds.items():
-        print(f"{name:10} {1000 * statistics.median(times):8.1f} ms {memory[name]:8.0f} MiB")
-    print(f"textbook / ours, pair by pair: {ratio}")
-    print(f"memory: textbook / ours = {memory['textbook'] / max(memory['ours'], 1e-9):.1f}")
-    figures = {"seconds": seconds, "memory_mib": memory, "speedup": ratio, "seed": args.seed}
-    figures["shape"] = [args.rows, args.channels]
-    record("entropy", figures, args.json)
+        print(f"{name:10} {1000 * statistics.median(times):8.1f} ms {beyond[name]:8.0f} MiB")
+    print(f"textbook / ours, pair by pair: {spelled(ratio)}")
+    print(f"memory: textbook / ours = {beyond['textbook'] / max(beyond['ours'], 1e-9):.1f}")
+    record("entropy", args, {"seconds": seconds, "memory_mib": beyond, "speedup": ratio})
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -1,16 +1,13 @@
 """``python -m benchmarks.evaluation``: ImageNet and four variants, against clip_benchmark.
 
-``python -m eval.benchmark`` and ``clip_benchmark eval`` take turns on the same weights, data, batch
+eval.benchmark and clip_benchmark's own command take turns on the same weights, data, batch
 size, worker processes and threads; each is timed as a user runs it, from start to exit. Both must
-give the same figures. The data are generated (`benchmarks.fabricate`), with the real class names
+give the same figures. The data are generated (benchmarks.fabricate), with the real class names
 and templates: clip_benchmark embeds 2513 classes, set by set, of which 1051 differ.
 """
 
-import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,8 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.fabricate import CLASSIFICATION, Pictures, webdataset
-from benchmarks.harness import paired, ratios, record
+from benchmarks.harness import command_line, paired, ratios, record, spelled
 from eval.datasets import open_folder
+from experiments.study import output, read_result
+from training.errors import Failure, cli
 
 #: ViT-S-32-alt with a text tower of the given size, which two CPU cores can run 200,000 times.
 MODEL = {
@@ -43,42 +42,31 @@ def model_folder(folder: Path, width: int, layers: int, seed: int) -> Path:
     return folder
 
 
-def command(module: str, *arguments: str) -> None:
-    """Run a module's command line, quietly unless it fails."""
-    argv = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{module} failed: {done.stderr[-2000:]}")
-
-
 def figures(folder: Path) -> dict[str, dict[str, float]]:
     """Metrics by data set, of result files."""
-    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    return {result["dataset"].removeprefix("wds/"): result["metrics"] for result in found}
+    results = [read_result(path) for path in folder.glob("*.json")]
+    return {result["dataset"].removeprefix("wds/"): result["metrics"] for result in results}
 
 
 def difference(a: dict, b: dict) -> float:
     """The largest difference of two figures of the same data set and name."""
     if a.keys() != b.keys():
-        raise RuntimeError(f"evaluated: {sorted(a)} and {sorted(b)}")
+        raise Failure(f"evaluated: {sorted(a)} and {sorted(b)}")
     return max(abs(a[name][metric] - b[name][metric]) for name in a for metric in a[name])
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Measure, compare figures and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = command_line("evaluation", __doc__, rounds=2)
     add = parser.add_argument
     add("--images", type=int, default=2000, help="in all five data sets together")
     add("--side", type=int, nargs=2, default=(256, 500), help="least and most pixels of a side")
-    add("--templates", type=int, default=80)
-    add("--text-width", type=int, default=128)
-    add("--text-layers", type=int, default=2)
-    add("--batch-size", type=int, default=64)
-    add("--workers", type=int, default=1)
-    add("--rounds", type=int, default=2)
-    add("--seed", type=int, default=0)
-    add("--json", type=Path, help="save the figures here")
-    args = parser.parse_args()
+    add("--templates", type=int, default=80, help="of each class")
+    add("--text-width", type=int, default=128, help="of the model")
+    add("--text-layers", type=int, default=2, help="of the model")
+    add("--batch-size", type=int, default=64, help="of both")
+    add("--workers", type=int, default=1, help="processes that decode, of both")
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data, turns = folder / "data", iter(range(args.rounds))
@@ -91,14 +79,14 @@ def main() -> None:
         same = ("--batch-size", str(args.batch_size), "--workers", str(args.workers))
 
         def ours() -> None:
-            command(
+            output(
                 "eval.benchmark", f"local-dir:{model}", "--data-root", str(data), "--datasets",
                 *CLASSIFICATION, "--out", str(folder / f"ours{next(turns)}"), *same,
             )  # fmt: skip
 
         def stock() -> None:
             (folder / "stock").mkdir(exist_ok=True)
-            command(
+            output(
                 "clip_benchmark.cli", "eval", "--dataset", *(f"wds/{n}" for n in CLASSIFICATION),
                 "--dataset_root", f"{data}/{{dataset}}", "--model", f"local-dir:{model}",
                 "--pretrained", "", "--output", f"{folder}/stock/{{dataset}}.json", "--no_amp",
@@ -107,20 +95,18 @@ def main() -> None:
 
         contestants = {"ours": ours, "clip_benchmark": stock}
         seconds = paired(contestants, args.rounds, warmup=0)
-        found = {"ours": figures(folder / "ours0"), "clip_benchmark": figures(folder / "stock")}
-    largest = difference(*found.values())
+        measured = {"ours": figures(folder / "ours0"), "clip_benchmark": figures(folder / "stock")}
+    largest = difference(*measured.values())
     if largest > EQUAL:
-        raise RuntimeError(f"figures differ by {largest}: {found}")
+        raise Failure(f"figures differ by {largest}: {measured}")
     for name, times in seconds.items():
         print(f"{name:15} {statistics.median(times):8.1f} s")
     ratio = ratios(seconds, "clip_benchmark", "ours")
-    print(f"clip_benchmark / ours, pair by pair: {ratio}")
+    print(f"clip_benchmark / ours, pair by pair: {spelled(ratio)}")
     print(f"largest difference of a figure: {largest:.1e}")
-    settings = json.loads(json.dumps(vars(args), default=str))
     content = {"seconds": seconds, "ratio": ratio, "largest_difference": largest}
-    content |= {"figures": found, "settings": settings, "data": prints, "seed": args.seed}
-    record("evaluation", content, args.json)
+    record("evaluation", args, content | {"figures": measured, "data": prints})
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

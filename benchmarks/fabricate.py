@@ -5,10 +5,8 @@ ships its own); images and captions are generated. `webdataset` writes what
 ``clip_benchmark_export_wds`` would, `local` what the data set's authors distribute.
 """
 
-import io
 import json
 import re
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from clip_benchmark.datasets import builder
 from PIL import Image
+
+from experiments.shards import encoded, write_lines, write_split
 
 CLASSIFICATION = ("imagenet1k", "imagenetv2", "imagenet-r", "imagenet-a", "objectnet")
 RETRIEVAL = ("mscoco_captions", "flickr30k")
@@ -47,9 +47,16 @@ WORDS = "a red, dog runs over the old bridge two children near green water with 
 
 @dataclass(frozen=True)
 class Pictures:
-    """How a set's images look: encoded noise of many scales, ``low`` to ``high`` pixels a side.
+    """How a set's images look: noise of many scales, as encoded by cameras.
 
-    The first ``distinct`` ones are repeated, if it is given.
+    Attributes:
+        count: how many.
+        low, high: pixels of a side.
+        seed: of the noise.
+        distinct: the first ones, which are repeated; None: all.
+        scales, power: cells of each side of a noise, whose share falls with this power of them.
+        contrast: standard deviation of the pixels.
+        quality: of a JPEG.
     """
 
     count: int
@@ -58,25 +65,31 @@ class Pictures:
     seed: int = 0
     distinct: int | None = None
 
-    def __call__(self, file_format: str) -> Iterator[bytes]:
+    scales: tuple[int, ...] = (3, 9, 27, 81)
+    power: float = 1.0
+    contrast: float = 60.0
+    quality: int = 75
+
+    def __call__(self, kind: str) -> Iterator[bytes]:
         """The encoded images; a few are not RGB, as in the real sets."""
-        different = list(self._different(file_format))
+        odd = {"JPEG": {5: "L", 17: "CMYK"}, "PNG": {5: "P", 17: "RGBA"}}[kind]
+        different = [
+            encoded(image.convert(odd.get(number % 100, "RGB")), kind, quality=self.quality)
+            for number, image in enumerate(self.different())
+        ]
         return (different[number % len(different)] for number in range(self.count))
 
-    def _different(self, file_format: str) -> Iterator[bytes]:
-        odd = {"JPEG": {5: "L", 17: "CMYK"}, "PNG": {5: "P", 17: "RGBA"}}[file_format]
+    def different(self) -> Iterator[Image.Image]:
+        """The distinct images."""
         rng = np.random.Generator(np.random.Philox(self.seed))
-        for number in range(min(self.count, self.distinct or self.count)):
+        for _ in range(min(self.count, self.distinct or self.count)):
             width, height = (int(side) for side in rng.integers(self.low, self.high + 1, 2))
             total = np.zeros((height, width, 3), dtype=np.float32)
-            for cells in (3, 9, 27, 81):
+            for cells in self.scales:
                 noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-                total += np.asarray(noise.resize((width, height))) / np.float32(cells)
-            total = (total - total.mean()) / total.std() * 60 + 120
-            image = Image.fromarray(total.clip(0, 255).astype(np.uint8))
-            buffer = io.BytesIO()
-            image.convert(odd.get(number % 100, "RGB")).save(buffer, file_format)
-            yield buffer.getvalue()
+                total += np.asarray(noise.resize((width, height))) / np.float32(cells**self.power)
+            total = (total - total.mean()) / total.std() * self.contrast + 120
+            yield Image.fromarray(total.clip(0, 255).astype(np.uint8))
 
 
 def packaged(kind: str) -> list[str]:
@@ -115,28 +128,22 @@ def captions(count: int, more: int, seed: int) -> list[list[str]]:
 
 def webdataset(root: Path, name: str, pictures: Pictures, templates: int = 80) -> None:
     """Write ``root/name`` in clip_benchmark's WebDataset layout, 500 images a shard."""
-    retrieval, folder = name in RETRIEVAL, root / name
-    (folder / "test").mkdir(parents=True)
-    if retrieval:
-        _lines(folder / "dataset_type.txt", ["retrieval"])
-        texts = _captions(name, pictures)
-        targets = [("txt", "\n".join(some)) for some in texts]
+    folder = root / name
+    if name in RETRIEVAL:
+        write_lines(folder / "dataset_type.txt", ["retrieval"])
+        targets = [("txt", "\n".join(some)) for some in _captions(name, pictures)]
     else:
         names = [label for _, label in classes(name)]
         chosen = packaged("zeroshot_classification_templates")[:templates]
-        _lines(folder / "classnames.txt", names)
-        _lines(folder / "zeroshot_classification_templates.txt", chosen)
+        write_lines(folder / "classnames.txt", names)
+        write_lines(folder / "zeroshot_classification_templates.txt", chosen)
         targets = [("cls", str(number % len(names))) for number in range(pictures.count)]
     extension = "png" if name == "objectnet" else "jpg"
-    samples = list(zip(pictures(_format(extension)), targets))
-    for shard, start in enumerate(range(0, len(samples), 500)):
-        with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
-            for number, (image, (kind, target)) in enumerate(samples[start : start + 500], start):
-                for ending, content in ((kind, target.encode()), (extension, image)):
-                    member = tarfile.TarInfo(f"s{number:07}.{ending}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    _lines(folder / "test" / "nshards.txt", [str(shard + 1)])
+    samples = (
+        {kind: target.encode(), extension: image}
+        for image, (kind, target) in zip(pictures(_format(extension)), targets)
+    )
+    write_split(folder, "test", samples, 500, "s{:07}")
 
 
 def local(root: Path, name: str, pictures: Pictures) -> None:
@@ -146,23 +153,19 @@ def local(root: Path, name: str, pictures: Pictures) -> None:
     """
     if name in RETRIEVAL:
         return {"mscoco_captions": _coco, "flickr30k": _flickr30k}[name](root / name, pictures)
-    folder = (
-        root
-        / name
-        / {
-            "imagenet1k": "val",
-            "imagenetv2": "ImageNetV2-matched-frequency",
-            "objectnet": "objectnet-1.0/images",
-        }.get(name, "")
-    )
+    inner = {
+        "imagenet1k": "val",
+        "imagenetv2": "ImageNetV2-matched-frequency",
+        "objectnet": "objectnet-1.0/images",
+    }
+    folder = root / name / inner.get(name, "")
     extension = {"imagenet1k": "JPEG", "imagenetv2": "jpeg", "objectnet": "png"}.get(name, "jpg")
-    found = classes(name)
+    folders = [own for own, _ in classes(name)]
     if name == "objectnet":
         _objectnet_mappings(root / name)
-        # no class, no figure: these images are in the folder and not in the test set
-        found = found + [(other, "") for other in OTHERS]
+        folders += OTHERS  # of no class: these images are not in the test set
     for number, image in enumerate(pictures(_format(extension))):
-        path = folder / found[number % len(found)][0] / f"ILSVRC2012_val_{number:08}.{extension}"
+        path = folder / folders[number % len(folders)] / f"ILSVRC2012_val_{number:08}.{extension}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
 
@@ -170,9 +173,7 @@ def local(root: Path, name: str, pictures: Pictures) -> None:
 def _coco(folder: Path, pictures: Pictures) -> None:
     images, notes = [], []
     (folder / "val2014").mkdir(parents=True)
-    for number, (image, texts) in enumerate(
-        zip(pictures("JPEG"), _captions(folder.name, pictures))
-    ):
+    for number, (image, texts) in enumerate(_captioned(folder.name, pictures)):
         identity = 581_929 - 7 * number
         file = f"COCO_val2014_{identity:012}.jpg"
         (folder / "val2014" / file).write_bytes(image)
@@ -186,13 +187,11 @@ def _coco(folder: Path, pictures: Pictures) -> None:
 def _flickr30k(folder: Path, pictures: Pictures) -> None:
     folder.mkdir(parents=True)
     lines = ["image,caption"]
-    for number, (image, texts) in enumerate(
-        zip(pictures("JPEG"), _captions(folder.name, pictures))
-    ):
+    for number, (image, texts) in enumerate(_captioned(folder.name, pictures)):
         file = f"{1_007_129_816 + 11 * number}.jpg"
         (folder / file).write_bytes(image)
         lines += [f"{file},{text}" for text in texts]
-    _lines(folder / "flickr30k_test_karpathy.txt", lines)
+    write_lines(folder / "flickr30k_test_karpathy.txt", lines)
 
 
 def _objectnet_mappings(folder: Path) -> None:
@@ -206,12 +205,16 @@ def _objectnet_mappings(folder: Path) -> None:
         "pytorch_to_imagenet_2012_id.json": {str(n): n for n in range(len(names))},
     }.items():
         (folder / file).write_text(json.dumps(content))
-    _lines(folder / "imagenet_to_label_2012_v2", [label.lower() for label in names])
+    write_lines(folder / "imagenet_to_label_2012_v2", [label.lower() for label in names])
 
 
 def _objectnet_folder(label: str) -> str:
     plain = re.sub(r"[^a-z-]+", "_", label.lower().replace("'", "")).strip("_")
     return OBJECTNET_FOLDERS.get(label, plain)
+
+
+def _captioned(name: str, pictures: Pictures) -> Iterator[tuple[bytes, list[str]]]:
+    return zip(pictures("JPEG"), _captions(name, pictures))
 
 
 def _captions(name: str, pictures: Pictures) -> list[list[str]]:
@@ -220,7 +223,3 @@ def _captions(name: str, pictures: Pictures) -> list[list[str]]:
 
 def _format(extension: str) -> str:
     return "PNG" if extension == "png" else "JPEG"
-
-
-def _lines(path: Path, lines: list[str]) -> None:
-    path.write_text("\n".join(lines) + "\n")

@@ -1,6 +1,4 @@
-"""Images per second on one core: this project's reader against OpenCLIP's own WebDataset loader.
-
-    python -m benchmarks.loader [--data SHARDS] [--pairs 5] [--json results/loader.json]
+"""``python -m benchmarks.loader``: this project's reader against OpenCLIP's own, on one core.
 
 Both read the same shards, decode every image, apply OpenCLIP's training transform at the same size
 and tokenise the captions with the same tokenizer. Each measurement is one pass in a process of its
@@ -10,23 +8,21 @@ twice: as it is handed out, and with the normalisation done on the same core.
 """
 
 import argparse
-import io
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from benchmarks.harness import record
+from benchmarks.fabricate import Pictures
+from benchmarks.harness import command_line, ratios, record, spelled
+from experiments.shards import write_shards
+from experiments.study import output
 from training.data.decode import Caps, decode_image
 from training.data.index import index_shards
 from training.data.loader import Loader
@@ -34,16 +30,21 @@ from training.data.order import Order
 from training.data.views import ImageSpec, draw, normalise, train_view
 from training.errors import UsageError, cli
 
-FLICKR = "../shared/data/flickr8k/train"
-FLICKR_SHARDS = FLICKR + "/{00000..00003}.tar"
-SEED = 0
+FLICKR = Path("../shared/data/flickr8k/train")
 # by number of workers; with one, batches also travel between processes, as in a run
 CONTENDERS = {0: ("ours", "open_clip"), 1: ("ours", "ours+normalise", "open_clip")}
 
 
-def main(argv: list[str]) -> int:
-    """Measure, print a table, save JSON."""
-    args = _parser().parse_args(argv)
+def main(argv: list[str]) -> None:
+    """Measure and print."""
+    parser = command_line("loader", __doc__, rounds=5)
+    add = parser.add_argument
+    add("--data", metavar="SHARDS", help=f"plain tars to read [those of {FLICKR}, if there]")
+    add("--images", type=int, default=1024, help="images to generate")
+    add("--size", type=int, default=224, help="pixels of a training image")
+    add("--batch-size", type=int, default=64, help="of both")
+    add("--one", help=argparse.SUPPRESS)  # a measurement: the arguments of `measure`
+    args = parser.parse_args(argv)
     try:
         import open_clip_train.data  # noqa: F401
     except ImportError as error:
@@ -52,52 +53,52 @@ def main(argv: list[str]) -> int:
         ) from None
     if args.one:
         print(json.dumps(measure(**json.loads(args.one))))
-        return 0
-    result = {"seed": SEED, "size": args.size, "batch": args.batch, "data": {}}
+        return
+    result = {}
     with tempfile.TemporaryDirectory() as folder:
         sets = {"generated 256-512 px": generate(Path(folder) / "generated", args.images)}
-        data = args.data or (FLICKR_SHARDS if Path(FLICKR).is_dir() else None)
-        if data:
-            sets = {data if args.data else "Flickr8k": data} | sets
+        if args.data:
+            sets = {args.data: args.data} | sets
+        elif FLICKR.is_dir():
+            sets = {"Flickr8k": f"{FLICKR}/{{00000..00003}}.tar"} | sets
         for name, urls in sets.items():
             print(f"\n{name}")
-            result["data"][name] = compare(urls, args, folder)
-    record("loader", result, args.json)
-    return 0
+            result[name] = compare(urls, args, folder)
+    record("loader", args, {"data": result})
 
 
-def compare(urls: str, args: argparse.Namespace, cache_dir: str) -> dict:
+def compare(urls: str, args: argparse.Namespace, cache_dir: str) -> dict[str, Any]:
     """Paired measurements of one data set."""
     sources = index_shards(urls, cache_dir=cache_dir)
-    check_equal_pixels(sources, args.size)
-    result = {"fingerprint": sources.fingerprint(), "pairs": []}
+    check_equal_pixels(sources, args.size, args.seed)
     print(f"pixels equal; {sources.num_samples} images")
-    job = {"urls": urls, "cache_dir": cache_dir, "size": args.size, "batch": args.batch}
+    job = {"urls": urls, "cache_dir": cache_dir, "size": args.size, "batch": args.batch_size}
     for shard in sources.shards:  # into the page cache
         Path(shard.path).read_bytes()
+    result = {"fingerprint": sources.fingerprint(), "passes": {}}
     for workers, contenders in CONTENDERS.items():
-        rounds = []
-        for pair in range(args.pairs):
-            turn = contenders if pair % 2 else contenders[::-1]
-            rounds.append({who: _run(job | {"who": who, "workers": workers}) for who in turn})
-        result["pairs"].append({"workers": workers, "rounds": rounds})
-        for who in contenders:
-            speeds = [runs[who]["images_per_s"] for runs in rounds]
-            ratios = [
-                runs[who]["images_per_s"] / runs["open_clip"]["images_per_s"] for runs in rounds
-            ]
-            line = (
-                f"{workers} worker(s)  {who:15s} {statistics.median(speeds):7.1f} images/s   "
-                f"x {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            )
+        passes: dict[str, list[dict]] = {who: [] for who in contenders}
+        for turn in range(args.rounds):
+            for who in contenders if turn % 2 else contenders[::-1]:
+                one = job | {"who": who, "workers": workers, "seed": args.seed}
+                done = output("benchmarks.loader", "--one", json.dumps(one))
+                passes[who].append(json.loads(done.splitlines()[-1]))
+        result["passes"][f"{workers} workers"] = passes
+        seconds = {who: [one["seconds"] for one in own] for who, own in passes.items()}
+        for who, own in passes.items():
+            speed = own[0]["images"] / statistics.median(seconds[who])
+            ratio = spelled(ratios(seconds, "open_clip", who))
+            line = f"{workers} worker(s)  {who:15s} {speed:7.1f} images/s   x {ratio}"
             if workers == 0:
-                read = statistics.median(runs[who]["bytes_per_image"] for runs in rounds)
+                read = statistics.median(one["bytes_per_image"] for one in own)
                 line += f"   {read / 1e3:6.1f} KB read per image"
             print(line, flush=True)
     return result
 
 
-def measure(who: str, urls: str, cache_dir: str, size: int, batch: int, workers: int) -> dict:
+def measure(
+    who: str, urls: str, cache_dir: str, size: int, batch: int, workers: int, seed: int
+) -> dict:
     """One pass over the data on one core, in this process."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
@@ -107,17 +108,12 @@ def measure(who: str, urls: str, cache_dir: str, size: int, batch: int, workers:
     spec = ImageSpec(size=size)
     sources = index_shards(urls, cache_dir=cache_dir)
     if who == "open_clip":
-        batches = _stock(sources, spec, tokenizer, batch, workers)
+        batches = _stock(sources, spec, tokenizer, batch, workers, seed)
     else:
         loader = Loader(
-            Order(sources, SEED),
-            sources,
-            [train_view(spec)],
-            [tokenizer],
-            seed=SEED,
-            global_batch=batch,
-            workers=workers,
-        )
+            Order(sources, seed), sources, [train_view(spec)], [tokenizer],
+            seed=seed, global_batch=batch, workers=workers,
+        )  # fmt: skip
         batches = loader.batches(0, sources.num_samples // batch)
     before, start, images = _bytes_read(), time.perf_counter(), 0
     for item in batches:
@@ -128,16 +124,11 @@ def measure(who: str, urls: str, cache_dir: str, size: int, batch: int, workers:
     read = _bytes_read() - before
     if who != "open_clip":
         loader.close()
-    return {
-        "images_per_s": images / seconds,
-        "images": images,
-        "seconds": seconds,
-        # a worker's reads are its own, so they are counted without workers
-        "bytes_per_image": read / images if workers == 0 else None,
-    }
+    # a worker's reads are its own: this figure is of no use with workers
+    return {"images": images, "seconds": seconds, "bytes_per_image": read / images}
 
 
-def check_equal_pixels(sources, size: int, samples: int = 50) -> None:
+def check_equal_pixels(sources, size: int, seed: int, samples: int = 50) -> None:
     """Both pipelines turn the same bytes and the same draw into the same float images."""
     from open_clip.transform import image_transform
     from webdataset.autodecode import ImageHandler
@@ -151,44 +142,25 @@ def check_equal_pixels(sources, size: int, samples: int = 50) -> None:
         with open(shard.path, "rb") as file:
             file.seek(offset)
             data = file.read(length)
-        mine = normalise(draw(ours, decode_image(data, Caps()), SEED, 0, b"%d" % row)[None], spec)
-        theirs = draw(stock, decode("x.jpg", data), SEED, 0, b"%d" % row)
+        mine = normalise(draw(ours, decode_image(data, Caps()), seed, 0, b"%d" % row)[None], spec)
+        theirs = draw(stock, decode("x.jpg", data), seed, 0, b"%d" % row)
         assert torch.equal(mine[0], theirs), f"row {row}: pixels differ"
 
 
-def generate(folder: Path, images: int, shards: int = 4) -> str:
-    """Shards of photo-like JPEGs (noise of all scales), 256 to 512 px, quality 92."""
-    folder.mkdir()
-    per_shard = -(-images // shards)
-    for shard in range(shards):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(shard * per_shard, (shard + 1) * per_shard):
-                caption = f"a picture of clouds, number {number}, wide and soft and grey"
-                for ext, data in (
-                    ("jpg", _clouds(number)),
-                    ("txt", caption.encode()),
-                    ("json", json.dumps({"caption": caption}).encode()),
-                ):
-                    info = tarfile.TarInfo(f"{number:09d}.{ext}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+def generate(folder: Path, images: int) -> str:
+    """Four shards of photo-like JPEGs (noise of many scales), 256 to 512 px."""
+    scales = (4, 8, 16, 32, 64, 128, 256)
+    pictures = Pictures(images, 256, 512, scales=scales, power=0.8, contrast=50, quality=92)
+    captions = (f"a picture of clouds, number {n}, wide and soft and grey" for n in range(images))
+    samples = (
+        {"jpg": image, "txt": text.encode(), "json": json.dumps({"caption": text}).encode()}
+        for image, text in zip(pictures("JPEG"), captions)
+    )
+    write_shards(folder, samples, -(-images // 4), "{:09}", "{:05}")
     return str(folder)
 
 
-def _clouds(seed: int) -> bytes:
-    rng = np.random.Generator(np.random.Philox(seed))
-    width, height = (int(side) for side in rng.integers(256, 513, 2))
-    total = np.zeros((height, width, 3), dtype=np.float32)
-    for cells in (4, 8, 16, 32, 64, 128, 256):
-        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        total += np.asarray(noise.resize((width, height))) / np.float32(cells**0.8)
-    total = (total - total.mean()) / total.std() * 50 + 120
-    buffer = io.BytesIO()
-    Image.fromarray(total.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92)
-    return buffer.getvalue()
-
-
-def _stock(sources, spec: ImageSpec, tokenizer, batch: int, workers: int):
+def _stock(sources, spec: ImageSpec, tokenizer, batch: int, workers: int, seed: int):
     from open_clip.transform import image_transform
     from open_clip_train.data import get_wds_dataset
 
@@ -197,7 +169,7 @@ def _stock(sources, spec: ImageSpec, tokenizer, batch: int, workers: int):
         train_num_samples=sources.num_samples,
         train_data_upsampling_factors=None,
         dataset_resampled=False,
-        seed=SEED,
+        seed=seed,
         batch_size=batch,
         world_size=1,
         workers=workers,
@@ -206,29 +178,9 @@ def _stock(sources, spec: ImageSpec, tokenizer, batch: int, workers: int):
     return get_wds_dataset(args, preprocess, True, floor=True, tokenizer=tokenizer).dataloader
 
 
-def _run(job: dict) -> dict:
-    command = [sys.executable, "-m", "benchmarks.loader", "--one", json.dumps(job)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(run.stderr)
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 def _bytes_read() -> int:
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(fields["rchar"])
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
-    parser.add_argument("--data", help=f"plain tars to read (default: {FLICKR_SHARDS}, if there)")
-    parser.add_argument("--images", type=int, default=1024, help="images to generate")
-    parser.add_argument("--size", type=int, default=224, help="pixels of a training image")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=5, help="measurements of each")
-    parser.add_argument("--json", type=Path, help="save the figures here")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """``python -m benchmarks.scaling``: what several processes say to each other, and what it costs.
 
-Counted: the bytes that one training step of each method hands to ``torch.distributed``, two real
-gloo processes, every collective included (gradient buckets, gathers, their backward, the stop
-flag), beside the formula of `messages`; they must agree. Modelled: the same formula at 8, 64 and
-512 GPUs for a full-size pair of models. Measured, with ``--timing``: samples per second of one
-process and of two, in turn (weak scaling, the teacher's forward left out).
+Counted: the bytes that one training step of each method hands to torch.distributed, two real gloo
+processes, every collective included (gradient buckets, gathers, their backward, the stop flag),
+beside the formula of `messages`; they must agree. Modelled: the same formula at 8, 64 and 512 GPUs
+for a full-size pair of models. Measured, with --timing: samples per second of one process and of
+two, in turn (weak scaling, the teacher's forward left out).
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -20,39 +19,33 @@ import open_clip
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.harness import paired, ratios, record
-from benchmarks.step import random_teacher
-from cifd_clip import RDMBank, World
+from benchmarks.contestants import (
+    RATES,
+    Contestant,
+    add_flags,
+    common_flags,
+    random_teacher,
+    untrained_bank,
+)
+from benchmarks.harness import command_line, paired, ratios, record
+from cifd_clip import METHODS, DistillationTask, Features, World
+from cifd_clip.student import Pooled
 from training.clip.config import parse_args
-from training.clip.models import add_model_configs
-from training.clip.stages import StudentStage, make_task
-from training.data.loader import Batch
+from training.clip.stages import make_task
 from training.engine.control import StopFlag
-from training.engine.trainer import Trainer
+from training.errors import cli
 
-#: What each method gathers across ranks: (the student's embeddings, each teacher's).
-GATHERS = {
-    "none": (1, 0),
-    "fd": (0, 0),
-    "cifd": (1, 0),
-    "kd": (1, 1),
-    "clipkd": (1, 1),
-    "tinyclip": (1, 1),
-    "mobileclip": (1, 1),
-    "rdm": (0, 0),
-}
-METHODS = [name for name in GATHERS if name != "rdm"]
 OPERATIONS = {
     "allreduce_": "all_reduce",
     "_allgather_base_": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter",
 }
 FLOAT32 = 4
-RATES = (1000.0, 300.0, 100.0)
 
 
 # -- counted -----------------------------------------------------------------------------------
@@ -102,36 +95,55 @@ class Message:
     bytes: int
 
 
-def messages(
-    method: str, parameters: int, rows: int, dim: int, teacher_dims: list[int], backend: str
-) -> list[Message]:
-    """What a step of a method says, from shapes alone.
+def gathers(task: DistillationTask, teacher_dims: list[int]) -> tuple[int, int]:
+    """Columns of the embeddings that a step gathers: the student's, and its teachers'.
 
     Args:
-        method: its name.
+        task: whose losses are asked for, on two random rows.
+        teacher_dims: T of each teacher.
+    """
+    columns: Counter = Counter()
+
+    class Listening(World):
+        def gather(self, rows: Tensor) -> Tensor:
+            columns["student" if rows.requires_grad else "teachers"] += rows.shape[1]
+            return rows
+
+    def rows(width: int) -> Tensor:
+        return F.normalize(torch.randn(2, width, generator=generator), dim=1)
+
+    generator, scale = torch.Generator().manual_seed(0), torch.tensor(1.0)
+    pooled = Pooled(**{k: rows(w).requires_grad_() for k, w in task.student.widths.items()})
+    teachers = [Features(rows(t), rows(t), scale, space=i) for i, t in enumerate(teacher_dims)]
+    task.method(task.student, pooled, teachers, Listening(), None)
+    return columns["student"], columns["teachers"]
+
+
+def messages(parameters: int, rows: int, gathered: tuple[int, int], backend: str) -> list[Message]:
+    """What a step says, from shapes alone.
+
+    Args:
         parameters: P, number of trainable elements.
         rows: B of the global batch.
-        dim: D of the student.
-        teacher_dims: T of each teacher.
+        gathered: see `gathers`.
         backend: with gloo, the backward of a gather is an all_reduce.
     """
-    student, teachers = GATHERS[method]
-    found = [Message("gradient", "all_reduce", FLOAT32 * parameters)]
-    if student:
-        size = FLOAT32 * 2 * rows * dim  # images and texts
-        back = "reduce_scatter" if backend == "nccl" else "all_reduce"
-        found += [Message("student's embeddings", "all_gather", size)]
-        found += [Message("their gradient", back, size)]
-    if teachers:
-        size = FLOAT32 * 2 * rows * sum(teacher_dims)
-        found += [Message("teachers' embeddings", "all_gather", size)]
-    return [*found, Message("stop flag", "all_reduce", FLOAT32)]
+    student, teachers = (FLOAT32 * rows * columns for columns in gathered)
+    back = "reduce_scatter" if backend == "nccl" else "all_reduce"
+    said = [
+        Message("gradient", "all_reduce", FLOAT32 * parameters),
+        Message("student's embeddings", "all_gather", student),
+        Message("their gradient", back, student),
+        Message("teachers' embeddings", "all_gather", teachers),
+        Message("stop flag", "all_reduce", FLOAT32),
+    ]
+    return [message for message in said if message.bytes]
 
 
-def total(found: list[Message]) -> dict[str, int]:
+def total(said: list[Message]) -> dict[str, int]:
     """Bytes by operation."""
     sums: Counter = Counter()
-    for message in found:
+    for message in said:
         sums[message.operation] += message.bytes
     return dict(sums)
 
@@ -173,105 +185,63 @@ def sent(message: Message, gpus: int) -> float:
 def model(student: str, teacher: str, cluster: Cluster) -> dict[str, Any]:
     """Megabytes and milliseconds per step of every method, GPU count and global batch."""
     built = open_clip.create_model(student)
-    dim, teacher_dim = (open_clip.get_model_config(m)["embed_dim"] for m in (student, teacher))
+    teacher_dim = open_clip.get_model_config(teacher)["embed_dim"]
     rows = []
     for method in METHODS:
-        args = parse_args(["--train-data", "-", "--model", student, *_teacher_flags(method, "-")])
-        task = make_task(args, built, [teacher_dim], World())
+        flags = ["--train-data=-", f"--model={student}", *distilled(method, "local-dir:-")]
+        task = make_task(parse_args(flags), built, [teacher_dim], World(), seed=0)
         parameters = sum(p.numel() for p in task.parameters())
         parameters -= not task.method.uses_logit_scale  # frozen then
+        gathered = gathers(task, [teacher_dim])
         for gpus in (8, 64, 512):
             for batch in (1024, 32768):
-                said = messages(method, parameters, batch, dim, [teacher_dim], "nccl")
-                gradient, others = said[0], said[1:-1]  # the stop flag travels on the host
-                rows.append(
-                    {
-                        "method": method,
-                        "gpus": gpus,
-                        "global_batch": batch,
-                        "parameters": parameters,
-                        "gradient_mb": sent(gradient, gpus) / 1e6,
-                        "gradient_ms": cluster.seconds(gradient, gpus) * 1e3,
-                        "gathers_mb": sum(sent(m, gpus) for m in others) / 1e6,
-                        # each modality is a message of its own: twice the hops
-                        "gathers_ms": sum(
-                            2 * cluster.seconds(Message(m.what, m.operation, m.bytes // 2), gpus)
-                            for m in others
-                        )
-                        * 1e3,
-                    }
-                )
+                # the stop flag, last, travels on the host
+                gradient, *others = messages(parameters, batch, gathered, "nccl")[:-1]
+                # each modality is a message of its own: twice the hops
+                halves = [Message(m.what, m.operation, m.bytes // 2) for m in others] * 2
+                row = {"method": method, "gpus": gpus, "global_batch": batch}
+                rows.append(row | {
+                    "parameters": parameters,
+                    "gradient_mb": sent(gradient, gpus) / 1e6,
+                    "gradient_ms": cluster.seconds(gradient, gpus) * 1e3,
+                    "gathers_mb": sum(sent(m, gpus) for m in others) / 1e6,
+                    "gathers_ms": sum(cluster.seconds(m, gpus) for m in halves) * 1e3,
+                })  # fmt: skip
     return {"student": student, "teacher": teacher, "cluster": asdict(cluster), "rows": rows}
 
 
-# -- two processes -----------------------------------------------------------------------------
+# -- two processes ---------------------------------------------------------------------------------
 
 
-def _teacher_flags(method: str, teacher: str) -> list[str]:
-    if method == "none":
-        return ["--distill", "none"]
-    flags = ["--distill", method, "--distill-model", teacher]
-    return flags if teacher.startswith("local-dir:") else [*flags, "--distill-pretrained", "-"]
+def distilled(method: str, teacher: str) -> list[str]:
+    """The flags of a method."""
+    taught = [] if method == "none" else [f"--distill-model={teacher}"]
+    return [f"--distill={method}", *taught]
 
 
-def make_bank(args: argparse.Namespace, teacher: str, folder: Path) -> None:
-    """An untrained bank of the teacher, K = 3."""
-    source = StudentStage(_flags("fd", args, teacher), torch.device("cpu"), World()).source
-    generator = torch.Generator().manual_seed(args.seed)
-    dim = source.dims[0]
-    RDMBank(source.identities[0], list(RATES), dim, generator=generator).save(folder / "bank")
+class Talking(Contestant):
+    """A contestant with what the loop says besides."""
 
-
-def _flags(method: str, args: argparse.Namespace, teacher: str, *more: str) -> argparse.Namespace:
-    flags = ["--train-data", "-", "--model", args.student, "--batch-size", str(args.batch_size)]
-    flags += ["--warmup", "1", "--epochs", "1000", "--seed", str(args.seed), "--device", "cpu"]
-    return parse_args([*flags, "--precision", "fp32", *_teacher_flags(method, teacher), *more])
-
-
-class Contestant:
-    """A method's trainer in a world, taking steps on one random batch."""
-
-    def __init__(
-        self, method: str, args: argparse.Namespace, teacher: str, folder: Path, world: World
-    ):
-        bank = ["--rdm-bank", str(folder / "bank")] if method == "cifd" else []
-        parsed = _flags(method, args, teacher, *bank)
-        cpu = torch.device("cpu")
-        self.stage = StudentStage(parsed, cpu, world)
-        self.stage.task.train()
-        self.trainer = Trainer(parsed, self.stage, world, cpu, 1000)
-        self.batch = self._batch(args.batch_size, args.seed + world.rank)
-        features = self.stage.source(self.batch)  # as from a cache: the teacher says nothing
-        self.stage.source = lambda batch: list(features)
+    def __init__(self, flags: list[str], world: World):
+        super().__init__(flags, world, cached=True)
         self.stop = StopFlag(world)
-
-    def _batch(self, rows: int, seed: int) -> Batch:
-        generator = torch.Generator().manual_seed(seed)
-        images, index = [], torch.arange(rows)
-        for spec in self.stage.inputs.specs:
-            size = spec.size if isinstance(spec.size, (tuple, list)) else (spec.size, spec.size)
-            shape = (rows, 3, *size)
-            images.append(torch.randint(256, shape, generator=generator, dtype=torch.uint8))
-        captions = [f"a photo of scene number {i}" for i in range(rows)]
-        texts = [tokenizer(captions) for tokenizer in self.stage.inputs.tokenizers]
-        return Batch(images, texts, index, index, captions)
 
     def __call__(self) -> None:
         """One step, and the question whether to stop, as the loop asks it."""
-        self.trainer.step(self.batch)
+        super().__call__()
         self.stop.agreed()
 
 
-def count(contestant: Contestant, method: str, world: World) -> dict[str, Any]:
+def count(contestant: Talking, method: str) -> dict[str, Any]:
     """Bytes by operation that a settled step hands over, and those of the formula."""
     for _ in range(3):  # DDP arranges its buckets
         contestant()
     with Collectives() as counted:
         contestant()
-    task, rows = contestant.stage.task, len(contestant.batch) * world.size
+    task, rows = contestant.stage.task, len(contestant.batch) * dist.get_world_size()
     parameters = sum(p.numel() for p in task.parameters() if p.requires_grad)
-    dims = [len(f.image[0]) for f in contestant.stage.source(contestant.batch)]
-    said = messages(method, parameters, rows, task.student.dim, dims, dist.get_backend())
+    gathered = gathers(task, contestant.stage.source.dims)
+    said = messages(parameters, rows, gathered, dist.get_backend())
     if dict(counted.bytes) != total(said):
         raise AssertionError(f"{method}: counted {dict(counted.bytes)}, expected {total(said)}")
     return {
@@ -281,33 +251,33 @@ def count(contestant: Contestant, method: str, world: World) -> dict[str, Any]:
     }
 
 
-def _process(rank: int, args: argparse.Namespace, teacher: str, folder: Path) -> None:
+def _process(rank: int, flags: dict[str, list[str]], folder: Path, rounds: int) -> None:
     torch.set_num_threads(1)
     place = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
-    add_model_configs(args.model_config)
     results = {}
-    for method in args.methods:
-        world = World(rank, 2)
-        shared = Contestant(method, args, teacher, folder, world)
-        results[method] = count(shared, method, world)
-        if args.timing:
-            results[method]["throughput"] = _weak_scaling(shared, method, args, teacher, folder)
+    for method, own in flags.items():
+        shared = Talking(own, World(rank, 2))
+        results[method] = count(shared, method)
+        if rounds:
+            results[method]["throughput"] = _weak_scaling(shared, own, rounds)
         shared.stop.close()
     (folder / f"results{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
-def _weak_scaling(shared: Contestant, method: str, args, teacher: str, folder: Path):
-    """Seconds of a step of one process and of two, in turn; rank 1 rests while rank 0 is alone."""
-    first = dist.get_rank() == 0
-    alone = Contestant(method, args, teacher, folder, World()) if first else _rest
+def _weak_scaling(shared: Talking, flags: list[str], rounds: int) -> dict[str, Any]:
+    """Seconds of a step of one process and of two, in turn."""
 
     def together() -> None:
         dist.barrier()
         shared()
 
-    seconds = paired({"1": alone, "2": together}, args.rounds, 2)
+    def rest() -> None:
+        """Rank 1, while rank 0 is alone, waits at the barrier of the next shared step."""
+
+    alone = Talking(flags, World()) if dist.get_rank() == 0 else rest
+    seconds = paired({"1": alone, "2": together}, rounds, 2)
     rows = len(shared.batch)
     return {
         "seconds": seconds,
@@ -316,42 +286,34 @@ def _weak_scaling(shared: Contestant, method: str, args, teacher: str, folder: P
     }
 
 
-def _rest() -> None:
-    """What rank 1 does while rank 0 is alone: it waits at the barrier of the next shared step."""
+# -- the command -----------------------------------------------------------------------------------
 
 
-# -- the command -------------------------------------------------------------------------------
-
-
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Count, model, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--student", default="ViT-S-32-alt", help="what is run here")
-    parser.add_argument("--teacher", default="ViT-S-32")
-    parser.add_argument("--model-config", nargs="+", default=[])
-    parser.add_argument("--full-student", default="ViT-B-16", help="what the model is about")
-    parser.add_argument("--full-teacher", default="ViT-L-14")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--batch-size", type=int, default=16, help="per process")
-    parser.add_argument("--timing", action="store_true", help="measure samples per second too")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="save the figures here")
-    args = parser.parse_args()
-    add_model_configs(args.model_config)
+    parser = command_line("scaling", __doc__, rounds=10)
+    add_flags(parser, "ViT-S-32", "ViT-S-32-alt", 16)
+    add = parser.add_argument
+    add("--full-student", default="ViT-B-16", help="what the model is about")
+    add("--full-teacher", default="ViT-L-14", help="its teacher")
+    add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="which of them")
+    add("--timing", action="store_true", help="measure samples per second too")
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        teacher = random_teacher(args, folder)
-        make_bank(args, teacher, folder)
-        mp.spawn(_process, args=(args, teacher, folder), nprocs=2)
+        teacher, common = random_teacher(args, folder), common_flags(args)
+        flags = {method: [*common, *distilled(method, teacher)] for method in args.methods}
+        if "cifd" in flags:
+            named = [*common, *distilled("fd", teacher)]
+            bank = untrained_bank(named, len(RATES), folder / "bank")
+            flags["cifd"].append(f"--rdm-bank={bank}")
+        mp.spawn(_process, args=(flags, folder, args.rounds if args.timing else 0), nprocs=2)
         methods = json.loads((folder / "results0.json").read_text())
     modelled = model(args.full_student, args.full_teacher, Cluster())
     print(f"{args.teacher} -> {args.student}, 2 gloo processes x {args.batch_size}, per step")
     for line in (*counts_table(methods), "", *model_table(modelled)):
         print(line)
-    settings = json.loads(json.dumps(vars(args), default=str))
-    figures = {"methods": methods, "model": modelled, "settings": settings}
-    record("scaling", figures, args.json)
+    record("scaling", args, {"methods": methods, "model": modelled})
 
 
 def counts_table(methods: dict[str, dict]) -> list[str]:
@@ -361,12 +323,13 @@ def counts_table(methods: dict[str, dict]) -> list[str]:
     lines = [head + (" samples/s, 1 | 2 | efficiency |" if timed else "")]
     lines.append("|---|" + "---:|" * (lines[0].count("|") - 2))
     plain = sum(methods["none"]["counted_bytes"].values()) if "none" in methods else None
-    for name, found in methods.items():
-        by = found["counted_bytes"]
+    for name, counted in methods.items():
+        by = counted["counted_bytes"]
         more = f"{sum(by.values()) - plain:+,}" if plain else ""
         line = f"| {name} | {by['all_reduce']:,} | {by.get('all_gather', 0):,} | {more} |"
         if timed:
-            rate, kept = found["throughput"]["samples_per_s"], found["throughput"]["efficiency"]
+            rate = counted["throughput"]["samples_per_s"]
+            kept = counted["throughput"]["efficiency"]
             line += f" {rate['1']:.1f} | {rate['2']:.1f} | "
             line += f"{kept['median']:.2f} ({kept['min']:.2f} to {kept['max']:.2f}) |"
         lines.append(line)
@@ -390,4 +353,4 @@ def model_table(modelled: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

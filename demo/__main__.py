@@ -1,147 +1,137 @@
-"""The whole method on real handwriting in ten minutes, without a download: ``python -m demo``.
+"""``python -m demo``: the whole method on real handwriting in ten minutes, without a download.
 
-It reads from top to bottom and runs the commands a user runs. Each step leaves its own mark in
-``OUT`` (a run's ``finished.json``), so the demo goes on where it was stopped; delete ``OUT`` to
-begin again.
+It reads from top to bottom and runs the commands a user runs. Stopped, it goes on where it was;
+delete OUT to begin again.
 """
 
-import argparse
-import json
 import os
-import shlex
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+from cifd_clip.files import read_json, write_json
 from demo import scenes
-from training.engine.environment import cores
-from training.errors import UsageError, cli
+from experiments.study import STOPPED, Run, Study, command_line, output, say
+from training.errors import cli
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
 EPOCHS = {"teacher": 10, "bank": 4, "student": 6}
-RATES = ["3000", "1000", "300"]
+RATES = ("3000", "1000", "300")
 
 
-def demo(out: Path, quick: bool, record: Path | None = None) -> None:
-    """Data, teacher, bank, three students, evaluation, report; the record is kept if asked for."""
-    start = time.monotonic()
-    data, logs = out / "data", out / "logs"
+def plan(quick: bool) -> list[Run]:
+    """Every command up to the report, each after those whose files it reads."""
     epochs = {name: 1 if quick else count for name, count in EPOCHS.items()}
-
-    # 1. Scenes of coloured handwritten digits with captions, as WebDataset tars.
-    if not data.exists():
-        say("scenes of handwritten digits")
-        sizes = {"train": 1_000, "val": 256, "scenes": 100} if quick else {}
-        draft = out / "data.draft"
-        shutil.rmtree(draft, ignore_errors=True)
-        scenes.write(draft, **sizes)
-        draft.rename(data)
-
-    def train(**runs: list[str]) -> None:
-        """``training.main`` on the scenes, side by side, for the runs not finished yet."""
-        common = [
-            f"--logs={logs}", "--resume=latest",
-            f"--train-data={data}/train", f"--val-data={data}/val",
-            "--batch-size=128", "--lr=2e-3", "--wd=0.1", "--workers=1", "--keep=1",
-            "--image-mean", ".5", ".5", ".5", "--image-std", ".25", ".25", ".25",
-        ]  # fmt: skip
-        wanted = {
-            n: flags for n, flags in runs.items() if not (logs / n / "finished.json").exists()
-        }
-        call(*(["training.main", f"--name={n}", *common, *flags] for n, flags in wanted.items()))
-
-    # 2. A teacher, plain CLIP; and beside it the student that has none.
-    student = [
-        f"--model-config={MODELS}/student.json", "--model=student",
-        f"--epochs={epochs['student']}",
-    ]  # fmt: skip
-    train(
-        teacher=[
-            "--distill=none", f"--model-config={MODELS}/teacher.json", "--model=teacher",
-            f"--epochs={epochs['teacher']}",
-        ],
-        none=["--distill=none", *student],
+    where = (
+        "--name={name}", "--logs={logs}", "--resume=latest",
+        "--train-data={data}/train", "--val-data={data}/val",
     )  # fmt: skip
 
-    # 3. Stage 1: assistants of three rates for both modalities, in one pass.
-    distill = [f"--distill-model=local-dir:{logs}/teacher/student"]
-    train(bank=["--distill=rdm", *distill, "--rates", *RATES, f"--epochs={epochs['bank']}"])
+    def train(name: str, seconds: float, *flags: str) -> Run:
+        common = (
+            "--batch-size=128", "--lr=2e-3", "--wd=0.1", "--workers=1", "--keep=1",
+            "--image-mean", ".5", ".5", ".5", "--image-std", ".25", ".25", ".25",
+        )  # fmt: skip
+        return Run(name, "training.main", (*common, *flags), where=where, cost=seconds / 60)
 
-    # 4. The same student under CLIP-KD, and under stage 2 of CIFD.
-    train(
-        clipkd=["--distill=clipkd", *distill, *student],
-        cifd=["--distill=cifd", *distill, f"--rdm-bank={logs}/bank/bank", *student],
+    # 1. A teacher, plain CLIP; and beside it the student that has none.
+    student = (
+        f"--model-config={MODELS}/student.json", "--model=student", f"--epochs={epochs['student']}",
+    )  # fmt: skip
+    teacher = train(
+        "teacher", 130, "--distill=none", f"--model-config={MODELS}/teacher.json",
+        "--model=teacher", f"--epochs={epochs['teacher']}",
+    )  # fmt: skip
+    none = train("none", 50, "--distill=none", *student)
+
+    # 2. Stage 1: assistants of three rates for both modalities, in one pass.
+    distill = "--distill-model=local-dir:{teacher}/student"
+    bank = train(
+        "bank", 30, "--distill=rdm", distill, "--rates", *RATES, f"--epochs={epochs['bank']}"
     )
 
-    # 5. Zero-shot classification and retrieval on handwriting that no model has seen, by the models
+    # 3. The same student under CLIP-KD, and under stage 2 of CIFD.
+    clipkd = train("clipkd", 80, "--distill=clipkd", distill, *student)
+    cifd = train("cifd", 80, "--distill=cifd", distill, "--rdm-bank={bank}/bank", *student)
+
+    # 4. Zero-shot classification and retrieval on handwriting that no model has seen, by the models
     # and by what the assistants keep of their teacher.
-    models = [f"{logs}/{name}" for name in ("teacher", "none", "clipkd", "cifd")]
-    where = [f"--data-root={data}/benchmark", "--datasets", "digits", "digit_scenes", "--workers=0"]
-    call(["eval.benchmark", *models, *where], ["eval.bank", f"{logs}/bank", *where])
+    models = [teacher, none, clipkd, cifd]
+    on = ("--datasets", "digits", "digit_scenes", "--workers=0")
+    evaluations = [
+        Run(
+            name, module, (*(f"{{{run.name}}}" for run in evaluated), *on),
+            where=("--data-root={data}/benchmark",), cost=20 / 60,
+        )
+        for name, module, evaluated in (
+            ("evaluation", "eval.benchmark", models),
+            ("bank_evaluation", "eval.bank", [bank]),
+        )
+    ]  # fmt: skip
+    return [*models, bank, *evaluations]
 
-    # 6. The report.
+
+def demo(out: Path, quick: bool, record: Path | None = None) -> int:
+    """Data, teacher, bank, three students, evaluation, report; the record is kept if wanted."""
+    from training.engine.environment import cores
+
+    begin = time.monotonic()
+
+    # 1. Scenes of coloured handwritten digits with captions, as WebDataset tars.
+    if not (out / "data").exists():
+        say("scenes of handwritten digits")
+        sizes = {"train": 1_000, "val": 256, "scenes": 100} if quick else {}
+        scenes.write(out / "data", **sizes)
+
+    # 2. Training and evaluation, two at a time: a thread for each model, and cores for what decodes
+    # images, because waiting OpenMP threads spin.
+    study = Study(plan(quick), out / "logs", out / "data")
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores() // 2)))
+    if not study.execute(2, threads, show=True):
+        return STOPPED
+
+    # 3. The report.
     report = out / "report.html"
-    call([
-        "eval.report", *models, f"{logs}/bank", f"--out={report}",
-        "--title=CIFD on scenes of handwritten digits",
-    ])  # fmt: skip
+    trained = [run.name for run in study.runs.values() if run.module == "training.main"]
+    title = "--title=CIFD on scenes of handwritten digits"
+    folders = [str(study.logs / name) for name in trained]
+    print(output("eval.report", *folders, f"--out={report}", title))
     print((out / "report.md").read_text())
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - begin
     if record:
-        keep(out, record, seconds)
+        keep(out, study, trained, record, seconds)
     say(f"{report} after {seconds:.0f} s")
+    return 0
 
 
-def keep(out: Path, directory: Path, seconds: float) -> None:
+def keep(out: Path, study: Study, trained: list[str], record: Path, seconds: float) -> None:
     """Copy the tables, and what they were made with, to where they can be committed."""
-    directory.mkdir(parents=True, exist_ok=True)
+    record.mkdir(parents=True, exist_ok=True)
     for name in ("report.md", "report.csv"):
-        shutil.copy(out / name, directory / name)
+        shutil.copy(out / name, record / name)
     runs = {}
-    for run in sorted((out / "logs").iterdir()):
-        made = json.loads((run / "environment.json").read_text())[-1]
-        config = json.loads((run / "config.json").read_text())
-        finished = json.loads((run / "finished.json").read_text())
-        runs[run.name] = {
+    for name in sorted(trained):
+        run = study.logs / name
+        made = read_json(run / "environment.json")["starts"][-1]
+        runs[name] = {
             **{k: made[k] for k in ("command", "commit", "packages", "processor", "cpus")},
-            "seed": config["seed"],
-            "data": json.loads((run / "data.json").read_text())["hash"],
-            "seconds": round(finished["seconds"], 1),
+            "seed": read_json(run / "config.json")["seed"],
+            "data": read_json(run / "data.json")["hash"],
+            "seconds": round(read_json(run / "finished.json")["seconds"], 1),
         }
-    content = {"seconds": round(seconds, 1), "runs": runs}
-    (directory / "record.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(record / "record.json", {"seconds": round(seconds, 1), "runs": runs})
 
 
-def call(*commands: list[str]) -> None:
-    """Print and run ``python -m MODULE ...``, several side by side; a failure is the demo's."""
-    # a thread for each model, and cores for what decodes images: waiting OpenMP threads spin
-    environment = {"OMP_NUM_THREADS": str(max(1, cores() // 2)), **os.environ}
-    processes = []
-    for module, *arguments in commands:
-        say(shlex.join(["python", "-m", module, *arguments]))
-        command = [sys.executable, "-m", module, *arguments]
-        processes.append((module, subprocess.Popen(command, env=environment)))
-    failed = [module for module, process in processes if process.wait()]
-    if failed:
-        raise UsageError(f"python -m {failed[0]} failed; its message is above")
-
-
-def say(text: str) -> None:
-    """A line of the demo's own."""
-    print(f"\n\033[1m▸ {text}\033[0m" if sys.stdout.isatty() else f"\n> {text}", flush=True)
-
-
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Entry point of ``python -m demo``."""
-    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder of everything (default: demo/out)")
-    parser.add_argument("--quick", action="store_true", help="a minute: all steps, nothing learnt")
-    parser.add_argument("--record", type=Path, help="also keep tables and their making there")
+    parser = command_line("demo", __doc__)
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR", help="of everything [demo/out; quick: demo/out/quick]")
+    add("--quick", action="store_true", help="a minute: all steps, nothing learnt")
+    add("--record", type=Path, metavar="DIR", help="also keep tables and what made them there")
     args = parser.parse_args(argv)
     out = args.out or Path("demo/out/quick" if args.quick else "demo/out")
-    demo(out, args.quick, args.record)
+    return demo(out, args.quick, args.record)
 
 
 if __name__ == "__main__":

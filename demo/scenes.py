@@ -18,13 +18,10 @@ Both benchmarks hold a split ``test`` and a split ``val`` (to tune on). All of i
 function of the seed.
 """
 
-import argparse
-import io
 import json
-import tarfile
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,9 +29,12 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from experiments.shards import describe, encoded, write_shards, write_split
+from experiments.study import command_line
 from training.errors import UsageError, cli
 
 SIZE = 32
+KEY = "{:09}"  # of a sample
 ALONE = 0.4
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = {
@@ -183,7 +183,7 @@ def pairs(split: str, size: int, rng: np.random.Generator) -> Iterator[dict[str,
             "digits": [digit._asdict() for digit in scene.digits],
             "status": "success",
         }
-        image = _png(artist.draw(scene))
+        image = encoded(artist.draw(scene))
         yield {"png": image, "txt": caption.encode(), "json": json.dumps(facts).encode()}
 
 
@@ -192,7 +192,7 @@ def classification(split: str, rng: np.random.Generator) -> Iterator[dict[str, b
     artist = Artist(split, rng)
     for row in range(len(artist.values)):
         digit = artist.digit(row)
-        yield {"png": _png(artist.draw(Scene((digit,)))), "cls": str(digit.value).encode()}
+        yield {"png": encoded(artist.draw(Scene((digit,)))), "cls": str(digit.value).encode()}
 
 
 def retrieval(split: str, size: int, rng: np.random.Generator) -> Iterator[dict[str, bytes]]:
@@ -206,68 +206,40 @@ def retrieval(split: str, size: int, rng: np.random.Generator) -> Iterator[dict[
         seen.add(scene.meaning)
         told = captions(scene)
         chosen = [told[i] for i in rng.permutation(len(told))[:4]]
-        yield {"png": _png(artist.draw(scene)), "txt": "\n".join(chosen).encode()}
+        yield {"png": encoded(artist.draw(scene)), "txt": "\n".join(chosen).encode()}
 
 
 def write(out: Path, *, train: int = 12_000, val: int = 1_000, scenes: int = 500, seed: int = 0):
-    """Write the data set: ``train`` and ``val`` pairs, and ``scenes`` scenes a retrieval split."""
+    """Write the data set: ``train`` and ``val`` pairs, and ``scenes`` scenes a retrieval split.
+
+    The folder appears when all of it is there.
+    """
+    draft = out.with_name(f"{out.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
     streams = iter(np.random.default_rng(seed).spawn(6))
     for split, size in (("train", train), ("val", val)):
-        _write_shards(out / split, pairs(split, size, next(streams)), per_shard=2_000, digits=5)
-    digits, digit_scenes = out / "benchmark" / "digits", out / "benchmark" / "digit_scenes"
+        write_shards(draft / split, pairs(split, size, next(streams)), 2_000, KEY, "{:05}")
+    digits, digit_scenes = draft / "benchmark" / "digits", draft / "benchmark" / "digit_scenes"
     for split in ("val", "test"):
-        _write_benchmark(digits, split, classification(split, next(streams)))
-        _write_benchmark(digit_scenes, split, retrieval(split, scenes, next(streams)))
-    (digits / "classnames.txt").write_text("\n".join(WORDS) + "\n")
-    templates = "\n".join(TEMPLATES) + "\n"
-    (digits / "zeroshot_classification_templates.txt").write_text(templates)
-    (digits / "dataset_type.txt").write_text("classification\n")
-    (digit_scenes / "dataset_type.txt").write_text("retrieval\n")
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _write_shards(
-    folder: Path, samples: Iterable[dict[str, bytes]], per_shard: int, digits: int = 0
-) -> int:
-    """Write samples as tars that depend on nothing but the samples; the number of shards."""
-    folder.mkdir(parents=True, exist_ok=True)
-    samples, number = iter(samples), 0
-    for shard in count():
-        chunk = list(islice(samples, per_shard))
-        if not chunk:
-            return shard
-        path = folder / f"{shard:0{digits}}.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in chunk:
-                for extension, content in sample.items():
-                    member = tarfile.TarInfo(f"{number:09}.{extension}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-                number += 1
-
-
-def _write_benchmark(folder: Path, split: str, samples: Iterable[dict[str, bytes]]) -> None:
-    shards = _write_shards(folder / split, samples, per_shard=250)
-    (folder / split / "nshards.txt").write_text(f"{shards}\n")
+        write_split(digits, split, classification(split, next(streams)), 250, KEY)
+        write_split(digit_scenes, split, retrieval(split, scenes, next(streams)), 250, KEY)
+    describe(digits, WORDS, TEMPLATES)
+    describe(digit_scenes)
+    draft.rename(out)
 
 
 def main(argv: list[str]) -> None:
     """Entry point of ``python -m demo.scenes``."""
-    parser = argparse.ArgumentParser(prog="python -m demo.scenes", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("out", type=Path, help="folder to write to")
-    parser.add_argument("--train", type=int, default=12_000, help="training scenes")
-    parser.add_argument("--val", type=int, default=1_000, help="validation scenes")
-    parser.add_argument("--scenes", type=int, default=500, help="scenes of each retrieval split")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = command_line("demo.scenes", __doc__)
+    add = parser.add_argument
+    add("out", type=Path, help="folder to write")
+    add("--train", type=int, default=12_000, help="training scenes")
+    add("--val", type=int, default=1_000, help="validation scenes")
+    add("--scenes", type=int, default=500, help="scenes of each retrieval split")
+    add("--seed", type=int, default=0, help="of everything")
     args = parser.parse_args(argv)
-    if (args.out / "train").exists():
-        raise UsageError(f"'{args.out}': holds a data set already; give another folder")
+    if args.out.exists() and any(args.out.iterdir()):
+        raise UsageError(f"'{args.out}' holds files already; give another folder")
     write(args.out, train=args.train, val=args.val, scenes=args.scenes, seed=args.seed)
 
 

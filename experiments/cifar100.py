@@ -2,39 +2,27 @@
 
 Every seed has its teacher and a two-layer student under every method. All students learn from the
 first seed's teacher, its RDM bank and its assistants of TAKD and DGKD. Each run is an ordinary
-command of ``training.classify``. Stopped, the study goes on where it was. What a run gave is kept
-in ``--results`` as soon as it ends: a run with a result is made again only when another run needs
-its weights and they are not in ``--logs``.
+command of training.classify. Stopped, the study goes on where it was. What a run gave is kept in
+--results as soon as it ends: a run with a result is executed again only when another run needs its
+weights and they are not in --logs.
 """
 
-import argparse
-import json
-import shlex
 from pathlib import Path
 from statistics import mean
 
-from eval import classifier_bank
-from eval.report import main as report
-from eval.tables import markdown
-from experiments.runs import (
-    Queue,
+from experiments.classifiers import BF16, classifier
+from experiments.seeds import paired, shown, summarise, table
+from experiments.study import (
+    STOPPED,
     Run,
-    all_there,
-    check_settings,
+    Study,
+    command_line,
     curve,
-    is_finished,
-    outstanding,
-    priorities,
-    write_json,
+    read_result,
+    read_results,
+    write_result,
 )
-from experiments.seeds import paired, summarise, told
-from training.classifier.cifar import SPLITS, find_cifar100
-from training.classifier.config import parse_args, parser, run_config
-from training.engine.control import STOPPED_EXIT
-from training.engine.run import RunDirectory
 from training.errors import cli
-
-__all__ = ["check_settings", "costs", "keep_results", "outstanding", "plan", "priorities"]
 
 TEACHER, STUDENT = "cnn10", "cnn2"
 #: The RDMs of a student with one, three and five of them; the bank has all of these rates. At
@@ -43,9 +31,7 @@ RATES = {1: [50], 3: [20, 50, 150], 5: [10, 20, 50, 150, 500]}
 
 # The settings, chosen on held-out training images (results/cifar100/tuning); later groups win. What
 # is held out stays out, as in A.2: a teacher that has not seen it can go on to tune students.
-EVERY_RUN = (
-    "--batch-size 128 --momentum 0.9 --wd 1e-4 --augment flip --precision bf16 --holdout 2500"
-)
+EVERY_RUN = f"--batch-size 128 --momentum 0.9 --wd 1e-4 --augment flip {BF16} --holdout 2500"
 CLASSIFIERS = "--epochs 15 --lr 0.02"
 SETTINGS = {
     "none": "",
@@ -68,18 +54,10 @@ MODELS = {"cnn10": TEACHING, "cnn8": DEEP, "cnn6": DEEP, "cnn4": DEEP, "cnn2": S
 FEW, LONGER = "_few", "--epochs 30"
 #: About how long a run takes, in minutes.
 COST = {"cnn10": 29, "cnn8": 6.5, "cnn6": 5.5, "cnn4": 4, "cnn2": 3, "": 7}
-WHERE = (
-    "--data={data}",
-    "--logs={logs}",
-    "--name={name}",
-    "--resume=latest",
-    "--teacher-cache={logs}/answers",
-    "--device=cpu",
-)
 
 
 def plan(seeds: list[int], epochs: int | None = None, subset: int = 0, few: int = 0) -> list[Run]:
-    """All runs, in an order in which every run comes after those it needs.
+    """All runs, each after those it needs.
 
     Args:
         seeds: of the students; the first one's teacher and assistants teach them all.
@@ -87,81 +65,69 @@ def plan(seeds: list[int], epochs: int | None = None, subset: int = 0, few: int 
         few: how many images students train on, whose teachers see all; 0: all as well.
     """
     runs: list[Run] = []
+    trial = f"--epochs {epochs} --warmup-epochs 0 " if epochs else ""
+    trial += f"--subset {subset} " if subset else ""
 
-    def add(
-        name: str, seed: int, method: str, model: str, teachers: list[str], *flags: str, **other
-    ) -> str:
+    def add(kind: str, seed: int, method: str, model: str, teachers=(), *more: str, **other) -> str:
+        """Add a run; its name."""
+        part = few if model == STUDENT else 0
         settings = [EVERY_RUN, CLASSIFIERS if model else "", MODELS.get(model, "")]
-        settings.append(SETTINGS[other.get("settings", method)])
-        if few and model == STUDENT:
-            settings.append(f"--subset {few} {LONGER}")
-        if epochs:  # perhaps no more than a warm-up takes
-            settings.append(f"--epochs {epochs} --warmup-epochs 0")
-        if subset:
-            settings.append(f"--subset {subset}")
-        made = [f"--method={method}", *shlex.split(" ".join(settings)), f"--seed={seed}", "--final"]
-        if model:
-            made.append(f"--model={model}")
-        if teachers:
-            made.append("--teacher=" + ",".join(f"{{{t}}}" for t in teachers))
-        results = other.get("results", ("result.json",))
-        needs = (*teachers, *other.get("needs", ()))
-        name += f"{FEW if few and model == STUDENT else ''}_s{seed}"
-        cost = COST[model]
-        runs.append(
-            Run(name, "training.classify", (*made, *flags), needs, results, cost, where=WHERE)
+        settings.append(SETTINGS["ibm" if kind == "ibm" else method])
+        settings.append(f"--subset {part} {LONGER}" if part else "")
+        run = classifier(
+            f"{kind}{FEW if part else ''}_s{seed}",
+            method,
+            f"{' '.join(settings)} {trial} --seed={seed} --final",
+            model,
+            teachers,
+            *more,
+            where=["--teacher-cache={logs}/answers"],
+            cost=COST[model],
+            **{"results": ("",), **other},
         )
-        return name
+        runs.append(run)
+        return run.name
 
+    # 1. Of every seed a teacher; of the first, its assistants: TAKD reads the last, DGKD all.
     first = seeds[0]
-    taught = seeds[:1] if few else seeds
-    teacher, *_ = [add("teacher", seed, "none", TEACHER, []) for seed in taught]
+    teacher, *_ = [add("teacher", s, "none", TEACHER) for s in (seeds[:1] if few else seeds)]
     shared = add("cnn8_kd", first, "kd", "cnn8", [teacher])
     chains = {}
-    for method in ("takd", "dgkd"):  # TAKD reads the last of them, DGKD all
-        chains[method] = [teacher, shared]
+    for method in ("takd", "dgkd"):
+        chain = chains[method] = [teacher, shared]
         for model in ("cnn6", "cnn4"):
-            chain = chains[method]
             chain.append(add(f"{model}_{method}", first, method, model, [*chain]))
-    bank_rates = sorted({rate for rates in RATES.values() for rate in rates})
-    files = tuple(f"result_R{rate:g}.json" for rate in bank_rates)
-    every_rate = ("--rates", *map(str, bank_rates))
-    bank = add("rdm", first, "rdm", "", [teacher], *every_rate, results=files)
-
+    # 2. The bank of all rates.
+    rates = [str(rate) for rate in sorted({rate for some in RATES.values() for rate in some})]
+    results = tuple(f"_R{rate}" for rate in rates)
+    bank = add("rdm", first, "rdm", "", [teacher], "--rates", *rates, results=results)
+    # 3. The students.
     for seed in seeds:
-        add("student", seed, "none", STUDENT, [])
+        add("student", seed, "none", STUDENT)
         add("kd", seed, "kd", STUDENT, [teacher])
         for method, chain in chains.items():
             add(method, seed, method, STUDENT, chain)
-        add("ibm", seed, "cifd", STUDENT, [teacher], settings="ibm")
-        for count, rates in RATES.items():
-            picked = [f"--rdm-bank={{{bank}}}", "--rates", *map(str, rates)]
-            name = f"cifd{count}"
-            add(name, seed, "cifd", STUDENT, [teacher], *picked, needs=(bank,))
-            without = [*picked, "--no-ibm"]
-            add(f"{name}_noibm", seed, "cifd", STUDENT, [teacher], *without, needs=(bank,))
+        add("ibm", seed, "cifd", STUDENT, [teacher])
+        for count, some in RATES.items():
+            picked = [f"--rdm-bank={{{bank}}}", "--rates", *map(str, some)]
+            for end, ibm in (("", []), ("_noibm", ["--no-ibm"])):
+                kind = f"cifd{count}{end}"
+                add(kind, seed, "cifd", STUDENT, [teacher], *picked, *ibm)
     return runs
 
 
-def keep_results(run: Run, data: Path, logs: Path, results: Path) -> None:
-    """Copy a finished run's results, with its flags and the essence of its log.
-
-    Raises:
-        UsageError: its run directory was made with other settings.
-    """
-    if not is_finished(run, logs):
-        return
-    directory = logs / run.name
-    config = run_config(parse_args(run.command(data, logs)[2:]))
-    RunDirectory(directory, config, parser(), resume=True)
-    for file, kept in run.kept(results).items():
+def keep_results(study: Study, run: Run) -> None:
+    """Copy a finished run's results, with its flags and the essence of its log."""
+    directory = study.logs / run.name
+    for file, kept in study.kept(run).items():
         if not kept.is_file():
-            result = json.loads((directory / file).read_text())
             added = {"flags": run.depends, "curve": curve(directory, ("step", "loss", "acc1"))}
-            write_json(kept, result | added)
-    out = results / "bank" / f"{run.name}.json"
+            write_result(kept, read_result(directory / file) | added)
+    out = study.results / "bank" / f"{run.name}.json"
     if run.name.startswith("rdm") and not out.is_file():
-        classifier_bank.main([str(directory), f"--data={data}", f"--out={out}"])
+        from eval import classifier_bank  # takes seconds to import
+
+        classifier_bank.main([str(directory), f"--data={study.data}", f"--out={out}"])
 
 
 #: Table 1, then Table 6: the row's name, and its runs'.
@@ -177,29 +143,29 @@ ROWS = {
 }
 
 
-def table(results: Path) -> str:
-    """Tables 1 and 6 over seeds, as Markdown: test top-1, paired differences, training top-1."""
+def to_markdown(results: Path) -> str:
+    """Tables 1 and 6 over seeds: test top-1, paired differences, training top-1."""
     groups = _by_kind(results)
     test, train = (
         {
-            name: {one["seed"]: 100 * one[metrics]["acc1"] for one in runs}
+            name: {run["seed"]: 100 * run[metrics]["acc1"] for run in runs}
             for name, runs in groups.items()
         }
         for metrics in ("metrics", "train_metrics")
     )
 
     def over(name: str, other: str | None) -> str:
-        return told(paired(test[name], test[other])) if other in test else ""
+        return shown(paired(test[name], test[other])) if other in test else ""
 
-    heads = ["", "n", "test top-1", "− KD", "− the same without IBM", "on training images"]
-    lines = [heads, ["---", *["---:"] * 5]]
+    rows = []
     for row, name in ROWS.items():
         if name in groups:
-            spread, seen = told(summarise([*test[name].values()])), mean(train[name].values())
+            spread, seen = shown(summarise([*test[name].values()])), mean(train[name].values())
             over_kd = over(name, None if name in ("teacher", "kd") else "kd")
             ibm = over(name, "kd" if name == "ibm" else f"{name}_noibm")
-            lines.append([row, str(len(test[name])), spread, over_kd, ibm, f"{seen:.1f}"])
-    return markdown(lines)
+            rows.append([row, str(len(test[name])), spread, over_kd, ibm, f"{seen:.1f}"])
+    heads = ["", "n", "test top-1", "− KD", "− the same without IBM", "on training images"]
+    return table(heads, rows)
 
 
 #: The runs that a student costs besides its teacher.
@@ -231,67 +197,52 @@ def costs(results: Path) -> dict[str, float]:
 def _by_kind(results: Path) -> dict[str, list[dict]]:
     """The kept results by what they are runs of, one for each seed (of the bank: and rate)."""
     groups: dict[str, list[dict]] = {}
-    for path in sorted((results / "runs").glob("*.json")):
-        result = json.loads(path.read_text())
-        kind = path.stem.partition("_R")[0].removesuffix(f"_s{result['seed']}")
-        groups.setdefault(kind.removesuffix(FEW), []).append(result)
+    for name, result in read_results(results).items():
+        kind = name.partition("_R")[0].removesuffix(f"_s{result['seed']}").removesuffix(FEW)
+        groups.setdefault(kind, []).append(result)
     return groups
 
 
 def main(argv: list[str]) -> int:
-    """Make what is missing; exit 0 when everything is there."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.cifar100", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="CIFAR-100 (training.classify)")
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[0, 1, 2],
-        help="the first one's teacher teaches all",
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument(
-        "--few", type=int, default=0, metavar="N", help="students train on N images [all]"
-    )
-    parser.add_argument("--logs", type=Path, default=Path("logs/cifar100"))
-    parser.add_argument(
-        "--results", type=Path, help="(default: results/cifar100, with _few for --few)"
-    )
-    parser.add_argument("--epochs", type=int, help="a trial: so many epochs of everything")
-    parser.add_argument("--subset", type=int, default=0, help="a trial: so many training images")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands that are left")
+    """Execute what is missing; exit 0 when everything is there."""
+    parser = command_line("experiments.cifar100", __doc__)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="CIFAR-100, as for training.classify")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one's teacher teaches")
+    add("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    add("--few", type=int, default=0, help="students train on N images; 0: on all")
+    add("--logs", type=Path, default=Path("logs/cifar100"), metavar="DIR", help="of the runs")
+    add("--results", type=Path, metavar="DIR", help="[results/cifar100, with _few for --few]")
+    add("--epochs", type=int, help="a trial: so many epochs of everything")
+    add("--subset", type=int, default=0, help="a trial: so many training images")
+    add("--dry-run", action="store_true", help="print the commands that are left and their cost")
     args = parser.parse_args(argv)
-    args.results = args.results or Path(f"results/cifar100{FEW if args.few else ''}")
+    from eval.report import main as report  # these take seconds to import
+    from training.classifier.cifar import SPLITS, find_cifar100
+
     for split in SPLITS:
         find_cifar100(args.data, split)
+    results = args.results or Path(f"results/cifar100{FEW if args.few else ''}")
     runs = plan(args.seeds, args.epochs, args.subset, args.few)
-    check_settings(runs, args.results)
-
-    def keep(run: Run) -> None:
-        keep_results(run, args.data, args.logs, args.results)
-
-    for run in runs:
-        keep(run)
-    if said := all_there(runs, args.results):
-        print(f"# {said}" if args.dry_run else said, flush=True)
-    todo = outstanding(runs, args.logs, args.results)
+    study = Study(runs, args.logs, args.data, results, keep_results)
     if args.dry_run:
-        for run in todo:
-            print(shlex.join(["python", *run.command(args.data, args.logs)]))
+        study.dry_run()
         return 0
-    if not Queue(todo, args.data, args.logs, args.jobs, keep).run():
-        return STOPPED_EXIT
-    told_by_seed = table(args.results)
-    print(told_by_seed)
-    (args.results / "table.md").write_text(
+    if sentence := study.complete():
+        print(sentence, flush=True)
+    if not study.execute(args.jobs):
+        return STOPPED
+    by_seed = to_markdown(results)
+    print(by_seed)
+    (results / "table.md").write_text(
         "CIFAR-100: percent, mean ± standard deviation over n seeds; −: the mean of the "
-        "differences seed by seed ± its standard error.\n\n" + told_by_seed
+        "differences seed by seed ± its standard error.\n\n" + by_seed
     )
     if not args.few:  # whose assistants are trained on more images than they are
-        times_kd = costs(args.results)
-        write_json(args.results / "costs.json", {"times kd, cpu time": times_kd})
+        times_kd = costs(results)
+        write_result(results / "costs.json", {"times kd, cpu time": times_kd})
         print("cost, × KD:", ", ".join(f"{k} {v:.2f}" for k, v in times_kd.items()))
-    report([str(args.results), f"--out={args.results / 'report.html'}", "--title=CIFAR-100"])
+    report([str(results), f"--out={results / 'report.html'}", "--title=CIFAR-100"])
     return 0
 
 

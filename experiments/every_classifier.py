@@ -1,21 +1,18 @@
 """``python -m experiments.every_classifier``: every method on the networks of Tables 2 and 3.
 
 For two hundred steps each, with the weights of A.1.2 and A.2: CIFAR-100's networks on its images,
-ImageNet's on generated photos in its layout. What each run's losses did is written to ``--json``.
+ImageNet's on generated photos in its layout. What each run's losses did is written to --json.
 Stopped, it goes on where it was.
 """
 
-import argparse
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from experiments.runs import Queue, Run, curve, is_finished, write_json
-from training.engine.control import STOPPED_EXIT
-from training.engine.environment import environment
+from experiments.classifiers import BF16, classifier
+from experiments.study import STOPPED, Run, Study, command_line, curve, metrics, write_result
 from training.errors import UsageError, cli
 
 PAIRS = [
@@ -24,7 +21,7 @@ PAIRS = [
     ("imagenet", "resnet34", "resnet18"),
     ("imagenet", "resnet50", "mobilenetv1_100"),
 ]
-EVERY_RUN = "--precision bf16 --lr 0.01 --grad-clip-norm 5 --seed 0"
+EVERY_RUN = f"{BF16} --lr 0.01 --grad-clip-norm 5 --seed 0"
 DATA = {
     "cifar100": "--dataset cifar100 --subset 800 --augment crop --batch-size 16 --epochs 4",
     "imagenet": "--dataset imagenet --workers 1 --batch-size 2 --epochs 8",
@@ -48,30 +45,24 @@ def plan(dataset: str, teacher: str, student: str) -> list[Run]:
 
     Between them TAKD and DGKD have the plain student: no network of these families lies between.
     """
-    names = {kind: f"{teacher}_{kind}" for kind in ("teacher", "rdm", "paraphraser")}
-    names |= {m: f"{student}_{m}" for m in ("none", "kd", "takd", "dgkd", "ft", "cifd")}
-    here = {kind: f"{{{name}}}" for kind, name in names.items()}
-    under, chain = f"--teacher={here['teacher']}", f"--teacher={here['teacher']},{here['none']}"
-    wanted = [
-        ("teacher", "none", f"--model={teacher}", ""),
-        ("none", "none", f"--model={student}", ""),
-        ("rdm", "rdm", under, f"{BANKS[dataset]} {ASSISTANTS}"),
-        ("paraphraser", "paraphraser", under, ASSISTANTS),
-        ("kd", "kd", under, f"--model={student} --tau 2"),
-        ("takd", "takd", chain, f"--model={student} --tau 2"),
-        ("dgkd", "dgkd", chain, f"--model={student} --tau 2 --kd-dropout 0.25"),
-        ("ft", "ft", under, f"--model={student} --paraphraser={here['paraphraser']}"),
-        ("cifd", "cifd", under, f"--model={student} --rdm-bank={here['rdm']} {CIFD[dataset]}"),
-    ]
-    where = (
-        *("--data={data}/" + dataset, "--logs={logs}", "--name={name}", "--resume=latest"),
-        "--device=cpu",
-    )
-    runs = []
-    for kind, method, place, flags in wanted:
-        made = f"--method={method} {EVERY_RUN} {DATA[dataset]} {flags} {place}".split()
-        needs = tuple(name for k, name in names.items() if here[k] in f"{place} {flags}")
-        runs.append(Run(names[kind], "training.classify", tuple(made), needs, where=where))
+    runs: list[Run] = []
+
+    def add(method: str, settings: str, model: str, teachers=(), name="") -> str:
+        name = name or f"{model or teacher}_{method}"
+        settings = f"{EVERY_RUN} {DATA[dataset]} {settings}"
+        data = "{data}/" + dataset
+        runs.append(classifier(name, method, settings, model, teachers, data=data))
+        return name
+
+    large = add("none", "", teacher, name=f"{teacher}_teacher")
+    plain = add("none", "", student)
+    bank = add("rdm", f"{BANKS[dataset]} {ASSISTANTS}", "", [large])
+    paraphraser = add("paraphraser", ASSISTANTS, "", [large])
+    add("kd", "--tau 2", student, [large])
+    add("takd", "--tau 2", student, [large, plain])
+    add("dgkd", "--tau 2 --kd-dropout 0.25", student, [large, plain])
+    add("ft", f"--paraphraser={{{paraphraser}}}", student, [large])
+    add("cifd", f"--rdm-bank={{{bank}}} {CIFD[dataset]}", student, [large])
     return runs
 
 
@@ -92,44 +83,45 @@ def draw_photos(directory: Path) -> None:
             Image.fromarray(pixels).save(path)
 
 
-def record(run: Run, data: Path, logs: Path) -> dict:
-    """What the losses of a finished run did, epoch by epoch."""
-    lines = (logs / run.name / "metrics.jsonl").read_text().splitlines()
-    terms = [name for name in json.loads(lines[0]) if name.endswith(("loss", "acc1", "bits"))]
-    made = json.loads((logs / run.name / "environment.json").read_text())[-1]
-    return {
-        "command": " ".join(["python", *run.command(data, logs)]),
-        "commit": made["commit"],
-        "epochs": curve(logs / run.name, ("step", *terms)),
-    }
-
-
-def main(argv: list[str]) -> int:
-    """Make what is missing, then write the record."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.every_classifier")
-    parser.description = __doc__
-    parser.add_argument("--cifar100", type=Path, required=True, help="CIFAR-100's folder")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--logs", type=Path, default=Path("logs/every_classifier"))
-    parser.add_argument("--json", type=Path, default=Path("results/every_classifier.json"))
-    args = parser.parse_args(argv)
-    data = args.logs / "data"
-    if not args.cifar100.is_dir():
-        raise UsageError(f"--cifar100 '{args.cifar100}': no such folder")
+def prepare(data: Path, cifar100: Path) -> None:
+    """The generated photos and a link to CIFAR-100."""
     if not (data / "imagenet").is_dir():
         draft = data / "imagenet.draft"
         shutil.rmtree(draft, ignore_errors=True)
         draw_photos(draft)
         draft.rename(data / "imagenet")
     (data / "cifar100").unlink(missing_ok=True)
-    (data / "cifar100").symlink_to(args.cifar100.resolve())
+    (data / "cifar100").symlink_to(cifar100.resolve())
+
+
+def record(study: Study, run: Run) -> dict:
+    """What the losses of a finished run did, epoch by epoch."""
+    directory = study.logs / run.name
+    terms = [name for name in metrics(directory)[0] if name.endswith(("loss", "acc1", "bits"))]
+    return {**study.origin(run), "epochs": curve(directory, ("step", *terms))}
+
+
+def main(argv: list[str]) -> int:
+    """Execute what is missing, then write the record."""
+    parser = command_line("experiments.every_classifier", __doc__)
+    add = parser.add_argument
+    add("--cifar100", type=Path, required=True, metavar="DIR", help="CIFAR-100's folder")
+    add("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    add("--logs", type=Path, default=Path("logs/every_classifier"), metavar="DIR")
+    add("--json", type=Path, default=Path("results/every_classifier.json"), metavar="FILE")
+    args = parser.parse_args(argv)
+    if not args.cifar100.is_dir():
+        raise UsageError(f"--cifar100 '{args.cifar100}': no such folder")
     runs = [run for pair in PAIRS for run in plan(*pair)]
-    todo = [run for run in runs if not is_finished(run, args.logs)]
-    if not Queue(todo, data, args.logs, args.jobs, lambda run: None).run():
-        return STOPPED_EXIT
-    made = {run.name: record(run, data, args.logs) for run in runs}
-    write_json(args.json, {"environment": environment(), "runs": made})
-    for name, entry in made.items():
+    study = Study(runs, args.logs, args.logs / "data")
+    prepare(study.data, args.cifar100)
+    if not study.execute(args.jobs):
+        return STOPPED
+    from training.engine.run import environment  # takes seconds to import
+
+    records = {run.name: record(study, run) for run in runs}
+    write_result(args.json, {"environment": environment(), "runs": records})
+    for name, entry in records.items():
         losses = entry["epochs"]["loss"]
         print(f"{name:28} loss {losses[0]:9.4g} -> {losses[-1]:9.4g}")
     return 0

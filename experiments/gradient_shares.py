@@ -1,11 +1,9 @@
 """``python -m experiments.gradient_shares RUN``: what each term of a loss pulls with.
 
-Of a run of ``training.main``: the norm of each term's gradient on the student's image and text
-tower, relative to the gradient of the whole loss, before its first step and after its last.
+Of a run of training.main: the norm of each term's gradient on the student's image and text tower,
+relative to the gradient of the whole loss, before its first step and after its last.
 """
 
-import argparse
-import json
 from pathlib import Path
 from statistics import fmean
 
@@ -13,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from cifd_clip import Noise, World
-from eval.tables import markdown
+from experiments.seeds import table
+from experiments.study import command_line
+from training.clip.config import recorded
 from training.clip.models import add_model_configs
 from training.clip.run import epoch_steps, make_loader, open_data
 from training.clip.stages import StudentStage
 from training.engine.checkpoint import Checkpoints
 from training.engine.environment import origin
+from training.engine.run import bank_folder, holds_bank, read_run
 from training.engine.trainer import Trainer
 from training.errors import UsageError, cli
 
@@ -27,26 +28,23 @@ TOWERS = ("image", "text")
 
 def towers(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The trainable parameters of each tower of an OpenCLIP model."""
-    found: dict[str, list[nn.Parameter]] = {tower: [] for tower in TOWERS}
+    parameters: dict[str, list[nn.Parameter]] = {tower: [] for tower in TOWERS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "logit" not in name:
-            found["image" if name.startswith("visual.") else "text"].append(parameter)
-    return found
+            parameters["image" if name.startswith("visual.") else "text"].append(parameter)
+    return parameters
 
 
-def pulls(losses: dict[str, Tensor], model: nn.Module) -> dict[str, dict[str, float]]:
+def shares(losses: dict[str, Tensor], model: nn.Module) -> dict[str, dict[str, float]]:
     """Term → tower → the norm of its gradient over that of the sum of all terms."""
-    wanted = towers(model)
+    parameters = towers(model)
 
     def norms(loss: Tensor) -> dict[str, float]:
-        gradients = {
-            tower: torch.autograd.grad(loss, ps, retain_graph=True, allow_unused=True)
-            for tower, ps in wanted.items()
-        }
-        return {
-            tower: sum(g.square().sum() for g in of_tower if g is not None) ** 0.5
-            for tower, of_tower in gradients.items()
-        }
+        norms = {}
+        for tower, own in parameters.items():
+            gradients = torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True)
+            norms[tower] = sum(g.square().sum() for g in gradients if g is not None) ** 0.5
+        return norms
 
     whole = norms(sum(losses.values()))
     return {
@@ -57,53 +55,50 @@ def pulls(losses: dict[str, Tensor], model: nn.Module) -> dict[str, dict[str, fl
 
 def measure(run: Path, batches: int) -> dict[str, dict[str, dict[str, float]]]:
     """``start`` and ``end`` → term → tower → its relative gradient, the mean over batches."""
-    config = run / "config.json"
-    if not config.is_file():
-        raise UsageError(f"{run} is no run of training.main: {config.name} is not there")
-    args = argparse.Namespace(**json.loads(config.read_text()))
+    config = recorded(read_run(run))
     trained = Checkpoints(run / "checkpoints").newest()
-    if args.distill == "rdm" or args.lock_image or args.lock_text or trained is None:
+    if config.distill == "rdm" or config.lock_image or config.lock_text or trained is None:
         raise UsageError(f"{run}: expected a student with both towers trained, and a checkpoint")
-    add_model_configs(args.model_config)
+    add_model_configs(config.model_config)
     world, cpu = World(), torch.device("cpu")
-    sources = open_data(args, world)
-    found = {}
+    sources = open_data(config, world)
+    bank = Path(config.rdm_bank) if config.rdm_bank else bank_folder(run)
+    by_moment = {}
     for moment in ("start", "end"):
-        stage = StudentStage(args, cpu, world)
-        trainer = Trainer(args, stage, world, cpu, epoch_steps(args, sources, args.batch_size))
+        stage = StudentStage(config, cpu, world, bank if holds_bank(bank) else None)
+        trainer = Trainer(stage, config, epoch_steps(config, sources))
         if moment == "end":
             trainer.load(trained[1])
         stage.task.train()
-        loader = make_loader(args, sources, trainer, args.batch_size)
-        seen, first = [], trainer.progress.step
+        loader = make_loader(config, sources, trainer)
+        measured, first = [], trainer.progress.step
         for step, batch in enumerate(loader.batches(first, first + batches), first):
-            noise = Noise(args.seed, step)
-            teachers = stage.assisted(stage.teachers(batch), noise)
-            losses, _ = stage.task(*stage.student_inputs(batch), teachers, noise)
-            seen.append(pulls(losses, stage.task.student.model))
+            noise = Noise(config.seed, step)
+            targets = stage.with_assistants(stage.targets(batch), noise)
+            losses, _ = stage.task(*stage.inputs(batch), targets, noise)
+            measured.append(shares(losses, stage.task.student.model))
         loader.close()
-        found[moment] = {
-            term: {tower: fmean(one[term][tower] for one in seen) for tower in TOWERS}
-            for term in seen[0]
+        by_moment[moment] = {
+            term: {tower: fmean(one[term][tower] for one in measured) for tower in TOWERS}
+            for term in measured[0]
         }
-    return found
+    return by_moment
 
 
 def main(argv: list[str]) -> int:
     """Print the table of a run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.gradient_shares", description=__doc__
-    )
+    parser = command_line("experiments.gradient_shares", __doc__)
     parser.add_argument("run", type=Path, help="a run directory of training.main")
-    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=8, help="whose mean is taken")
     args = parser.parse_args(argv)
-    found = measure(args.run, args.batches)
-    heads = [f"{moment}, {tower} tower" for moment in found for tower in TOWERS]
-    lines = [["term", *heads], ["---", *["---:"] * len(heads)]]
-    for term in found["end"]:
-        lines.append([term, *(f"{found[m][term][t]:.3f}" for m in found for t in TOWERS)])
+    measured = measure(args.run, args.batches)
+    heads = ["term", *(f"{moment}, {tower} tower" for moment in measured for tower in TOWERS)]
+    rows = [
+        [term, *(f"{measured[m][term][t]:.3f}" for m in measured for t in TOWERS)]
+        for term in measured["end"]
+    ]
     made = origin()
-    print(f"`{made['command']}`, commit {made['commit']}\n\n{markdown(lines)}")
+    print(f"`{made['command']}`, commit {made['commit']}\n\n{table(heads, rows)}")
     return 0
 
 

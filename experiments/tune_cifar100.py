@@ -1,8 +1,8 @@
 """``python -m experiments.tune_cifar100``: hyperparameters by Optuna (appendix A.1.1).
 
-Every trial is an ordinary run of ``training.classify``, judged by its held-out training images
-after each epoch and ended early by asynchronous successive halving. The study is a file: stopped,
-it goes on, and several processes may work on it at once.
+Every trial is an ordinary run of training.classify, judged by its held-out training images after
+each epoch and ended early by asynchronous successive halving. The study is a file: stopped, it goes
+on, and several processes may work on it at once. After -- come the flags of every run:
 
     python -m experiments.tune_cifar100 --name kd --tune lr tau --trials 40 -- \\
         --data DIR --method kd --model cnn2 --teacher RUN --epochs 30 --holdout 5000
@@ -10,37 +10,104 @@ it goes on, and several processes may work on it at once.
 
 import argparse
 import json
-import os
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from training.classifier.config import STAGE1, parse_args
-from training.engine.environment import environment
+from experiments.classifiers import CHOICES, SPACE
+from experiments.study import command_line, last_line, start, write_result
 from training.errors import Failure, UsageError, cli
 
-#: flag → (lowest, highest, whether on a logarithmic scale)
-SPACE = {
-    "lr": (3e-3, 0.2, True),
-    "momentum": (0.8, 0.98, False),
-    "tau": (1.0, 10.0, True),
-    "kd-dropout": (0.0, 0.7, False),
-    "lambda-kl": (0.05, 20.0, True),
-    "lambda-n": (0.05, 5.0, True),
-    "lambda-emb": (1e-3, 100.0, True),
-    "lambda-i": (1e-4, 1.0, True),
-    "lambda-ft": (1.0, 1000.0, True),
-    "density-lr": (1e-3, 0.1, True),
-}
-#: Learning-rate decay is tuned too: the schedule, by name.
-SCHEDULES = ("cosine", "linear", "const")
+DIVERGED = 3  # the exit code of such a run
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our flags, and after ``--`` those of every run.
+
+    Raises:
+        UsageError: the runs would not be judged by held-out training images alone.
+    """
+    parser = command_line("experiments.tune_cifar100", __doc__)
+    add = parser.add_argument
+    add("--name", required=True, help="of the study")
+    add("--tune", nargs="+", required=True, choices=[*SPACE, *CHOICES], help="which flags")
+    add("--trials", type=int, default=40, help="in the whole study")
+    add("--min-epochs", type=int, default=3, help="before a trial may be ended")
+    add("--seed", type=int, default=0, help="of the search")
+    add("--logs", type=Path, default=Path("logs/tune"), metavar="DIR", help="of the study")
+    place = argv.index("--") if "--" in argv else len(argv)
+    args, flags = parser.parse_args(argv[:place]), argv[place + 1 :]
+    from training.classifier.config import STAGE1, parse_args  # takes seconds to import
+
+    run = parse_args(flags)
+    if run.method in STAGE1:
+        raise UsageError(f"--method {run.method} makes no student that could be judged")
+    if not run.holdout or run.final:
+        raise UsageError(
+            "tuning looks at held-out training images alone: give the runs --holdout 5000, and no "
+            "--final"
+        )
+    return args, flags
+
+
+def suggest(trial, names: list[str]) -> list[str]:
+    """A trial's values of the flags that are tuned."""
+    flags = []
+    for name in names:
+        if name in CHOICES:
+            value = trial.suggest_categorical(name, CHOICES[name])
+        else:
+            low, high, log = SPACE[name]
+            value = repr(trial.suggest_float(name, low, high, log=log))
+        flags.append(f"--{name}={value}")
+    return flags
+
+
+def command(directory: Path, flags: list[str]) -> list[str]:
+    """What a trial runs, after ``python``: on the CPU, unless its flags say where."""
+    where = [f"--logs={directory.parent}", f"--name={directory.name}", "--keep=1"]
+    return ["-m", "training.classify", "--device=cpu", *flags, *where]
+
+
+def held_out(metrics: Path) -> list[float]:
+    """The held-out accuracies that a run has logged so far."""
+    text = metrics.read_text() if metrics.is_file() else ""
+    whole = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    return [line["acc1"] for line in whole if line["kind"] == "val"]
+
+
+def follow(trial, directory: Path, flags: list[str]) -> float | None:
+    """Run a trial; its held-out accuracy at the end, None if it is not worth going on."""
+    log = directory.with_suffix(".log")
+    process, seen, value = start(command(directory, flags), 1, log), 0, 0.0
+    try:
+        ended = False
+        while not ended:
+            ended = process.poll() is not None
+            for value in held_out(directory / "metrics.jsonl")[seen:]:
+                seen += 1
+                trial.report(value, seen)
+            if not ended and seen and trial.should_prune():
+                return None
+            time.sleep(0.0 if ended else 0.5)
+    finally:
+        process.terminate()
+        process.wait()
+    if process.returncode == DIVERGED:  # as bad as it gets
+        return 0.0
+    if process.returncode:
+        raise Failure(f"trial {trial.number} failed: {last_line(log.read_text())} ({log})")
+    return value
 
 
 def main(argv: list[str]) -> None:
     """Work on a study until it has its trials, then write the best settings."""
-    optuna = load_optuna()
+    try:
+        import optuna
+    except ImportError:
+        raise UsageError(
+            "tuning needs Optuna, which is not installed: pip install 'cifd_clip[tune]'"
+        ) from None
     args, flags = parse(argv)
     args.logs.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
@@ -57,140 +124,33 @@ def main(argv: list[str]) -> None:
             f"--name {args.name}: its trials had the flags {fixed!r}; use them, or another --name"
         )
     study.set_user_attr("fixed", fixed)
+
+    def objective(trial) -> float:
+        directory = args.logs / args.name / f"trial{trial.number}"
+        value = follow(trial, directory, [*flags, *suggest(trial, args.tune)])
+        if value is None:
+            raise optuna.TrialPruned
+        return value
+
     finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     while len(study.get_trials(states=finished)) < args.trials:
-        study.optimize(lambda trial: run(trial, args, flags, optuna.TrialPruned), n_trials=1)
+        study.optimize(objective, n_trials=1)
+    write_best(study, args.logs / f"{args.name}.json", fixed)
+
+
+def write_best(study, path: Path, fixed: str) -> None:
+    """Write the best settings and every trial."""
+    from training.engine.environment import environment
+
     best = study.best_trial
-    chosen = " ".join(f"--{k} {v:.4g}" if k != "lr-schedule" else f"--{k} {v}"
-                      for k, v in best.params.items())  # fmt: skip
-    record = {
-        "environment": environment(),
-        "trial": best.number,
-        "holdout_acc1": best.value,
-        "flags": chosen,
-        "fixed": shlex.join(flags),
-        "trials": [
-            {"number": t.number, "state": t.state.name, "value": t.value, "params": t.params}
-            for t in study.trials
-        ],
-    }
-    (args.logs / f"{args.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"held-out top-1 {100 * best.value:.2f} with {chosen}")
-
-
-def load_optuna():
-    """The optuna package.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        import optuna
-    except ImportError:
-        raise UsageError(
-            "tuning needs Optuna, which is not installed: pip install 'cifd_clip[tune]'"
-        ) from None
-    return optuna
-
-
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our flags, and after ``--`` those of every run.
-
-    Raises:
-        UsageError: the runs would not be judged by held-out training images alone.
-    """
-    ours, _, flags = [list(part) for part in _cut(argv)]
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.tune_cifar100",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--name", required=True, help="of the study")
-    parser.add_argument(
-        "--tune", nargs="+", required=True, choices=(*SPACE, "lr-schedule"), help="which flags"
-    )
-    parser.add_argument("--trials", type=int, default=40, help="in the whole study")
-    parser.add_argument("--min-epochs", type=int, default=3, help="before a trial may be ended")
-    parser.add_argument("--seed", type=int, default=0, help="of the search")
-    parser.add_argument("--logs", type=Path, default=Path("logs/tune"))
-    args = parser.parse_args(ours)
-    common = parse_args(flags)
-    if common.method in STAGE1:
-        raise UsageError(f"--method {common.method} makes no student that could be judged")
-    if not common.holdout or common.final:
-        raise UsageError(
-            "tuning looks at held-out training images alone: give the runs --holdout 5000, and no "
-            "--final"
-        )
-    return args, flags
-
-
-def _cut(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
-    at = argv.index("--") if "--" in argv else len(argv)
-    return argv[:at], argv[at : at + 1], argv[at + 1 :]
-
-
-def run(trial, args: argparse.Namespace, flags: list[str], pruned: type[Exception]) -> float:
-    """One trial; its held-out top-1 accuracy at the end."""
-    chosen = []
-    for name in args.tune:
-        if name == "lr-schedule":
-            chosen.append(f"--lr-schedule={trial.suggest_categorical(name, SCHEDULES)}")
-            continue
-        low, high, log = SPACE[name]
-        chosen.append(f"--{name}={trial.suggest_float(name, low, high, log=log)!r}")
-    directory = args.logs / args.name / f"trial{trial.number}"
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    said = directory.parent / f"{directory.name}.err"
-    with open(said, "w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, *command(directory, [*flags, *chosen])],
-            stdout=errors,
-            stderr=errors,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    try:
-        value = follow(process, directory / "metrics.jsonl", trial)
-    finally:
-        process.terminate()
-        process.wait()
-    if value is None:
-        raise pruned
-    if process.returncode == 3:  # diverged: as bad as it gets
-        return 0.0
-    if process.returncode:
-        raise Failure(f"trial {trial.number} failed: {said.read_text().splitlines()[-1]}")
-    return value
-
-
-def command(directory: Path, flags: list[str]) -> list[str]:
-    """What a trial runs, after ``python``: on the CPU, unless its flags say where."""
-    where = [f"--logs={directory.parent}", f"--name={directory.name}", "--keep=1"]
-    return ["-m", "training.classify", "--device=cpu", *flags, *where]
-
-
-def follow(process: subprocess.Popen, metrics: Path, trial) -> float | None:
-    """Report each epoch's held-out accuracy; None when the trial is not worth going on."""
-    seen, value = 0, 0.0
-    while True:
-        ended = process.poll() is not None
-        for value in held_out(metrics)[seen:]:
-            seen += 1
-            trial.report(value, seen)
-        if ended:
-            return value
-        if seen and trial.should_prune():
-            return None
-        time.sleep(0.5)
-
-
-def held_out(metrics: Path) -> list[float]:
-    """The held-out accuracies that a run has logged so far."""
-    if not metrics.is_file():
-        return []
-    text = metrics.read_text()
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    return [line["acc1"] for line in map(json.loads, whole) if line["kind"] == "val"]
+    flags = " ".join(f"--{k} {v if k in CHOICES else f'{v:.4g}'}" for k, v in best.params.items())
+    trials = [
+        {"number": t.number, "state": t.state.name, "value": t.value, "params": t.params}
+        for t in study.trials
+    ]
+    record = {"environment": environment(), "trial": best.number, "holdout_acc1": best.value}
+    write_result(path, record | {"flags": flags, "fixed": fixed, "trials": trials})
+    print(f"held-out top-1 {100 * best.value:.2f} with {flags}")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def read_lines(
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
             text = string.Template(text).substitute(site, LOGS=str(logs))
-            line = shlex.split(text, comments=True)
+            line = flags_of(text)
             if not line:
                 continue
             run = read(expand([*line, *extra]))

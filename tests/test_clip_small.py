@@ -22,15 +22,15 @@ from experiments import gradient_shares
 from experiments.clip_small import __main__ as study
 from experiments.clip_small import plan as plans
 from experiments.clip_small import table
-from experiments.clip_small.data import TEMPLATES, Sizes, cifar_pairs, prepare
+from experiments.clip_small.data import TEMPLATES, cifar_pairs, prepare
 from experiments.clip_small.keep import figures, score
-from experiments.clip_small.plan import METHODS, MODELS, SCALES, Plan, Tuned
-from experiments.runs import Queue, Run
+from experiments.clip_small.plan import METHODS, MODELS, SCALES, Plan, Sizes, Tuned
+from experiments.study import Run, Study
 from shards import FLICKR, needs_flickr
 from training.clip import cache_teacher, calibrate
 from training.clip.config import parse_args
 from training.data.index import index_shards
-from training.errors import Failure, UsageError
+from training.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 CIFAR = Path(__file__).parents[2] / "shared" / "data"
@@ -61,13 +61,15 @@ def test_students_are_a_third_and_a_tenth_of_their_teacher(scale):
 
 
 def whole_plan() -> Plan:
-    plan, tuned = Plan(SCALES["cpu"]), Tuned(2e-3, {"clipkd": 200.0, "cifd3": 0.05})
-    plans.tune_lr(plan)
-    plans.tune_weights(plan, tuned.lr)
-    plans.students(plan, tuned, [0, 1, 2])
-    plans.choices(plan, tuned, [0, 1, 2])
-    plans.calibrated(plan, tuned, [0, 1, 2])
+    plan = Plan(SCALES["cpu"], tuned=Tuned(2e-3, {"clipkd": 200.0, "cifd3": 0.05}))
+    for steps in plans.STAGES.values():
+        for step in steps:
+            step(plan)
     return plan
+
+
+def command(run: Run, logs: Path = Path("l")) -> list[str]:
+    return Study([run], logs, Path("d")).command(run)
 
 
 PARSERS = {
@@ -86,13 +88,13 @@ def test_every_run_comes_after_those_it_needs_and_its_command_is_valid(tmp_path)
     for run in plan.runs:
         assert seen.issuperset(run.needs), f"{run.name} comes before one of {run.needs}"
         seen.add(run.name)
-        command = run.command(Path("d"), tmp_path)
-        assert not any("{" in word for word in command), f"{run.name}: a place is left open"
-        args = PARSERS[run.module](command[2:])
+        words = command(run, tmp_path)
+        assert not any("{" in word for word in words), f"{run.name}: a place is left open"
+        args = PARSERS[run.module](words[2:])
         if run.module == "training.main":
             assert args.name == run.name and args.resume == "latest"
     calibrated = [run for run in plan.runs if run.name.startswith("bank_calibrated_s0")]
-    assert parse_args(calibrated[0].command(Path("d"), tmp_path)[2:]).rates == [900.0, 90.0]
+    assert parse_args(command(calibrated[0], tmp_path)[2:]).rates == [900.0, 90.0]
 
 
 #: What may differ between the methods of one student and seed.
@@ -104,7 +106,7 @@ def test_methods_of_one_student_and_seed_differ_in_nothing_but_the_method():
     plan = whole_plan()
     for model in plans.STUDENTS:
         runs = [plan.by_name[f"{method}_{model}_s1"] for method in METHODS]
-        settings = [vars(parse_args(run.command(Path("d"), Path("l"))[2:])) for run in runs]
+        settings = [vars(parse_args(command(run)[2:])) for run in runs]
         for run, one in zip(runs, settings):
             other = {k for k, v in one.items() if v != settings[0][k]} - OWN
             assert not other, f"{run.name} differs from plain CLIP in {other}"
@@ -121,7 +123,7 @@ def test_a_result_is_tied_to_the_settings_of_its_whole_chain():
     names = {}
     for lr in (1e-3, 2e-3):
         plan = Plan(SCALES["cpu"])
-        plan.student("x", "cifd3", "gap10", 0, lr, stage="students")
+        plan.student("x", "cifd3", "gap10", 0, lr=lr, stage="students")
         names[lr] = plan.by_name["x_test"].depends
     assert len(names[1e-3]) == 6, "data, teacher, cache, bank, student, evaluation"
     changed = [a.split()[0] for a, b in zip(*names.values()) if a != b]
@@ -147,30 +149,11 @@ def test_with_all_results_a_study_says_so_and_trains_nothing(tmp_path, capsys, m
     assert re.match(f"# {said}", line)
     with pytest.raises(UsageError, match="--cifar100 'c': neither"):
         study.main(command)
-    monkeypatch.setattr(study, "prepare", lambda *_: None)
+    monkeypatch.setattr("experiments.clip_small.data.prepare", lambda *_: None)
     assert study.main(command) == 0
     first, *_ = capsys.readouterr().out.splitlines()
     assert re.match(said, first)
     assert {path: path.read_bytes() for path in results.rglob("*.json")} == before
-
-
-# -- the queue -------------------------------------------------------------------------------------
-
-
-def timed(name: str, code: str, *needs: str) -> Run:
-    return Run(name, "timeit", ("-n1", "-r1", code), needs)
-
-
-def test_a_queue_makes_what_is_needed_first_and_stops_at_a_failure(tmp_path):
-    made: list[str] = []
-    write = f"import pathlib; p = pathlib.Path({str(tmp_path)!r}, 'needed')"
-    runs = [timed("a", f"{write}; p.touch()"), timed("b", f"{write}; assert p.exists()", "a")]
-    assert Queue(runs, tmp_path, tmp_path, 2, lambda run: made.append(run.name)).run()
-    assert made == ["a", "b"]
-    assert json.loads((tmp_path / "a" / "finished.json").read_text())["seconds"] > 0
-    with pytest.raises(Failure, match="c failed: ZeroDivisionError"):
-        Queue([timed("c", "1 / 0")], tmp_path, tmp_path, 2, made.append).run()
-    assert not (tmp_path / "c").exists()
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -300,7 +283,7 @@ def test_a_term_pulls_with_its_share_of_the_gradient():
     model = torch.nn.ModuleDict({"visual": torch.nn.Linear(1, 1, bias=False)})
     model["text"] = torch.nn.Linear(1, 1, bias=False)
     image, text = model["visual"].weight.sum(), model["text"].weight.sum()
-    shares = gradient_shares.pulls({"a": 3 * image, "b": image + text}, model)
+    shares = gradient_shares.shares({"a": 3 * image, "b": image + text}, model)
     assert shares == {"a": {"image": 0.75, "text": 0}, "b": {"image": 0.25, "text": 1}}
 
 

@@ -347,29 +347,6 @@ def test_the_noise_reaches_the_student_only_through_its_site():
     assert len(seen) == 2
 
 
-def test_the_contrastive_term_can_stay_clean_of_noise():
-    batch, other, model = pairs(ROWS), teacher(), clip("tiny-student")
-    features = [other(*batch)]
-    made = task("cifd", model, [48], lambda_cl=0.3, ibm_branch="distill")
-    losses, _ = run(made, batch, features, Noise(4, 9))
-    close(losses["contrastive_loss"], 0.3 * sum(contrastive(*student_features(model, batch))))
-
-    noisy, _ = run(task("cifd", model, [48], lambda_cl=0.3), batch, features, Noise(4, 9))
-    assert torch.equal(losses["image_embedding_loss"], noisy["image_embedding_loss"]), (
-        "the teacher's feedback passes through the noise either way"
-    )
-    assert abs(losses["contrastive_loss"] - noisy["contrastive_loss"]) > 1e-4
-
-
-def test_evaluation_adds_no_noise_and_pays_no_rate():
-    batch, other, model = pairs(ROWS), teacher(), clip("tiny-student")
-    features = [other(*batch)]
-    with_ibm, _ = run(task("cifd", model, [48]), batch, features, None)
-    without, _ = run(task("cifd", model, [48], ibm=False), batch, features, None)
-    assert with_ibm.keys() == without.keys()
-    assert all(torch.equal(with_ibm[k], without[k]) for k in without)
-
-
 def test_the_rate_is_what_lambda_i_says():
     """λ_I moves its own term and no other, in value and in the density's gradient."""
     batch, other = pairs(ROWS), teacher()

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo.scenes import _write_benchmark, _write_shards, pairs, retrieval
+from demo.scenes import pairs, retrieval
+from experiments.shards import describe, write_shards, write_split
 from runs import CONFIGS, ROOT, assert_bit_equal, final, lines
 from slurm_cluster import cluster, kill_node, why_not
 from training.clip import cache_teacher
@@ -43,9 +44,9 @@ def data(tmp_path_factory) -> Path:
     """96 training scenes in four shards, and a small benchmark."""
     out = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
-    _write_shards(out / "train", pairs("train", 96, rng), per_shard=24, digits=5)
-    _write_benchmark(out / "scenes", "test", retrieval("test", 12, rng))
-    (out / "scenes" / "dataset_type.txt").write_text("retrieval\n")
+    write_shards(out / "train", pairs("train", 96, rng), 24, "{:09}", "{:05}")
+    write_split(out / "scenes", "test", retrieval("test", 12, rng), 250, "{:09}")
+    describe(out / "scenes")
     return out
 
 

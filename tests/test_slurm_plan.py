@@ -14,7 +14,7 @@ from slurm.clip import chain, preparation, read_grid
 from slurm.jobs import Job, Site, running, sbatch
 from slurm.plan import GRIDS, describe, grid_path, main
 from training import prefetch
-from training.clip.config import batch_share, parse_args
+from training.clip.config import batch_share, flags_of, parse_args
 from training.errors import UsageError
 
 MILLION = 1_000_000
@@ -333,6 +333,32 @@ def test_a_dry_run_says_what_a_study_would_take_and_submits_nothing(tmp_path):
     assert "training.prefetch ViT-B-32-quickgelu:openai ViT-S-32-alt" in done.stdout
     assert "imagenet1k" in done.stdout, "suites are spelled out"
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--name a#seed0 --lr 1 # and why",
+        "--name 'a # b' '#c' \\#d # it's",
+        "--notes '' #",
+        "#--name a",
+        "a # b#c",
+        "",
+    ],
+)
+def test_a_line_has_the_words_that_a_shell_reads(line):
+    shell = ["bash", "-c", f'printf "%s\\0" {line}\n']
+    done = subprocess.run(shell, capture_output=True, text=True, check=True)
+    words = done.stdout.split("\0")[:-1]
+    assert flags_of(line) == (words if line.partition("#")[0] else [])
+
+
+def test_a_number_sign_within_a_word_belongs_to_it_in_grids_and_in_recipes(site, tmp_path):
+    grid, recipe = tmp_path / "x.grid", tmp_path / "x.args"
+    grid.write_text(f"--name a#seed0 @{recipe} # the first\n")
+    recipe.write_text("--wandb-notes b#c # of all\n")
+    (run,) = read_grid(grid, site, [])
+    assert (run.args.name, run.args.wandb_notes) == ("a#seed0", "b#c")
 
 
 @pytest.mark.parametrize("kind", ["clip", "classify"])

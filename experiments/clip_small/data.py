@@ -8,12 +8,11 @@ seen its data, ``cifar100_seen`` and ``flickr8k_seen``: what it saw, as many as 
 it or as there are.
 """
 
-import io
 import json
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
-from itertools import islice, pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,26 +21,14 @@ from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
+from cifd_clip.files import read_json, write_json
+from experiments.clip_small.plan import Sizes
+from experiments.shards import Sample, describe, encoded, write_shards, write_split
 from training.errors import UsageError
 
 #: Captions of CIFAR-100 and the prompts it is classified with: those that fit small photos.
 TEMPLATES = [OPENAI_IMAGENET_TEMPLATES[i]("{c}") for i in (39, 53, 45, 20, 26, 61, 64, 27)]
-PER_SHARD = 500
-
-
-class Sizes(NamedTuple):
-    """Most samples of each kind; 0 for all there are."""
-
-    cifar_train: int = 0
-    cifar_few: int = 2_500
-    """What students see of the training images; teachers see all."""
-    cifar_val: int = 5_000
-    cifar_test: int = 0
-    flickr_train: int = 0
-    flickr_few: int = 1_500
-    flickr_val: int = 591
-    """The two last shards: the last alone has 91 photos."""
-    flickr_test: int = 0
+PER_SHARD, KEY = 500, "{:06}"
 
 
 class Pair(NamedTuple):
@@ -51,6 +38,17 @@ class Pair(NamedTuple):
     image: bytes
     captions: list[str]
     label: int | None = None
+
+    def trained(self) -> Sample:
+        """As a training pair: the image, ``txt`` (the first caption), ``json`` (all)."""
+        captions = json.dumps({"captions": self.captions}).encode()
+        return {self.extension: self.image, "txt": self.captions[0].encode(), "json": captions}
+
+    def tested(self) -> Sample:
+        """As a sample of clip_benchmark's: with its class, or else its captions."""
+        if self.label is None:
+            return {self.extension: self.image, "txt": "\n".join(self.captions).encode()}
+        return {self.extension: self.image, "cls": str(self.label).encode()}
 
 
 def prepare(out: Path, cifar100: Path, flickr8k: Path, sizes: Sizes) -> None:
@@ -67,42 +65,50 @@ def prepare(out: Path, cifar100: Path, flickr8k: Path, sizes: Sizes) -> None:
     Raises:
         UsageError: a folder lacks what it should have, or ``out`` was written with other sizes.
     """
-    made = {"sizes": sizes._asdict(), "templates": TEMPLATES}
+    settings = {"sizes": sizes._asdict(), "templates": TEMPLATES}
     mark = out / "made.json"
     if mark.is_file():
-        if json.loads(mark.read_text()) != made:
+        if read_json(mark) != settings:
             raise UsageError(f"{out} holds data of other sizes: move it away, or use other --logs")
         return
     draft = out.with_name(f"{out.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    benchmark = draft / "benchmark"
+
     classnames, train, val = cifar_split(cifar100, sizes)
     test = _some(cifar_pairs(cifar100, "test")[1], sizes.cifar_test)
     few = _some(train, sizes.cifar_few)
-    write_pairs(draft / "cifar100", train)
-    write_pairs(draft / "cifar100_few", few)
-    for name, splits in {
-        "cifar100": {"test": test, "val": val},
-        "cifar100_seen": {"test": few[: len(val)], "val": few[: len(val)]},
-    }.items():
-        write_benchmark(benchmark / name, splits, "classification")
-        (benchmark / name / "classnames.txt").write_text("\n".join(classnames) + "\n")
-        prompts = "\n".join(TEMPLATES) + "\n"
-        (benchmark / name / "zeroshot_classification_templates.txt").write_text(prompts)
+    seen = {"test": few[: len(val)], "val": few[: len(val)]}
+    _write(draft, "cifar100", train, few, {"test": test, "val": val}, seen, classnames)
+
     photos = list(flickr_pairs(flickr8k / "train"))
     train, val = photos[: -sizes.flickr_val], photos[-sizes.flickr_val :]
     train = _some(train, sizes.flickr_train)
     test = _some(list(flickr_pairs(flickr8k / "test")), sizes.flickr_test)
     few = _some(train, sizes.flickr_few)
-    write_pairs(draft / "flickr8k", train)
-    write_pairs(draft / "flickr8k_few", few)
-    for name, splits in {
-        "flickr8k": {"test": test, "val": val},
-        "flickr8k_seen": {"test": few[: len(test)], "val": few[: len(val)]},
-    }.items():
-        write_benchmark(benchmark / name, splits, "retrieval")
-    (draft / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+    seen = {"test": few[: len(test)], "val": few[: len(val)]}
+    _write(draft, "flickr8k", train, few, {"test": test, "val": val}, seen)
+
+    write_json(draft / "made.json", settings)
     draft.rename(out)
+
+
+def _write(
+    out: Path,
+    name: str,
+    train: list[Pair],
+    few: list[Pair],
+    held: dict[str, list[Pair]],
+    seen: dict[str, list[Pair]],
+    classnames: Sequence[str] = (),
+) -> None:
+    """Write a data set: training pairs of teachers and students, test sets by their splits."""
+    for folder, pairs in ((name, train), (f"{name}_few", few)):
+        write_shards(out / folder, map(Pair.trained, pairs), PER_SHARD, KEY, "{:05}")
+    for folder, splits in ((name, held), (f"{name}_seen", seen)):
+        benchmark = out / "benchmark" / folder
+        for split, pairs in splits.items():
+            write_split(benchmark, split, map(Pair.tested, pairs), PER_SHARD, KEY)
+        describe(benchmark, classnames, TEMPLATES)
 
 
 def cifar_split(folder: Path, sizes: Sizes) -> tuple[list[str], list[Pair], list[Pair]]:
@@ -143,13 +149,8 @@ def _from_npz(path: Path) -> tuple[list[bytes], list[int], Iterable[str]]:
 
 def _from_torchvision(folder: Path, split: str) -> tuple[list[bytes], list[int], list[str]]:
     data = CIFAR100(str(folder), train=split == "train")
-
-    def png(pixels: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        return buffer.getvalue()
-
-    return [png(pixels) for pixels in data.data], data.targets, data.classes
+    images = [encoded(Image.fromarray(pixels)) for pixels in data.data]
+    return images, data.targets, data.classes
 
 
 def flickr_pairs(folder: Path) -> Iterator[Pair]:
@@ -164,58 +165,11 @@ def flickr_pairs(folder: Path) -> Iterator[Pair]:
                 key, _, extension = member.name.partition(".")
                 samples.setdefault(key, {})[extension] = tar.extractfile(member).read()
         for sample in samples.values():
-            told = sample["txt"].decode().splitlines()
+            captions = sample["txt"].decode().splitlines()
             if "json" in sample:
-                told = json.loads(sample["json"])["captions"]
-            yield Pair("jpg", sample["jpg"], told)
-
-
-def write_pairs(folder: Path, pairs: list[Pair]) -> None:
-    """Training shards: the image, key.txt (the first caption), key.json (all)."""
-    _write_shards(
-        folder,
-        (
-            {
-                pair.extension: pair.image,
-                "txt": pair.captions[0].encode(),
-                "json": json.dumps({"captions": pair.captions}).encode(),
-            }
-            for pair in pairs
-        ),
-        digits=5,
-    )
-
-
-def write_benchmark(folder: Path, splits: dict[str, list[Pair]], kind: str) -> None:
-    """A data set in clip_benchmark's layout."""
-    for split, pairs in splits.items():
-        samples = (
-            {pair.extension: pair.image, "txt": "\n".join(pair.captions).encode()}
-            if kind == "retrieval"
-            else {pair.extension: pair.image, "cls": str(pair.label).encode()}
-            for pair in pairs
-        )
-        shards = _write_shards(folder / split, samples)
-        (folder / split / "nshards.txt").write_text(f"{shards}\n")
-    (folder / "dataset_type.txt").write_text(f"{kind}\n")
+                captions = json.loads(sample["json"])["captions"]
+            yield Pair("jpg", sample["jpg"], captions)
 
 
 def _some(pairs: list[Pair], most: int) -> list[Pair]:
     return pairs[:most] if most else pairs
-
-
-def _write_shards(folder: Path, samples: Iterable[dict[str, bytes]], digits: int = 0) -> int:
-    """Tars that depend on nothing but the samples; how many."""
-    folder.mkdir(parents=True, exist_ok=True)
-    samples, shards, number = iter(samples), 0, 0
-    while chunk := list(islice(samples, PER_SHARD)):
-        path = folder / f"{shards:0{digits}}.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in chunk:
-                for extension, content in sample.items():
-                    member = tarfile.TarInfo(f"{number:06d}.{extension}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-                number += 1
-        shards += 1
-    return shards

@@ -7,23 +7,39 @@ of those views are computed once.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.clip_small.data import Sizes
-from experiments.runs import Run
+from experiments.study import Run
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
 STUDENTS = ("gap10", "gap3")
-#: Tuning and choices are made with this student.
-PROBE = "gap10"
+#: Tuning and choices are made with one student; where the bottleneck sits is asked of another.
+PROBE, VIT = "gap10", "gap10-vit"
 DATASETS = ("cifar100", "cifar100_seen", "flickr8k", "flickr8k_seen")
 TEACHER_DATA = "{data}/cifar100::{data}/flickr8k"
 STUDENT_DATA = "{data}/cifar100_few::{data}/flickr8k_few"
+#: How every training run sees its pairs, and caches see them.
+VIEWS = ("--captions=all", "--view-seed=0", "--aug-cfg", "scale=[0.6,1.0]")
 #: GiB: room for all views of the students' data.
 VIEW_MEMORY = 0.5
+
+
+class Sizes(NamedTuple):
+    """Most samples of each kind; 0 for all there are."""
+
+    cifar_train: int = 0
+    cifar_few: int = 2_500
+    """What students see of the training images; teachers see all."""
+    cifar_val: int = 5_000
+    cifar_test: int = 0
+    flickr_train: int = 0
+    flickr_few: int = 1_500
+    flickr_val: int = 591
+    """The two last shards: the last alone has 91 photos."""
+    flickr_test: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,7 +150,7 @@ class Answer(NamedTuple):
 #: to sit before, which a ResNet's attention pool is not. Sums in place of means make the embedding
 #: terms 256 (T) and the rates 128 (D) times as large, which for AdamW are these weights. CLIP-KD,
 #: whole and in parts, is there to see what sets the two apart.
-DEFAULT, VIT = "default", "gap10-vit"
+DEFAULT = "default"
 CHOICES = {
     DEFAULT: {PROBE: Answer(), VIT: Answer(model=VIT)},
     "projector": {v: Answer(f"--projector={v}") for v in ("separate", "each")},
@@ -163,7 +179,7 @@ SHARES = "0.9 0.8 0.7"
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning found: the learning rate of all, and the weight of each method that has one."""
+    """What tuning gave: the learning rate of all, and the weight of each method that has one."""
 
     lr: float = 1e-3
     weights: dict[str, float] = field(default_factory=dict)
@@ -176,15 +192,25 @@ class Tuned:
 
 
 class Plan:
-    """Runs, each named once, in an order in which every run comes after those it needs.
+    """Runs, each named once and after those it needs.
 
     Args:
         scale: how large.
         device: of every command.
+        tuned: learning rate and weights.
+        seeds, students: of the steps that compare.
     """
 
-    def __init__(self, scale: Scale, device: str = "cpu"):
-        self.scale, self.device = scale, device
+    def __init__(
+        self,
+        scale: Scale,
+        device: str = "cpu",
+        tuned: Tuned | None = None,
+        seeds: Sequence[int] = (0, 1, 2),
+        students: Sequence[str] = STUDENTS,
+    ):
+        self.scale, self.device, self.tuned = scale, device, tuned or Tuned()
+        self.seeds, self.students = seeds, students
         self.by_name: dict[str, Run] = {}
 
     @property
@@ -192,93 +218,85 @@ class Plan:
         """Everything added so far."""
         return list(self.by_name.values())
 
-    def _add(self, run: Run) -> str:
-        self.by_name.setdefault(run.name, run)
-        return run.name
-
-    def _seen(self, seed: int, epochs: int, lr: float) -> tuple[str, ...]:
-        """What every training run has in common."""
-        scale = self.scale
-        return (
-            f"--seed={seed}", f"--epochs={epochs}", f"--lr={lr:g}", "--wd=0.1",
-            f"--batch-size={scale.batch}", f"--train-num-samples={scale.samples}", *self._data(),
-            f"--log-every-n-steps={max(1, scale.samples // scale.batch // 4)}",
-            "--model-config",
-            *(f"{MODELS}/{scale.models}-{m}.json" for m in ("teacher", *STUDENTS, "gap10-vit")),
-        )  # fmt: skip
-
-    def _data(self) -> tuple[str, ...]:
-        return ("--captions=all", "--view-seed=0", "--aug-cfg", "scale=[0.6,1.0]")
+    def _add(
+        self, name: str, module: str, flags: Iterable[str], where: tuple[str, ...], **other
+    ) -> str:
+        run = Run(name, module, tuple(flags), where=(*where, f"--device={self.device}"), **other)
+        self.by_name.setdefault(name, run)
+        return name
 
     def _train(
         self,
         name: str,
-        flags: tuple[str, ...],
-        needs: tuple[str, ...],
+        seed: int,
+        epochs: int,
+        lr: float,
+        flags: Iterable[str],
         cost: float,
         data: str = STUDENT_DATA,
     ) -> str:
+        scale = self.scale
+        models = ("teacher", *STUDENTS, VIT)
+        common = (
+            f"--seed={seed}", f"--epochs={epochs}", f"--lr={lr:g}", "--wd=0.1",
+            f"--batch-size={scale.batch}", f"--train-num-samples={scale.samples}", *VIEWS,
+            f"--log-every-n-steps={max(1, scale.samples // scale.batch // 4)}",
+            "--model-config", *(f"{MODELS}/{scale.models}-{model}.json" for model in models),
+        )  # fmt: skip
         where = (
             f"--train-data={data}", "--logs={logs}", "--name={name}", "--resume=latest", "--keep=1",
-            f"--workers={self.scale.workers}", f"--device={self.device}",
+            f"--workers={scale.workers}",
             f"--view-memory={VIEW_MEMORY if data == STUDENT_DATA else 0}",
         )  # fmt: skip
-        return self._add(Run(name, "training.main", flags, needs, (), cost, where))
+        return self._add(name, "training.main", (*common, *flags), where, cost=epochs * cost)
 
     def teacher(self, seed: int) -> str:
         """A plain CLIP that sees a new view each time, of all the data there are."""
         scale = self.scale
         flags = (
-            *self._seen(seed, scale.teacher, 1e-3), "--distill=none", "--precision=amp_bf16",
-            f"--model={scale.models}-teacher",
+            "--distill=none", "--precision=amp_bf16", f"--model={scale.models}-teacher",
             f"--train-data-upsampling-factors=1::{scale.upsample:g}",
         )  # fmt: skip
-        cost = scale.teacher * scale.minutes["teacher"]
-        return self._train(f"teacher{seed}", flags, (), cost, TEACHER_DATA)
+        cost = scale.minutes["teacher"]
+        return self._train(f"teacher{seed}", seed, scale.teacher, 1e-3, flags, cost, TEACHER_DATA)
 
     def cache(self, seed: int) -> str:
         """The embeddings of four views by a teacher."""
-        teacher = self.teacher(seed)
         flags = (
-            f"--distill-model=local-dir:{{{teacher}}}/student", "--views=4", *self._data(),
+            f"--distill-model=local-dir:{{{self.teacher(seed)}}}/student", "--views=4", *VIEWS,
             "--precision=fp32", f"--batch-size={self.scale.batch}",
         )  # fmt: skip
         where = (
             f"--train-data={STUDENT_DATA}", "--teacher-cache={here}/cache",
-            f"--workers={self.scale.workers}", f"--device={self.device}",
+            f"--workers={self.scale.workers}",
         )  # fmt: skip
         cost = 4 * self.scale.minutes["view"]
-        return self._add(
-            Run(f"cache{seed}", "training.cache_teacher", flags, (teacher,), (), cost, where)
-        )
+        return self._add(f"cache{seed}", "training.cache_teacher", flags, where, cost=cost)
 
     def calibration(self) -> str:
         """Rates whose RDMs keep given shares of the teacher."""
-        cache = self.cache(0)
         flags = (
-            f"--teacher-cache={{{cache}}}/cache", *self.scale.calibrate.split(),
+            f"--teacher-cache={{{self.cache(0)}}}/cache", *self.scale.calibrate.split(),
             "--shares", *SHARES.split(), "--lr=1e-3",
         )  # fmt: skip
-        where = ("--out={here}/rates.json", f"--device={self.device}")
+        where = ("--out={here}/rates.json",)
         cost = self.scale.minutes["calibrate"]
-        return self._add(Run("calibration", "training.calibrate", flags, (cache,), (), cost, where))
+        return self._add("calibration", "training.calibrate", flags, where, cost=cost)
 
     def bank(self, rates: tuple[float, ...] | None, seed: int, lr: float) -> str:
-        """A bank of a student's seed; without rates, of those that calibration finds."""
-        needs = [self.cache(0)]
+        """A bank of a student's seed; without rates, of those that calibration gives."""
+        cache = self.cache(0)
         if rates is None:
-            needs.append(self.calibration())
-            picked = [f"@{{{needs[-1]}}}/rates.args"]
+            label, chosen = "calibrated", [f"@{{{self.calibration()}}}/rates.args"]
         else:
-            picked = ["--rates", *(f"{rate:g}" for rate in rates)]
+            chosen = ["--rates", *(f"{rate:g}" for rate in rates)]
+            label = "-".join(chosen[1:])
         flags = (
-            *self._seen(seed, self.scale.bank, lr), "--precision=fp32", "--views=4",
-            "--distill=rdm", *picked,
-            f"--teacher-cache={{{needs[0]}}}/cache",
+            "--precision=fp32", "--views=4", "--distill=rdm", *chosen,
+            f"--teacher-cache={{{cache}}}/cache",
         )  # fmt: skip
-        label = "calibrated" if rates is None else "-".join(f"{rate:g}" for rate in rates)
-        cost = self.scale.bank * self.scale.minutes["bank"]
-        return self._train(f"bank_{label}_s{seed}_lr{lr:g}", flags, tuple(needs), cost)
+        name = f"bank_{label}_s{seed}_lr{lr:g}"
+        return self._train(name, seed, self.scale.bank, lr, flags, self.scale.minutes["bank"])
 
     def student(
         self,
@@ -286,10 +304,10 @@ class Plan:
         method: str,
         model: str,
         seed: int,
-        lr: float,
         *flags: str,
         split: str = "test",
         rates: tuple[float, ...] | None = (),
+        lr: float | None = None,
         **about,
     ) -> str:
         """A student and its evaluation.
@@ -298,25 +316,25 @@ class Plan:
             name: of the run; its evaluation is ``NAME_SPLIT``.
             method: a row of `METHODS`.
             model: a student's name.
-            seed, lr: of the student, and of its bank.
+            seed: of the student, and of its bank.
             flags: beside the method's own.
             split: what it is evaluated on: ``val``, of what was held out of training, or ``test``.
             rates: of another bank than the method's; None: of a calibrated one.
+            lr: another learning rate than the tuned one.
             about: kept with its result.
         """
-        row, scale = METHODS[method], self.scale
-        caches = [self.cache(number) for number in range(row.teachers)]
-        made = [
-            *self._seen(seed, scale.student, lr), "--precision=fp32", "--views=4",
-            f"--distill={row.distill}", f"--model={scale.models}-{model}", *row.flags, *flags,
+        row, scale, lr = METHODS[method], self.scale, lr or self.tuned.lr
+        caches = [f"{{{self.cache(number)}}}/cache" for number in range(row.teachers)]
+        chosen = [
+            "--precision=fp32", "--views=4", f"--distill={row.distill}",
+            f"--model={scale.models}-{model}", *row.flags, *flags,
         ]  # fmt: skip
         if caches:
-            made.append("--teacher-cache=" + ",".join(f"{{{cache}}}/cache" for cache in caches))
-        needs = list(caches)
+            chosen.append(f"--teacher-cache={','.join(caches)}")
         if row.rates:
-            needs.append(self.bank(row.rates if rates == () else rates, seed, lr))
-            made.append(f"--rdm-bank={{{needs[-1]}}}/bank")
-        self._train(name, tuple(made), tuple(needs), scale.student * scale.minutes[model])
+            bank = self.bank(row.rates if rates == () else rates, seed, lr)
+            chosen.append(f"--rdm-bank={{{bank}}}/bank")
+        self._train(name, seed, scale.student, lr, chosen, scale.minutes[model])
         about = {"method": method, "student": model, "seed": seed, "lr": lr, **about}
         return self.evaluation(name, split, **about)
 
@@ -326,24 +344,26 @@ class Plan:
             f"{{{name}}}", "--datasets", *DATASETS, f"--split={split}", "--precision=fp32",
             "--batch-size=256",
         )  # fmt: skip
-        where = ("--data-root={data}/benchmark", "--workers=0", f"--device={self.device}")
         chain = [self.by_name[need] for need in self.chain(name)]
         sizes = [f"{key}={value}" for key, value in self.scale.sizes._asdict().items()]
-        settings = [" ".join(["data", *sizes])]
-        settings += [" ".join([run.module, *run.flags]) for run in chain]
-        run = Run(
-            f"{name}_{split}", "eval.benchmark", flags, (name,), ("result.json",),
-            self.scale.minutes["eval"], where,
-            (*settings, " ".join(["eval.benchmark", *flags])), {"run": name, **about},
+        settings = [["data", *sizes], *([run.module, *run.flags] for run in chain)]
+        settings.append(["eval.benchmark", *flags])
+        return self._add(
+            f"{name}_{split}", "eval.benchmark", flags,
+            ("--data-root={data}/benchmark", "--workers=0"), results=("",),
+            cost=self.scale.minutes["eval"], settings=tuple(map(" ".join, settings)),
+            about={"run": name, **about},
         )  # fmt: skip
-        return self._add(run)
 
     def chain(self, name: str) -> list[str]:
         """A run and everything that it needs, what is needed first."""
-        found: dict[str, None] = {}
+        chain: dict[str, None] = {}
         for need in self.by_name[name].needs:
-            found |= dict.fromkeys(self.chain(need))
-        return [*found, name]
+            chain |= dict.fromkeys(self.chain(need))
+        return [*chain, name]
+
+
+# -- steps: what fills a plan ----------------------------------------------------------------------
 
 
 def tune_lr(plan: Plan) -> None:
@@ -351,56 +371,62 @@ def tune_lr(plan: Plan) -> None:
     for lr in RATES_OF_LEARNING:
         for method in JUDGES:
             name = f"tune_{method}_lr{lr:g}"
-            plan.student(name, method, PROBE, 0, lr, split="val", stage="tune lr")
+            plan.student(name, method, PROBE, 0, split="val", lr=lr, stage="tune lr")
 
 
-def tune_weights(plan: Plan, lr: float) -> None:
-    """Every weight at every value."""
+def tune_weights(plan: Plan) -> None:
+    """Every weight at every value, at the learning rate that was found."""
     for method, row in METHODS.items():
         flag, values = row.weight or ("", ())
         for value in values:
-            name = f"tune_{method}_{flag}{value:g}_lr{lr:g}"
-            weight = f"--{flag}={value:g}"
+            name = f"tune_{method}_{flag}{value:g}_lr{plan.tuned.lr:g}"
             about = {"stage": "tune weight", "weight": value}
-            plan.student(name, method, PROBE, 0, lr, weight, split="val", **about)
+            plan.student(name, method, PROBE, 0, f"--{flag}={value:g}", split="val", **about)
 
 
-def students(plan: Plan, tuned: Tuned, seeds: list[int], models: Sequence[str] = STUDENTS) -> None:
+def students(plan: Plan) -> None:
     """Every method, student and seed, and the teachers themselves."""
     for number in (0, 1):
-        teacher = plan.teacher(number)
         about = {"method": "teacher", "student": "teacher", "seed": number, "stage": "students"}
-        plan.evaluation(teacher, "test", **about)
-    for model in models:
-        for seed in seeds:
+        plan.evaluation(plan.teacher(number), "test", **about)
+    for model in plan.students:
+        for seed in plan.seeds:
             for method in METHODS:
                 name = f"{method}_{model}_s{seed}"
-                flags = tuned.flags(method)
-                plan.student(name, method, model, seed, tuned.lr, *flags, stage="students")
+                flags = plan.tuned.flags(method)
+                plan.student(name, method, model, seed, *flags, stage="students")
 
 
-def choices(plan: Plan, tuned: Tuned, seeds: list[int]) -> None:
+def choices(plan: Plan) -> None:
     """The open choices: the default, and each answer that departs from it."""
-    for seed in seeds:
+    for seed in plan.seeds:
         for question, answers in CHOICES.items():
             for name, answer in answers.items():
-                _ask(plan, tuned, seed, question, name, answer)
+                _answer(plan, seed, question, name, answer)
 
 
-def calibrated(plan: Plan, tuned: Tuned, seeds: list[int]) -> None:
+def calibrated(plan: Plan) -> None:
     """One more answer to the rates: those whose RDMs keep given shares of the teacher.
 
     By itself, after the others: a teacher may not have a rate for every share.
     """
-    for seed in seeds if plan.scale.calibrate else ():
-        _ask(plan, tuned, seed, "rates", f"keeping {SHARES}", Answer(rates=None))
+    for seed in plan.seeds if plan.scale.calibrate else ():
+        _answer(plan, seed, "rates", f"keeping {SHARES}", Answer(rates=None))
 
 
-def _ask(plan: Plan, tuned: Tuned, seed: int, question: str, name: str, answer: Answer) -> None:
+def _answer(plan: Plan, seed: int, question: str, name: str, answer: Answer) -> None:
     about = {"stage": "choices", "question": question, "answer": name}
     slug = f"{question}_{name}".replace(", ", "-").replace(" ", "-").replace("λ", "lambda")
-    flags = (*tuned.flags(answer.method), *answer.flags.split())  # later flags win
+    flags = (*plan.tuned.flags(answer.method), *answer.flags.split())  # later flags win
     plan.student(
-        f"choice_{slug}_s{seed}", answer.method, answer.model, seed, tuned.lr, *flags, split="val",
+        f"choice_{slug}_s{seed}", answer.method, answer.model, seed, *flags, split="val",
         rates=answer.rates, **about,
     )  # fmt: skip
+
+
+#: What each stage of the study plans; a step may need the results of the step before.
+STAGES = {
+    "tune": (tune_lr, tune_weights),
+    "students": (students,),
+    "choices": (choices, calibrated),
+}

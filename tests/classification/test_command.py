@@ -491,7 +491,7 @@ def logs_open_in(folder: Path) -> list[Path]:
         (["--lambda-n", "1", "1", "1"], "--lambda-n has 3 values for 2 assistants"),
         (["--rates", "7"], "--rates 7: the bank .* has 10, 300"),
         (["--teacher-cache=answers"], "--teacher-cache keeps what teachers say about each view"),
-        (["--teacher={other}"], "--rdm-bank: .* but the teacher has weights"),
+        (["--teacher={other}"], "--rdm-bank: .* but the teacher is cnn4 with weights"),
     ],
 )
 def test_a_refused_command_leaves_its_name_to_the_corrected_one(

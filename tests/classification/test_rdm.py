@@ -8,7 +8,13 @@ import torch.nn.functional as F
 
 from cifd_clip import RateDistortionModules, RDMBank
 from cifd_clip.artefact import FORMS
-from cifd_clip.classification.methods import Paraphraser, RDMTraining, TeacherOutput, Weights
+from cifd_clip.classification.methods import (
+    Paraphraser,
+    RDMTraining,
+    Targets,
+    TeacherOutput,
+    Weights,
+)
 from cifd_clip.files import BadFile
 from cifd_clip.noise import Noise
 from cifd_clip.rdm import classifier_loss, unit_scale
@@ -107,7 +113,7 @@ def test_a_paraphraser_comes_back_from_disk_and_refuses_another_teacher(tmp_path
     made.save(tmp_path / "p", teacher)
     x = torch.randn(4, 12, generator=generator())
     again = Paraphraser.load(tmp_path / "p", teacher)
-    assert torch.equal(again.encode(x), made.encode(x))
+    assert torch.equal(again.factors_of(x), made.factors_of(x))
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     with pytest.raises(ValueError, match="but the teacher is cnn4 with weights bbbbbbbbbbbb"):
         Paraphraser.load(tmp_path / "p", {"model": "cnn4", "weights": "b" * 64})
@@ -132,13 +138,13 @@ def test_more_rate_buys_more_accuracy():
     optimizer = torch.optim.Adam(
         [{"params": rest, "lr": 6e-3}, {"params": task.bank.image.density.parameters(), "lr": 6e-2}]
     )
-    teachers = [TeacherOutput(F.one_hot(labels, 20).float(), x)]
+    targets = Targets(labels, [TeacherOutput(F.one_hot(labels, 20).float(), x)])
     for step in range(120):
-        losses, _ = task(None, labels, teachers, Noise(0, step))
+        losses, _ = task(None, targets, Noise(0, step))
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-    measured = {k: v.mean(-1) for k, v in task.measure(None, labels, teachers).items()}
+    measured = {k: v.mean(-1) for k, v in task.measure(None, targets).items()}
     poor, rich = measured["acc1"].tolist()
     assert rich > 0.9 > 0.5 > poor
     assert measured["bits"][0] < measured["bits"][1]
@@ -147,8 +153,7 @@ def test_more_rate_buys_more_accuracy():
 def test_bits_are_nats_in_another_unit():
     made = bank("classify")
     x = torch.randn(BATCH, 12, generator=generator())
-    measured = RDMTraining(made, Weights()).measure(
-        None, batch()[1], [TeacherOutput(torch.zeros(BATCH, 100), x)]
-    )
+    targets = Targets(batch()[1], [TeacherOutput(torch.zeros(BATCH, 100), x)])
+    measured = RDMTraining(made, Weights()).measure(None, targets)
     nats = made.image(x, None).nats
     torch.testing.assert_close(measured["bits"], nats / math.log(2))

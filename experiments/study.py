@@ -1,0 +1,416 @@
+"""Studies: runs that need each other, executed side by side, and the results kept of them.
+
+A run is one command of this project with a directory of its own under the study's logs. There,
+`study.json` says what it was started with and `finished.json` that it has ended: a study that was
+stopped goes on where it was. A run whose result is kept is executed again only when another run
+needs what it left in the logs.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cifd_clip.files import read_json, write_json, write_text
+from training.engine.flags import CommandLine
+from training.errors import Failure, UsageError
+
+FORMAT = 1  # of study.json
+#: Exit code of a run, and of a study, that was asked to stop and can go on.
+STOPPED = os.EX_TEMPFAIL
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+#: glibc keeps what a step frees for the next one, in place of giving it back and getting fresh
+#: pages: a teacher of CIFAR-100 trains some 6 % faster.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+
+
+def command_line(module: str, doc: str) -> argparse.ArgumentParser:
+    """The parser of a module's command, described by the module's docstring."""
+    return CommandLine(module, doc)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command.
+
+    Attributes:
+        name: of its directory and of its kept result.
+        module: what runs.
+        flags: its settings, in which ``{NAME}`` is the directory of a run that it needs. In them
+            and in `where`, ``{here}`` is its own directory, ``{name}`` its name, ``{data}`` and
+            ``{logs}`` are the study's.
+        where: flags that change nothing about the result.
+        results: of each result that it leaves, what its file's name ends in: ``resultX.json`` in
+            its directory is kept as ``NAMEX.json``.
+        cost: about how many minutes of a core it takes.
+        settings: what its result depends on, if that is more than its flags.
+        about: what it is a run of, for who reads its result.
+    """
+
+    name: str
+    module: str
+    flags: tuple[str, ...]
+    where: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
+    cost: float = 1.0
+    settings: tuple[str, ...] = ()
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names of the runs whose files it reads."""
+        return tuple(dict.fromkeys(re.findall(r"\{([\w.-]+)\}", " ".join(self.flags))))
+
+    @property
+    def depends(self) -> list[str]:
+        """What makes its result another one: `settings`, or its flags."""
+        return list(self.settings or self.flags)
+
+
+def priorities(runs: Iterable[Run]) -> dict[str, float]:
+    """The cost of a run and of the longest chain of runs that waits for it.
+
+    Args:
+        runs: each after those it needs.
+    """
+    longest: dict[str, float] = {}
+    waiting: Counter = Counter()
+    for run in reversed(list(runs)):
+        longest[run.name] = run.cost + waiting[run.name]
+        for need in run.needs:
+            waiting[need] = max(waiting[need], longest[run.name])
+    return longest
+
+
+class Study:
+    """Runs in their directories.
+
+    Args:
+        runs: each after those it needs.
+        logs: the parent of the run directories.
+        data: what ``{data}`` stands for.
+        results: where results are kept, in `runs/`; without it every run is wanted for itself.
+        keep: called with the study and a finished run; it keeps the run's results.
+    """
+
+    def __init__(
+        self,
+        runs: Iterable[Run],
+        logs: Path,
+        data: Path = Path(),
+        results: Path | None = None,
+        keep: Callable[["Study", Run], None] = lambda study, run: None,
+    ):
+        self.runs = {run.name: run for run in runs}
+        self.logs, self.data, self.results, self.keep = logs, data, results, keep
+
+    def command(self, run: Run) -> list[str]:
+        """The command line of a run, after ``python``."""
+        places = {name: self.logs / name for name in run.needs} | {"here": self.logs / run.name}
+        places |= {"name": run.name, "data": self.data, "logs": self.logs}
+        words = ["-m", run.module, *run.where, *run.flags]
+        for name, place in places.items():
+            words = [word.replace(f"{{{name}}}", str(place)) for word in words]
+        return words
+
+    def spelled(self, run: Run) -> str:
+        """The command of a run as a user types it."""
+        return shlex.join(["python", *self.command(run)])
+
+    def kept(self, run: Run) -> dict[str, Path]:
+        """Where the results of a run are kept, by the names of their files in its directory."""
+        folder = (self.results or Path()) / "runs"
+        return {f"result{end}.json": folder / f"{run.name}{end}.json" for end in run.results}
+
+    def finished(self, run: Run) -> bool:
+        """Whether its directory holds all it was for."""
+        return all((self.logs / run.name / f).is_file() for f in ("study.json", "finished.json"))
+
+    def outstanding(self) -> list[Run]:
+        """The runs to execute: those that are wanted, and those whose files they need."""
+        todo: set[str] = set()
+
+        def want(run: Run) -> None:
+            if run.name not in todo and not self.finished(run):
+                todo.add(run.name)
+                for name in run.needs:
+                    want(self.runs[name])
+
+        for run in self.runs.values():
+            if self.results is None or not all(path.is_file() for path in self.kept(run).values()):
+                want(run)
+        return [run for run in self.runs.values() if run.name in todo]
+
+    def check(self) -> None:
+        """Refuse results and runs that were made with other settings than these.
+
+        Raises:
+            UsageError: naming them.
+        """
+        stale = []
+        for run in self.runs.values():
+            made = {path: None for path in self.kept(run).values()}
+            made[self.logs / run.name / "study.json"] = FORMAT
+            for path, version in made.items():
+                if path.is_file() and read_json(path, version)["flags"] != run.depends:
+                    stale.append(str(path))
+        if stale:
+            raise UsageError(
+                f"{', '.join(stale[:3])}{' ...' * (len(stale) > 3)} ({len(stale)} in all) were "
+                "made with other settings than this study has now: move the results away, and "
+                "their runs in --logs, to make them again"
+            )
+
+    def complete(self) -> str | None:
+        """If every result is kept already, a sentence that says so.
+
+        A study with nothing to do would otherwise look like one that has just made its table.
+        """
+        kept = [path for run in self.runs.values() for path in self.kept(run).values()]
+        if self.results is None or not all(path.is_file() for path in kept):
+            return None
+        return (
+            f"all {len(kept)} results are in {self.results} already; to make them again, give "
+            "another --results, and another --logs if it has their runs"
+        )
+
+    def dry_run(self) -> None:
+        """Print the commands that are left, and about how long they take."""
+        self.check()
+        if sentence := self.complete():
+            print(f"# {sentence}")
+            return
+        todo, minutes = self.outstanding(), Counter()
+        for run in todo:
+            print(self.spelled(run))
+            minutes[run.module] += run.cost
+        parts = ", ".join(f"{module} {cost:.0f}" for module, cost in minutes.items())
+        print(f"# {len(todo)} runs, about {minutes.total():.0f} core-minutes: {parts}")
+
+    def execute(self, jobs: int, threads: int = 1, show: bool = False) -> bool:
+        """Execute what is left, and keep the results of what is finished.
+
+        Args:
+            jobs: runs at a time; 0: one after the other, in this process.
+            threads: of each run.
+            show: let the runs write to the terminal, not to ``NAME.log`` in the logs.
+
+        Returns:
+            Whether all are finished; False after a signal.
+
+        Raises:
+            Failure: one failed; the others under way were stopped with a checkpoint.
+            UsageError: see `check`.
+        """
+        self.check()
+        for run in filter(self.finished, self.runs.values()):
+            self.keep(self, run)
+        execution = _Execution(self, jobs, threads, show)
+        return execution.side_by_side() if jobs else execution.here()
+
+    def begin(self, run: Run, commit: str | None) -> None:
+        """Write down what a run is started with."""
+        content = {"command": self.spelled(run), "commit": commit, "flags": run.depends}
+        write_json(self.logs / run.name / "study.json", content, FORMAT)
+
+    def origin(self, run: Run) -> dict[str, Any]:
+        """Command and commit of a run, as it was started last."""
+        content = read_json(self.logs / run.name / "study.json", FORMAT)
+        return {name: content[name] for name in ("command", "commit")}
+
+    def end(self, run: Run, seconds: float) -> None:
+        """Mark the end of a run whose command leaves no mark, and keep its results."""
+        if not self.finished(run):
+            write_json(self.logs / run.name / "finished.json", {"seconds": seconds})
+        self.keep(self, run)
+
+
+class _Execution:
+    """The outstanding runs of a study, those with the longest chains behind them first."""
+
+    def __init__(self, study: Study, jobs: int, threads: int, show: bool):
+        self.study, self.jobs, self.threads, self.show = study, jobs, threads, show
+        self.chain = priorities(study.runs.values())
+        self.waiting = sorted(study.outstanding(), key=lambda run: -self.chain[run.name])
+        self.total = len(self.waiting)
+        self.active: dict[subprocess.Popen, tuple[Run, float]] = {}
+        self.minutes = self.cost = 0.0  # spent on what is finished, and expected of it
+        self.signals = 0
+        self.commit = current_commit() if self.waiting else None
+
+    def here(self) -> bool:
+        """One after the other in this process."""
+        while self.waiting:
+            run, begin = self.waiting[0], time.monotonic()
+            self.study.begin(run, self.commit)
+            _, module, *flags = self.study.command(run)
+            code = importlib.import_module(module).main(flags) or 0
+            if code == STOPPED:
+                return False
+            if code:
+                raise Failure(f"{run.name} failed; its message is above")
+            self._finished(self.waiting.pop(0), begin)
+        return True
+
+    def side_by_side(self) -> bool:
+        """As processes, some at a time."""
+        previous = {number: signal.signal(number, self._stop) for number in SIGNALS}
+        try:
+            while (self.waiting and not self.signals) or self.active:
+                self._start_ready()
+                time.sleep(0.2)
+                for process in [p for p in self.active if p.poll() is not None]:
+                    self._ended(process, *self.active.pop(process))
+        except BaseException:
+            self._stop()
+            for process in self.active:
+                process.wait()
+            raise
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return not self.waiting
+
+    def _stop(self, *_) -> None:
+        """Let the runs save themselves; at a second signal, end them."""
+        self.signals += 1
+        for process in self.active:
+            process.terminate() if self.signals == 1 else process.kill()
+
+    def _start_ready(self) -> None:
+        undone = {run.name for run in [*self.waiting, *(run for run, _ in self.active.values())]}
+        for run in [run for run in self.waiting if undone.isdisjoint(run.needs)]:
+            if self.signals or len(self.active) >= self.jobs:
+                return
+            self.waiting.remove(run)
+            self.study.begin(run, self.commit)
+            if self.show:
+                say(self.study.spelled(run))
+            process = start(self.study.command(run), self.threads, self._log(run))
+            self.active[process] = run, time.monotonic()
+
+    def _log(self, run: Run) -> Path | None:
+        return None if self.show else self.study.logs / f"{run.name}.log"
+
+    def _ended(self, process: subprocess.Popen, run: Run, begin: float) -> None:
+        if process.returncode == STOPPED or (process.returncode and self.signals):
+            self.waiting.append(run)
+            self.signals = max(1, self.signals)
+        elif process.returncode:
+            log = self._log(run)
+            why = f": {last_line(log.read_text())} ({log})" if log else "; its message is above"
+            raise Failure(f"{run.name} failed{why}")
+        else:
+            self._finished(run, begin)
+
+    def _finished(self, run: Run, begin: float) -> None:
+        """Keep its results, and print the progress and the time left at the pace so far."""
+        minutes = (time.monotonic() - begin) / 60
+        self.study.end(run, 60 * minutes)
+        self.minutes, self.cost = self.minutes + minutes, self.cost + run.cost
+        left = [*self.waiting, *(run for run, _ in self.active.values())]
+        text = f"{time.strftime('%H:%M')} {run.name} is finished after {duration(minutes)}"
+        if left:
+            shared = sum(run.cost for run in left) / max(1, self.jobs)
+            longest = max(self.chain[run.name] for run in left)
+            rest = duration(max(shared, longest) * self.minutes / self.cost)
+            text += f"; {len(left)} of {self.total} to go, about {rest}"
+        print(text, flush=True)
+
+
+def current_commit() -> str | None:
+    """The checkout's commit; says so if there are changes beside it."""
+    from training.engine.run import origin  # takes seconds to import
+
+    commit = origin()["commit"]
+    if commit and commit.endswith("-dirty"):
+        print("note: the checkout has changes that are not committed, and results will say so")
+    return commit
+
+
+def start(command: list[str], threads: int, log: Path | None = None) -> subprocess.Popen:
+    """A command of this project as a process.
+
+    Args:
+        command: what follows ``python``.
+        threads: of it.
+        log: the file for what it writes; None: the terminal.
+    """
+    environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": str(threads)}
+    # A session of its own: ctrl-C reaches it through us, once.
+    options = {"env": environment, "start_new_session": True}
+    if log is None:
+        return subprocess.Popen([sys.executable, *command], **options)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as out:
+        return subprocess.Popen([sys.executable, *command], stdout=out, stderr=out, **options)
+
+
+def output(module: str, *arguments: str) -> str:
+    """What a command writes to stdout.
+
+    Raises:
+        Failure: it failed; with its last line.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failure(f"python -m {module} failed: {last_line(done.stderr)}")
+    return done.stdout
+
+
+def last_line(text: str) -> str:
+    """The last line that is not blank."""
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "without a word")
+
+
+def duration(minutes: float) -> str:
+    """``40 s``, ``3 min``, ``2 h 05 min``."""
+    if minutes < 2:
+        return f"{60 * minutes:.0f} s"
+    hours, rest = divmod(round(minutes), 60)
+    return f"{hours} h {rest:02} min" if hours else f"{rest} min"
+
+
+def say(text: str) -> None:
+    """A line of the study's own among those of its runs."""
+    print(f"\n\033[1m▸ {text}\033[0m" if sys.stdout.isatty() else f"\n> {text}", flush=True)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result, kept or in a run directory."""
+    return read_json(path)
+
+
+def read_results(results: Path) -> dict[str, dict[str, Any]]:
+    """Every kept result by its name, in the order of the names."""
+    return {path.stem: read_result(path) for path in sorted((results / "runs").glob("*.json"))}
+
+
+def write_result(path: Path, content: Any) -> None:
+    """Write a kept result, or what is made of them."""
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's training log."""
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "train"]
+
+
+def curve(directory: Path, keys: Iterable[str]) -> dict[str, list]:
+    """Some columns of a run's training log; those it does not have are left out."""
+    lines = metrics(directory)
+    columns = {key: [line.get(key) for line in lines] for key in keys}
+    return {key: values for key, values in columns.items() if any(values)}

@@ -1,0 +1,166 @@
+"""The studies of classifiers: what they run, keep and compare; tuning; every method once."""
+
+import json
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from cifd_clip import METHODS as CLIP_METHODS
+from experiments import cifar100, every_classifier, every_method, tune_cifar100
+from experiments.study import Run, Study, priorities, write_result
+from runs import ROOT
+from training.classifier.config import METHODS, parse_args
+from training.clip import flags as clip_flags
+from training.errors import UsageError
+
+CIFAR = ROOT.parent / "shared" / "data"
+needs_cifar = pytest.mark.skipif(
+    not (CIFAR / "cifar100_train.npz").is_file(), reason="needs CIFAR-100 in ../shared/data"
+)
+
+
+def parsed(run: Run) -> Namespace:
+    return parse_args(Study([run], Path("l"), Path("d")).command(run)[2:])
+
+
+def test_the_plan_trains_every_run_after_those_it_needs():
+    seen: set[str] = set()
+    runs = cifar100.plan([4, 5, 6])
+    for run in runs:
+        assert seen.issuperset(run.needs), f"{run.name} comes before one of {run.needs}"
+        seen.add(run.name)
+        args = parsed(run)
+        assert run.name.endswith(f"_s{args.seed}") and args.final and args.holdout == 2500
+        teachers = {Path(place).name.rpartition("_")[2] for place in args.teacher}
+        assert teachers <= {"s4"}, "the first seed's teachers teach every student"
+    every_seed = [{run.name[:-3] for run in runs if run.name.endswith(f"_s{n}")} for n in (4, 5, 6)]
+    assert every_seed[1] == every_seed[2] < every_seed[0]
+    first = priorities(runs)
+    assert max(first, key=first.get) == "teacher_s4"
+
+
+@pytest.mark.parametrize("few", [0, 10_000])
+def test_a_trials_epochs_and_images_are_those_of_every_run(few):
+    for run in cifar100.plan([0], epochs=1, subset=256, few=few):
+        args = parsed(run)
+        assert (args.epochs, args.subset) == (1, 256), run.name
+
+
+def test_a_study_with_all_its_results_says_so_and_trains_nothing(tmp_path, capsys, monkeypatch):
+    results = shutil.copytree(ROOT / "results" / "cifar100", tmp_path / "results")
+    command = [f"--results={results}", f"--logs={tmp_path / 'logs'}"]
+    with pytest.raises(UsageError, match=r"--data .*nowhere holds no CIFAR-100"):
+        cifar100.main([*command, f"--data={tmp_path / 'nowhere'}"])
+    (tmp_path / "cifar-100-python").mkdir()
+    command.append(f"--data={tmp_path}")
+    runs = cifar100.plan([0, 1, 2])
+    count = sum(len(run.results) for run in runs)
+    sentence = (
+        f"all {count} results are in {results} already; to make them again, give another --results"
+    )
+    assert cifar100.main([*command, "--dry-run"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"# {sentence}")
+    monkeypatch.setattr("eval.report.main", lambda _: None)
+    assert cifar100.main(command) == 0
+    first, *text = capsys.readouterr().out.splitlines()
+    assert first.startswith(sentence) and text[0].startswith("|")
+    assert not (tmp_path / "logs").exists()
+    (results / "runs" / "kd_s1.json").unlink()
+    assert cifar100.main([*command, "--dry-run"]) == 0
+    *left, cost = capsys.readouterr().out.splitlines()
+    assert len(left) == 2 and all(run.startswith("python -m training.classify") for run in left)
+    assert cost == "# 2 runs, about 32 core-minutes: training.classify 32"
+
+
+def test_a_method_costs_what_its_whole_chain_took(tmp_path):
+    study = Study(cifar100.plan([0, 1]), tmp_path / "logs", results=tmp_path)
+    for run in study.runs.values():
+        seed = int(run.name[-1])
+        for path in study.kept(run).values():
+            write_result(path, {"provenance": {"cpu_seconds": 10.0 + 2 * seed}, "seed": seed})
+    costs = cifar100.costs(tmp_path)
+    assert costs == pytest.approx(
+        # Students of 11 s on average; assistants, made once, of 10.
+        {"kd": 1, "takd": 41 / 11, "dgkd": 41 / 11, **{f"cifd{n}": 21 / 11 for n in (1, 3, 5)}}
+    )
+    (tmp_path / "runs" / "cnn4_takd_s0.json").unlink()
+    assert set(cifar100.costs(tmp_path)) == set(costs) - {"takd"}
+
+
+def test_rows_of_the_study_are_compared_seed_by_seed(tmp_path):
+    for name, gains in {"kd": (0, 0, 0), "cifd3": (1, 2, 3), "cifd3_noibm": (2, 1, 1)}.items():
+        for seed, gain in enumerate(gains):
+            metrics = {"acc1": 0.4 + 0.1 * seed + gain / 100}
+            result = {"metrics": metrics, "train_metrics": metrics, "seed": seed}
+            write_result(tmp_path / "runs" / f"{name}_s{seed}.json", result)
+    rows = {
+        line.split("|")[1].strip(): line for line in cifar100.to_markdown(tmp_path).splitlines()
+    }
+    assert rows["CIFD (3 RDM)"] == (
+        "| CIFD (3 RDM) | 3 | 52.00 ± 11.00 | +2.00 ± 0.58 | +0.67 ± 0.88 | 52.0 |"
+    )
+    assert "TAKD (3 TA)" not in rows
+
+
+@pytest.mark.parametrize("dataset, teacher, student", every_classifier.PAIRS)
+def test_a_pair_of_networks_meets_every_method_in_order(dataset, teacher, student):
+    seen: set[str] = set()
+    methods = []
+    for run in every_classifier.plan(dataset, teacher, student):
+        assert seen.issuperset(run.needs), f"{run.name} comes before one of {run.needs}"
+        seen.add(run.name)
+        args = parsed(run)
+        methods.append(args.method)
+        assert args.model in (None, teacher, student)
+    assert set(methods) == set(METHODS)
+
+
+@pytest.mark.parametrize("flags", ["--holdout 0", "--holdout 5000 --final"])
+def test_tuning_looks_at_held_out_training_images_alone(flags):
+    run = ["--data", "d", "--model", "cnn2", *flags.split()]
+    with pytest.raises(UsageError, match="held-out training images alone"):
+        tune_cifar100.parse(["--name", "x", "--tune", "lr", "--", *run])
+
+
+@pytest.mark.parametrize(
+    "given, used", [("", "cpu"), ("--device cpu", "cpu"), ("--device cuda", "cuda")]
+)
+def test_a_trial_runs_on_the_cpu_unless_its_flags_say_where(given, used):
+    flags = ["--data", "d", "--model", "cnn2", *given.split()]
+    _, module, *trial = tune_cifar100.command(Path("logs/x/trial0"), flags)
+    args = parse_args(trial)
+    assert (module, args.device, args.logs) == ("training.classify", used, "logs/x")
+
+
+def test_tuning_without_optuna_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UsageError, match=r"pip install 'cifd_clip\[tune\]'"):
+        tune_cifar100.main([])
+
+
+@needs_cifar
+def test_a_study_goes_on_where_it_was(tmp_path):
+    pytest.importorskip("optuna", reason="needs the extra `tune`")
+    ours = ["--name=x", "--tune", "lr", "tau", f"--logs={tmp_path}"]
+    run = ["--", f"--data={CIFAR}", "--model=cnn2", "--subset=128", "--holdout=32", "--epochs=1"]
+    run += ["--batch-size=32"]
+    for trials in (1, 2):
+        tune_cifar100.main([*ours, f"--trials={trials}", *run])
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert [t["number"] for t in record["trials"]] == [0, 1]
+    assert record["holdout_acc1"] == max(t["value"] for t in record["trials"])
+
+
+def test_every_method_of_the_registry_meets_real_data_with_the_teachers_it_needs():
+    args = Namespace(steps=3, batch_size=4, workers=0, index_dir=None)
+    study = Study(every_method.plan(args, "cifar100", "x/{00000..00003}.tar"), Path("l"))
+    parsed = [clip_flags.parse_args(study.command(run)[2:]) for run in study.runs.values()]
+    students = {args.distill: args for args in parsed if args.model == "student"}
+    assert students.keys() == CLIP_METHODS.keys()
+    assert {args.train_data for args in parsed} == {"x/{00000..00003}.tar"}
+    taught = {name: bool(args.distill_model) for name, args in students.items()}
+    assert taught == {name: name != "none" for name in CLIP_METHODS}
