@@ -115,12 +115,12 @@ def evaluate_once(
     path = out / file_name([folder.name, folder.split, model.name, model.weights[:10]], provenance)
     if path.exists():
         return f"evaluated already, skipped ({path})"
-    made, examples = zeroshot.evaluate(folder, classifiers, provenance)
+    evaluated, examples = zeroshot.evaluate(folder, classifiers, provenance)
     if examples:
         result.write(out / "examples" / path.name, examples)
-    result.write(path, made)
-    line = ", ".join(f"{k} {v:.4f}" for k, v in made.metrics.items() if v is not None)
-    if differs := made.provenance.shortfall:
+    result.write(path, evaluated)
+    line = ", ".join(f"{k} {v:.4f}" for k, v in evaluated.metrics.items() if v is not None)
+    if differs := evaluated.provenance.shortfall:
         line += f"; not the published {folder.name}: {differs}"
     return f"{line} ({path})"
 

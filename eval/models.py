@@ -19,29 +19,32 @@ from training.errors import UsageError
 
 CONFIG = "open_clip_config.json"
 #: flags of training that say what the student is and what it reads
-MODEL_FLAGS = (
-    "force_quick_gelu",
-    "force_custom_text",
-    "force_image_size",
-    "force_context_length",
-    "force_patch_dropout",
-)
+MODEL_FLAGS = "force_quick_gelu force_custom_text force_context_length force_patch_dropout".split()
 
 
 @dataclass
 class Evaluated:
-    """A frozen model with its own preprocessing and tokenizer, and what a result says of it."""
+    """A frozen model with its own preprocessing and tokenizer, and what a result says of it.
 
-    name: str
+    Attributes:
+        source, name: what the command calls it, and what results do.
+        run: its run directory, if it has one.
+        weights: their SHA-256.
+        preprocessing: size, mean, standard deviation, interpolation and resize mode of an image.
+    """
+
     source: str
+    name: str
     run: Path | None
     model: nn.Module
     transform: Callable
     tokenizer: Callable
-    weights: str
-    preprocessing: dict
-    """Size, mean, standard deviation, interpolation and resize mode of an image."""
-    parameters: dict[str, int]
+
+    def __post_init__(self):
+        self.model.eval().requires_grad_(False)
+        self.weights = weights_hash(self.model)
+        self.preprocessing = open_clip.get_model_preprocess_cfg(self.model)
+        self.parameters = count_parameters(self.model)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit image embeddings (B, D), float32."""
@@ -74,23 +77,14 @@ def encode_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
     return functional_call(model, shorter, (None, tokens[:, :length]))[1]
 
 
-def add_configs(paths: list[str]) -> None:
-    """Let `load` know the models of ``--model-config`` files by their stems."""
+def add_configs(paths: Iterable[str], run: str = "") -> None:
+    """Let `load` know the models of ``--model-config`` files, a run's or the command's."""
+    what = f"'{run}': the run's --model-config" if run else "--model-config"
+    where = "; run from the directory where it was trained" if run else ""
     for path in paths:
         if not Path(path).is_file():
-            raise UsageError(f"--model-config '{path}': no such file; expected an OpenCLIP JSON")
+            raise UsageError(f"{what} '{path}': no such file; expected an OpenCLIP JSON{where}")
     add_model_configs(paths)
-
-
-def add_run_configs(what: str, paths: Iterable[str]) -> None:
-    """Let `load` know the models of the ``--model-config`` files of a run."""
-    for file in map(Path, paths):
-        if not file.is_file():
-            raise UsageError(
-                f"{what}: the run's --model-config '{file}' is not there; run from the directory "
-                "where it was trained"
-            )
-        open_clip.add_model_config(file)
 
 
 def load(spec: str, device: torch.device) -> Evaluated:
@@ -128,21 +122,6 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return {"image": image, "text": total - image - table, "token_table": table}
 
 
-def _evaluated(spec: str, name: str, run: Path | None, model, transform, tokenizer) -> Evaluated:
-    model.eval().requires_grad_(False)
-    return Evaluated(
-        name=name,
-        source=spec,
-        run=run,
-        model=model,
-        transform=transform,
-        tokenizer=tokenizer,
-        weights=weights_hash(model),
-        preprocessing=open_clip.get_model_preprocess_cfg(model),
-        parameters=count_parameters(model),
-    )
-
-
 def _from_folder(spec: str, folder: Path, name: str, run: Path | None, device) -> Evaluated:
     local = f"local-dir:{folder}"
     try:
@@ -150,7 +129,7 @@ def _from_folder(spec: str, folder: Path, name: str, run: Path | None, device) -
         tokenizer = open_clip.get_tokenizer(local)
     except (RuntimeError, OSError, ValueError) as error:
         raise UsageError(f"'{spec}': {str(error).splitlines()[0]}") from error
-    return _evaluated(spec, name, run, model, transform, tokenizer)
+    return Evaluated(spec, name, run, model, transform, tokenizer)
 
 
 def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
@@ -161,10 +140,10 @@ def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
             f"write NAME:{spec} with an OpenCLIP model name"
         )
     config = recorded(read_run(run))
-    add_run_configs(f"'{spec}'", config.model_config)
+    add_configs(config.model_config, spec)
     options = {name: getattr(config, name) for name in MODEL_FLAGS}
-    if len(size := config.force_image_size or ()) == 1:
-        options["force_image_size"] = size[0]
+    size = config.force_image_size
+    options["force_image_size"] = size[0] if size and len(size) == 1 else size
     options |= {f"image_{key}": value for key, value in images_of(str(path)).items()}
     # What it began with is not loaded: OpenCLIP would prefer a local-dir: model's own weights.
     model, _, transform = open_clip.create_model_and_transforms(
@@ -173,7 +152,7 @@ def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(checkpoint["state_dict"])
     tokenizer = open_clip.get_tokenizer(config.model, config.force_context_length)
-    return _evaluated(spec, f"{run.name}@{path.stem}", run, model, transform, tokenizer)
+    return Evaluated(spec, f"{run.name}@{path.stem}", run, model, transform, tokenizer)
 
 
 def _from_openclip(spec: str, device) -> Evaluated:
@@ -196,4 +175,4 @@ def _from_openclip(spec: str, device) -> Evaluated:
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, OSError, ValueError) as error:
         raise UsageError(f"'{spec}': {str(error).splitlines()[0]}") from error
-    return _evaluated(spec, spec, None, model, transform, tokenizer)
+    return Evaluated(spec, spec, None, model, transform, tokenizer)

@@ -203,7 +203,7 @@ def _teacher_of(folder: Path, run: dict[str, Any] | None) -> str:
             f"'{folder}': the run names no teacher (it read a cache); say --teacher NAME:WEIGHTS "
             "or a model folder"
         )
-    models.add_run_configs(f"'{folder}'", run["model_config"])
+    models.add_configs(run["model_config"], str(folder))
     return ":".join(filter(None, (run["distill_model"], run["distill_pretrained"])))
 
 

@@ -11,7 +11,7 @@ import pytest
 import reported
 from eval import report
 from eval.report import paper
-from eval.report.rows import rows
+from eval.report.rows import rows_of
 from eval.report.runs import read_sources
 from eval.result import GapRecord
 from reported import change, classifier, keep
@@ -32,7 +32,7 @@ def clip_run(logs, name, method, acc1, seed=0, student="RN50", rates=(100.0,), *
 
 
 def tables(*paths):
-    return {table.number: table for table in paper.place(rows(read_sources(paths)))}
+    return {table.number: table for table in paper.place(rows_of(read_sources(paths)))}
 
 
 def ours(table, label, model=None):
@@ -106,7 +106,7 @@ def test_the_number_of_rdms_is_the_banks_and_not_that_of_an_unused_flag(tmp_path
 def test_a_run_that_does_not_record_its_bank_is_in_no_row(tmp_path):
     run = clip_run(tmp_path, "run", "cifd", 0.5)
     (run / "teachers.json").unlink()
-    (row,) = rows(read_sources([run]))
+    (row,) = rows_of(read_sources([run]))
     assert row.method == "cifd (? RDM)" and not tables(run)
 
 
@@ -151,7 +151,7 @@ def test_a_method_with_a_part_of_cifd_is_not_the_printed_method(given, setting, 
     run = clip_run(tmp_path, "run", "clipkd", 0.46, **given)
     if rdms:
         change(run / "teachers.json", bank={"rates": [1.0] * rdms})
-    (row,) = rows(read_sources([run]))
+    (row,) = rows_of(read_sources([run]))
     assert row.method == setting and not tables(run)
 
 

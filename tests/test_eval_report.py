@@ -10,7 +10,7 @@ import reported
 from eval import report
 from eval.report import banks, blocks, page, plots
 from eval.report.blocks import Heading, Paragraph, Plot
-from eval.report.rows import Row, RunKey, figures, rows
+from eval.report.rows import Row, RunKey, figures, rows_of
 from eval.report.runs import Source, read_sources
 from eval.report.table import Cell, Column, Html, Table, harmless, plain, tag
 from eval.result import Examples, GapRecord, Query, Retrieved
@@ -107,8 +107,9 @@ def test_every_figure_of_the_tables_is_a_result_files(runs, tmp_path):
 
 def test_students_are_compared_with_the_one_without_distillation_and_the_teacher_is_not(runs):
     sources = read_sources(runs)
-    assert page.baseline(sources, rows(sources)).name == "none"
-    (table,) = (b for b in page.results_section(sources, {}) if isinstance(b, Table))
+    rows = rows_of(sources)
+    assert page.baseline(sources, rows).name == "none"
+    (table,) = (b for b in page.results_section(sources, rows, {}) if isinstance(b, Table))
     spans = re.findall(r'<span class="(\w+)">([^<]+)', table.html())
     assert spans[0] == ("up", "+12.5") and set(spans[1:]) == {("down", "-10.0")}
     assert "| 62.5 (+12.5) | 10.0 (-10.0) |" in table.markdown()
@@ -123,7 +124,9 @@ def test_a_setting_of_several_seeds_keeps_its_bars_and_its_swatch(tmp_path):
     ]
     sources = read_sources(runs)
     colours = page.run_colours(sources)
-    part = "".join(block.html() for block in page.results_section(sources, colours))
+    part = "".join(
+        block.html() for block in page.results_section(sources, rows_of(sources), colours)
+    )
     for name in ("none", "cifd"):
         of_row = colours[f"{name}-seed0"]
         assert f'style="background:{of_row}"></i>{name}</td>' in part

@@ -41,16 +41,17 @@ def main(argv: list[str]) -> None:
 
     from cifd_clip.files import write_text
     from eval.report import blocks, page, paper
-    from eval.report.rows import records, rows
+    from eval.report.rows import records, rows_of
     from eval.report.runs import read_sources
 
     sources = read_sources(args.runs)
-    report = page.blocks(sources)
-    placed = paper.place(rows(sources))
+    rows = rows_of(sources)
+    placed = paper.place(rows)
+    report = page.blocks(sources, rows, placed)
     texts = {
         ".html": blocks.page(args.title, report),
         ".md": blocks.markdown(report),
-        ".csv": records(rows(sources, pooled=False)).csv(),
+        ".csv": records(rows_of(sources, pooled=False)).csv(),
         **({".paper.csv": paper.records(placed).csv()} if placed else {}),
     }
     for suffix, text in texts.items():

@@ -21,20 +21,20 @@ LOGGED = {"bits": 1, "distortion": 4, "snr_db": 2}
 
 def blocks(sources: list[Source]) -> list[Block]:
     """What stage 1 logged, what was measured on data sets, and RDMs of classifiers over seeds."""
-    found = []
+    section = []
     for source in sources:
         if last := last_rates(source):
-            found += [Heading(f"The bank: {source.name}", 3), _rate_distortion(last)]
+            section += [Heading(f"The bank: {source.name}", 3), _rate_distortion(last)]
         for bank in source.banks:
-            found += _measured(bank)
+            section += _measured(bank)
     for name, bank in classifier_banks(sources).items():
-        found += [Heading(f"Figure 5: RDMs of {name}", 3), _over_seeds(bank)]
-    return found
+        section += [Heading(f"Figure 5: RDMs of {name}", 3), _over_seeds(bank)]
+    return section
 
 
 def last_rates(source: Source) -> dict[str, dict[float, dict[str, float]]]:
     """Modality → R → the last of `LOGGED`, of validation where there is one."""
-    found: dict[str, dict[float, dict[str, float]]] = {}
+    last: dict[str, dict[float, dict[str, float]]] = {}
     lines = [line for line in source.metrics if any(key.startswith("image/R") for key in line)]
     kind = "val" if any(line["kind"] == "val" for line in lines) else "train"
     for line in (line for line in lines if line["kind"] == kind):
@@ -42,8 +42,8 @@ def last_rates(source: Source) -> dict[str, dict[float, dict[str, float]]]:
             match = re.fullmatch(rf"(image|text)/R=([^/]+)/({'|'.join(LOGGED)})", key)
             if match and value is not None:
                 modality, rate, name = match.groups()
-                found.setdefault(modality, {}).setdefault(float(rate), {})[name] = value
-    return found
+                last.setdefault(modality, {}).setdefault(float(rate), {})[name] = value
+    return last
 
 
 def _rate_distortion(last: dict[str, dict[float, dict[str, float]]]) -> Plot:
@@ -75,11 +75,11 @@ def _measured(bank: BankResult) -> list[Block]:
         for key in DRAWN
         if key in labels
     ]
-    found = [
+    section = [
         Heading(f"The bank on {bank.dataset}: {bank.model}", 3),
         Plot(plots.against_rate(lines), _measured_table(bank, by_rate[::-1], labels)),
     ]
-    return found + (_maps(bank, bank.map, by_rate[::-1]) if bank.map else [])
+    return section + (_maps(bank, bank.map, by_rate[::-1]) if bank.map else [])
 
 
 def _measured_table(
@@ -135,7 +135,7 @@ def classifier_banks(sources: list[Source]) -> dict[str, ClassifierBank]:
     for result in results:
         if result.training.role == "rdm":
             banks[classifier_setting(result)].append(result)
-    found = {}
+    by_name = {}
     for setting, of_bank in banks.items():
         name = f"{setting.teachers[0]} on {setting.dataset}"
         if sum((s.teachers, s.dataset) == (setting.teachers, setting.dataset) for s in banks) > 1:
@@ -145,8 +145,8 @@ def classifier_banks(sources: list[Source]) -> dict[str, ClassifierBank]:
             rates[result.training.rate][result.provenance.seed] = 100 * result.metrics["acc1"]
         teachers = [result for result in results if _taught(result, setting, of_bank)]
         teacher = {r.provenance.seed: 100 * r.metrics["acc1"] for r in teachers}
-        found[name] = ClassifierBank(dict(rates), teacher)
-    return found
+        by_name[name] = ClassifierBank(dict(rates), teacher)
+    return by_name
 
 
 def _taught(result: Result, setting: Setting, bank: list[Result]) -> bool:

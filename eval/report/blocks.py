@@ -21,11 +21,9 @@ class Heading:
     folded: bool = False
 
     def html(self) -> Html:
-        """Of a folded section the line that is left of it."""
         return tag("summary" if self.folded else f"h{self.level}", self.text)
 
     def markdown(self) -> str:
-        """A heading."""
         return f"{'#' * self.level} {plain(self.text)}\n"
 
 
@@ -36,11 +34,9 @@ class Paragraph:
     text: str
 
     def html(self) -> Html:
-        """A paragraph."""
         return tag("p", self.text)
 
     def markdown(self) -> str:
-        """A paragraph."""
         return f"{plain(self.text)}\n"
 
 
@@ -52,14 +48,12 @@ class Notes:
     title: str = ""
 
     def html(self) -> Html:
-        """A list."""
         items = tag("ul", *(tag("li", item) for item in self.items), kind="notes")
         if not self.title:
             return items
         return tag("details", tag("summary", self.title), items, kind="runs")
 
     def markdown(self) -> str:
-        """A list."""
         title = f"{plain(self.title)}:\n\n" if self.title else ""
         return title + "".join(f"- {plain(item)}\n" for item in self.items)
 
@@ -72,12 +66,10 @@ class Plot:
     table: Table | None = None
 
     def html(self) -> Html:
-        """The drawing, and the table to its right."""
         plot = tag("div", self.svg, kind="plot")
         return tag("div", plot, self.table.html(), kind="side") if self.table else plot
 
     def markdown(self) -> str:
-        """The table."""
         return self.table.markdown() if self.table else ""
 
 
@@ -91,11 +83,9 @@ class Retrieval:
     cards: Sequence[Sequence[Answer]]
 
     def html(self) -> Html:
-        """A card for each caption: its image, and a line of images for each model."""
         return tag("div", *map(_card, self.cards), kind="cards")
 
     def markdown(self) -> str:
-        """Nothing: it is images."""
         return ""
 
 
@@ -106,8 +96,8 @@ def _card(answers: Sequence[Answer]) -> Html:
             "div",
             tag("span", swatch(colour), model, kind="who"),
             *(
-                _image(found.image, f"rank {rank}", "hit" if found.hit else None)
-                for rank, found in enumerate(answer.retrieved, 1)
+                _image(image.image, f"rank {rank}", "hit" if image.hit else None)
+                for rank, image in enumerate(answer.retrieved, 1)
             ),
             kind="answer",
         )

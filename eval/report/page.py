@@ -5,6 +5,7 @@ from pathlib import Path
 
 from eval.report import banks, paper, plots
 from eval.report.blocks import Block, Heading, Paragraph, Plot, Retrieval
+from eval.report.paper import PaperTable
 from eval.report.rows import (
     Row,
     colour_of,
@@ -12,7 +13,6 @@ from eval.report.rows import (
     millions,
     notes,
     results_table,
-    rows,
     several,
 )
 from eval.report.runs import Source
@@ -24,12 +24,18 @@ Colours = dict[str, str]  # a run's name → its colour in every plot
 BARS = 32  # more than these are no picture
 
 
-def blocks(sources: list[Source]) -> list[Block]:
-    """The whole report."""
+def blocks(sources: list[Source], rows: list[Row], placed: list[PaperTable]) -> list[Block]:
+    """The whole report.
+
+    Args:
+        sources: what it is made of.
+        rows: the results in them, a row for each setting.
+        placed: the paper's tables that some of those belong to.
+    """
     colours, of_banks = run_colours(sources), banks.blocks(sources)
     return [
-        *paper_section(sources),
-        *results_section(sources, colours),
+        *paper_section(rows, placed),
+        *results_section(sources, rows, colours),
         *([Heading("The bank"), *of_banks] if of_banks else []),
         *training_section(sources, colours),
         *examples_section(sources, colours),
@@ -45,10 +51,8 @@ def run_colours(sources: list[Source]) -> Colours:
     return {s.name: plots.NEUTRAL if s.name in teachers else next(rest) for s in students}
 
 
-def paper_section(sources: list[Source]) -> list[Block]:
+def paper_section(rows: list[Row], placed: list[PaperTable]) -> list[Block]:
     """The paper's tables that some result belongs to."""
-    found = rows(sources)
-    placed = paper.place(found)
     if not placed:
         return []
     note = (
@@ -56,58 +60,57 @@ def paper_section(sources: list[Source]) -> list[Block]:
         "deviation; the signed figure is ours minus the printed one. A run finds its row by its "
         "configuration."
     )
-    outside = paper.unplaced(found, placed)
+    outside = paper.unplaced(rows, placed)
     rest = [Paragraph(f"In none of these rows: {', '.join(outside)}.")] if outside else []
     tables = [block for table in placed for block in paper.blocks(table)]
     return [Heading("The paper's tables"), Paragraph(note), *tables, *rest]
 
 
-def baseline(sources: list[Source], found: list[Row]) -> Row | None:
+def baseline(sources: list[Source], rows: list[Row]) -> Row | None:
     """The student trained without distillation, if there is one that is nobody's teacher."""
     teachers = {Path(teacher).name for source in sources for teacher in source.teachers}
-    teachers |= {name for row in found if row.setting for name in row.setting.teachers}
+    teachers |= {name for row in rows if row.setting for name in row.setting.teachers}
     plain = (
         row
-        for row in found
+        for row in rows
         if row.method == "none" and not teachers & {row.name, *row.names, row.setting.student}
     )
     return next(plain, None)
 
 
-def results_section(sources: list[Source], colours: Colours) -> list[Block]:
+def results_section(sources: list[Source], rows: list[Row], colours: Colours) -> list[Block]:
     """The table, and its first-place metrics as bars."""
-    found = rows(sources)
-    if not found:
+    if not rows:
         return []
-    plain = baseline(sources, found)
+    plain = baseline(sources, rows)
     section: list[Block] = [Heading("Results")]
-    first = [figure for figure in figures(found) if figure[1].endswith(("top-1", "R@1"))]
-    drawn = [(row, colour) for row in found if (colour := colour_of(row, colours))]
+    first = [figure for figure in figures(rows) if figure[1].endswith(("top-1", "R@1"))]
+    drawn = [(row, colour) for row in rows if (colour := colour_of(row, colours))]
     if first and drawn and len(first) * len(drawn) <= BARS:
         models = [
             (row.name, colour, [row.mean(f) if f in row.values else None for f in first])
             for row, colour in drawn
         ]
         section.append(Plot(plots.bars(["\n".join(figure) for figure in first], models)))
-    section.append(results_table(found, plain, colours))
-    return [*section, Paragraph(" ".join(_explanations(found, plain)))]
+    section.append(results_table(rows, plain, colours))
+    return [*section, Paragraph(" ".join(_explanations(rows, plain)))]
 
 
-def _explanations(found: list[Row], plain: Row | None) -> list[str]:
+def _explanations(rows: list[Row], plain: Row | None) -> list[str]:
     """What the table's figures mean."""
-    said = ["Percent."]
-    counts = {r.parameters["token_table"] for r in found if "token_table" in r.parameters}
+    sentences = ["Percent."]
+    counts = {r.parameters["token_table"] for r in rows if "token_table" in r.parameters}
     if counts:
         tables = " and ".join(map(millions, sorted(counts)))
-        said.append(f"Parameters leave out the token table ({tables}).")
-    if several(found):
-        said.append("Of n seeds: mean ± sample standard deviation.")
+        sentences.append(f"Parameters leave out the token table ({tables}).")
+    if several(rows):
+        sentences.append("Of n seeds: mean ± sample standard deviation.")
     if plain:
         name = plain.name if plain.method in plain.name else f"{plain.name} ({plain.method})"
-        said.append(f"Signed figures are differences to {name}.")
-    if any("→" in label for _, label in figures(found)):
-        said.append("T→I: the image for a caption; I→T: a caption for the image.")
-    return said + notes(found)
+        sentences.append(f"Signed figures are differences to {name}.")
+    if any("→" in label for _, label in figures(rows)):
+        sentences.append("T→I: the image for a caption; I→T: a caption for the image.")
+    return sentences + notes(rows)
 
 
 def curve(source: Source, kind: str, key: str) -> tuple[list[float], list[float]]:

@@ -224,9 +224,9 @@ def _matches(setting: Setting | None, cell: dict[str, Any]) -> bool:
     )
 
 
-def _same_teacher(ours: str, wanted: str) -> bool:
+def _same_teacher(ours: str, printed: str) -> bool:
     """The architecture, and the weights where both sides name them."""
-    (a, _, our_weights), (b, _, weights) = ours.partition(":"), wanted.partition(":")
+    (a, _, our_weights), (b, _, weights) = ours.partition(":"), printed.partition(":")
     return _spelling(a) == _spelling(b) and (not our_weights or weights in ("", our_weights))
 
 

@@ -158,6 +158,7 @@ def maps(
             x, y = zip(*mine) if mine else ((), ())
             axis.scatter(x, y, s=13, color=colour, marker=marker, alpha=0.8, linewidths=0)
         axis.set(title=title, xticks=[], yticks=[])
+        axis.grid(False)
         axis.spines[["left", "bottom"]].set_visible(False)
     handles = [
         plt.Line2D([], [], color=colour, marker=marker, linestyle="", label=name)

@@ -19,7 +19,7 @@ TASKS = {
         for k in (1, 5, 10)
     },
 }
-SIZES = {"image": "image tower", "text": "text tower", "model": "parameters"}
+SIZES = {"image": "image tower", "text": "text tower"}
 MARK = "†"  # of a figure that is not of what its name promises: a note below says why
 #: Of classifiers, in the order of their rows.
 METHODS = ("none", "kd", "ft", "takd", "dgkd", "cifd")
@@ -127,7 +127,7 @@ class Row:
         self.parameters = result.provenance.parameters or self.parameters
 
 
-def rows(sources: list[Source], pooled: bool = True) -> list[Row]:
+def rows_of(sources: list[Source], pooled: bool = True) -> list[Row]:
     """The students' and teachers' figures, in the order of the sources.
 
     Args:
@@ -139,14 +139,14 @@ def rows(sources: list[Source], pooled: bool = True) -> list[Row]:
         UsageError: two results that one row would hold are of different data. Rows of their own
             would tear the runs apart on all other data sets too.
     """
-    found: list[Row] = []
+    rows: list[Row] = []
     first: dict[tuple, tuple[str, str]] = {}
     counted = set()
     for source in sources:
         for result in source.results:
             if result.training and result.training.role != "student":
                 continue
-            row, run = _row_of(found, source, result, pooled)
+            row, run = _row_of(rows, source, result, pooled)
             key = id(row), result.dataset, result.split, result.task
             data = _tested_on(result.provenance)
             other, others_data = first.setdefault(key, (run.name, data))
@@ -161,18 +161,18 @@ def rows(sources: list[Source], pooled: bool = True) -> list[Row]:
             counted.add((key, run))
             row.trained = source.trained or row.trained
     for gap in (gap for source in sources for gap in source.gaps):
-        of_model = [row for row in found if gap.model in row.names]
+        of_model = [row for row in rows if gap.model in row.names]
         if not of_model:
             of_model = [Row(gap.model)]
-            found += of_model
+            rows += of_model
         for row in of_model:
             row.gaps[gap.dataset] = gap.gap
-    for row in found:
+    for row in rows:
         row.name = _common_name(row.names) or row.name
-    return sorted(found, key=_place)
+    return sorted(rows, key=_place)
 
 
-def _row_of(found: list[Row], source: Source, result: Result, pooled: bool) -> tuple[Row, RunKey]:
+def _row_of(rows: list[Row], source: Source, result: Result, pooled: bool) -> tuple[Row, RunKey]:
     """The row a result belongs to, made where it is the first, and its run.
 
     Runs pool when they differ by their seed alone: a seed's second run is no further sample.
@@ -180,14 +180,14 @@ def _row_of(found: list[Row], source: Source, result: Result, pooled: bool) -> t
     setting, seed = setting_of(source, result)
     precision = result.provenance.precision
     run = RunKey(result.model, seed, result.provenance.weights)
-    for row in found:
+    for row in rows:
         same = run in row.runs
         pools = pooled and setting and setting.rest and seed not in (None, *row.seeds)
         if (row.setting, row.precision) == (setting, precision) and (same or pools):
             return row, run
     method = str(setting) if setting else ""
-    found.append(Row(result.model, method, setting, precision))
-    return found[-1], run
+    rows.append(Row(result.model, method, setting, precision))
+    return rows[-1], run
 
 
 def _tested_on(provenance: Provenance) -> str:
@@ -217,10 +217,10 @@ def _place(row: Row) -> tuple:
 def figures(rows: list[Row]) -> list[Figure]:
     """Every figure that some row has, data set by data set; a gap alone has a column of its own."""
     labels = list(dict.fromkeys(label for task in TASKS.values() for label in task.values()))
-    found = {figure for row in rows for figure in row.values}
+    known = {figure for row in rows for figure in row.values}
     # classification before retrieval, then by name
-    first = {d: min(labels.index(m) for e, m in found if e == d) for d, _ in found}
-    ordered = sorted(found, key=lambda f: (first[f[0]], f[0], labels.index(f[1])))
+    first = {d: min(labels.index(m) for e, m in known if e == d) for d, _ in known}
+    ordered = sorted(known, key=lambda f: (first[f[0]], f[0], labels.index(f[1])))
     return ordered + [(d, "") for d in sorted({d for r in rows for d in r.gaps} - first.keys())]
 
 
@@ -278,8 +278,7 @@ def colour_of(row: Row, colours: dict[str, str]) -> str | None:
 def records(rows: list[Row]) -> Table:
     """All figures, unrounded, for CSV; meant for one run a row."""
     shown, noted = figures(rows), bool(notes(rows))
-    of_model = any("model" in row.parameters for row in rows)
-    sizes = ["image", "text", "token_table", *(["model"] if of_model else [])]
+    sizes = ["image", "text", "token_table"]
     head = ["model", "method", "seed", *(f"{size}_parameters" for size in sizes)]
     head += [*(" ".join(figure).strip() for figure in shown), *(["notes"] if noted else [])]
     lines = [

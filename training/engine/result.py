@@ -37,7 +37,7 @@ class Provenance:
         protocol: `WHOLE`, `UNPUBLISHED`, or how the split differs from the published one.
         preprocessing: of an image: size, mean, standard deviation, interpolation.
         precision, device: of the forward pass.
-        parameters: by part: ``image``, ``text`` and ``token_table``, or ``model``.
+        parameters: of the image tower, the text tower without its token table, and the table.
         versions: of packages.
         machine: what else `training.engine.run.environment` says.
     """
