@@ -2,6 +2,7 @@
 
 import torch
 
+from classification.command import another, home, known, photos, run_cifar  # noqa: F401
 from runs import bank, flags, scenes, teacher  # noqa: F401  (fixtures of several files)
 
 torch.set_num_threads(1)
