@@ -189,7 +189,7 @@ def model(student: str, teacher: str, cluster: Cluster) -> dict[str, Any]:
     rows = []
     for method in METHODS:
         flags = ["--train-data=-", f"--model={student}", *distilled(method, "local-dir:-")]
-        task = make_task(parse_args(flags), built, [teacher_dim], World())
+        task = make_task(parse_args(flags), built, [teacher_dim], World(), seed=0)
         parameters = sum(p.numel() for p in task.parameters())
         parameters -= not task.method.uses_logit_scale  # frozen then
         gathered = gathers(task, [teacher_dim])

@@ -112,7 +112,7 @@ def keep(out: Path, study: Study, trained: list[str], record: Path, seconds: flo
     runs = {}
     for name in sorted(trained):
         run = study.logs / name
-        made = read_json(run / "environment.json")[-1]
+        made = read_json(run / "environment.json")["starts"][-1]
         runs[name] = {
             **{k: made[k] for k in ("command", "commit", "packages", "processor", "cpus")},
             "seed": read_json(run / "config.json")["seed"],

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cifd_clip.files import read_json, write_json, write_text
-from training.clip.config import _Help, _Parser
+from training.engine.flags import CommandLine
 from training.errors import Failure, UsageError
 
 FORMAT = 1  # of study.json
@@ -37,8 +37,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "
 
 def command_line(module: str, doc: str) -> argparse.ArgumentParser:
     """The parser of a module's command, described by the module's docstring."""
-    description = doc.replace("`", "")
-    return _Parser(prog=f"python -m {module}", description=description, formatter_class=_Help)
+    return CommandLine(module, doc)
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ GROUPS = (
 def parser() -> Parser:
     """The grouped command line."""
     return Parser(
-        "python -m training.classify",
+        "training.classify",
         "Train or distil a classifier (eq. 5 and 9). Flags can come from files: @recipe.args; "
         "later flags win.",
         "python -m training.classify [@recipe.args] --data DIR --model NAME [flags]",
