@@ -112,9 +112,9 @@ def keep(out: Path, study: Study, trained: list[str], record: Path, seconds: flo
     runs = {}
     for name in sorted(trained):
         run = study.logs / name
-        made = read_json(run / "environment.json")[-1]
+        environment = read_json(run / "environment.json")[-1]
         runs[name] = {
-            **{k: made[k] for k in ("command", "commit", "packages", "processor", "cpus")},
+            **{k: environment[k] for k in ("command", "commit", "packages", "processor", "cpus")},
             "seed": read_json(run / "config.json")["seed"],
             "data": read_json(run / "data.json")["hash"],
             "seconds": round(read_json(run / "finished.json")["seconds"], 1),

@@ -207,7 +207,7 @@ def main(argv: list[str]) -> int:
     """Execute what is missing; exit 0 when everything is there."""
     parser = command_line("experiments.cifar100", __doc__)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="CIFAR-100, as for training.classify")
+    add("--data", type=Path, required=True, metavar="DIR", help="as for training.classify")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one's teacher teaches")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each")
     add("--few", type=int, default=0, help="students train on N images; 0: on all")

@@ -37,8 +37,9 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "
 
 def command_line(module: str, doc: str) -> argparse.ArgumentParser:
     """The parser of a module's command, described by the module's docstring."""
-    description = doc.replace("`", "")
-    return _Parser(prog=f"python -m {module}", description=description, formatter_class=_Help)
+    text = re.sub("^``.*``: ", "", doc).replace("`", "")
+    text = text[0].upper() + text[1:]
+    return _Parser(prog=f"python -m {module}", description=text, formatter_class=_Help)
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,9 @@ class Study:
         """
         stale = []
         for run in self.runs.values():
-            made = {path: None for path in self.kept(run).values()}
-            made[self.logs / run.name / "study.json"] = FORMAT
-            for path, version in made.items():
+            versions = {path: None for path in self.kept(run).values()}
+            versions[self.logs / run.name / "study.json"] = FORMAT
+            for path, version in versions.items():
                 if path.is_file() and read_json(path, version)["flags"] != run.depends:
                     stale.append(str(path))
         if stale:

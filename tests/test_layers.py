@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROJECT = {"cifd_clip", "training", "eval", "demo", "benchmarks", "tests"}
+PROJECT = {"cifd_clip", "training", "eval", "experiments", "demo", "benchmarks", "slurm", "tests"}
 #: What of this project each package may import, besides itself.
 ALLOWED = {
     "cifd_clip": set(),
@@ -28,8 +28,11 @@ ALLOWED = {
         "training.classifier.imagenet",
         "training.classifier.teachers",
     },
-    "demo": {"cifd_clip", "training", "eval"},
-    "benchmarks": {"cifd_clip", "training", "eval", "demo"},
+    "experiments": {"cifd_clip", "training", "eval"},
+    # experiments.study: the runner of everything that is a list of commands
+    "demo": {"cifd_clip", "training", "eval", "experiments"},
+    "benchmarks": {"cifd_clip", "training", "eval", "experiments"},
+    "slurm": {"cifd_clip", "training", "eval", "experiments.study"},
 }
 #: The library's one command line, ``python -m cifd_clip.export``.
 EXPORT_COMMAND = ROOT / "cifd_clip" / "export" / "__main__.py"

@@ -25,7 +25,7 @@ def planned(args: Namespace, steps: list[Callable[[Plan], None]], tuned: Tuned) 
     for step in steps:
         step(plan)
     keep = partial(keep_result, plan)
-    return Study(plan.runs, args.logs, args.logs / "data", args.results, keep)
+    return Study(plan.by_name.values(), args.logs, args.logs / "data", args.results, keep)
 
 
 def tuned_for(step: Callable[[Plan], None], results: Path) -> Tuned:
