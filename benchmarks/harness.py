@@ -14,7 +14,7 @@ import torch
 
 from cifd_clip.files import write_text
 from experiments import study
-from training.engine.run import environment
+from training.engine.environment import environment
 
 Seconds = dict[str, list[float]]  # of each contestant, round by round
 

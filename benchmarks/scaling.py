@@ -35,7 +35,7 @@ from benchmarks.harness import command_line, paired, ratios, record
 from cifd_clip import METHODS, DistillationTask, Features, World
 from cifd_clip.student import Pooled
 from experiments.seeds import table
-from training.clip.flags import parse_args
+from training.clip.config import parse_args
 from training.clip.stages import make_task
 from training.engine.control import StopFlag
 from training.errors import cli
@@ -172,7 +172,7 @@ def model(student: str, teacher: str, cluster: Cluster) -> dict[str, Any]:
     rows = []
     for method in METHODS:
         flags = ["--train-data=-", f"--model={student}", *distilled(method, "local-dir:-")]
-        task = make_task(parse_args(flags), built, [teacher_dim], World())
+        task = make_task(parse_args(flags), built, [teacher_dim], World(), seed=0)
         parameters = sum(p.numel() for p in task.parameters())
         parameters -= not task.method.uses_logit_scale  # frozen then
         gathered = gathers(task, [teacher_dim])

@@ -1,29 +1,32 @@
 """Controlled Information Flow for knowledge distillation of CLIP models (CIFD, NeurIPS 2024)."""
 
-from cifd_clip.bottleneck import InformationBottleneck
-from cifd_clip.entropy import FactorizedDensity
-from cifd_clip.losses import Features, World
-from cifd_clip.methods import METHODS, Method
-from cifd_clip.noise import Noise
-from cifd_clip.rdm import RateDistortionModules, RDMBank
-from cifd_clip.student import Student
-from cifd_clip.task import DistillationTask, RDMTask, Task
-from cifd_clip.teacher import Teacher, assistants
+from importlib import import_module
 
-__all__ = [
-    "METHODS",
-    "DistillationTask",
-    "FactorizedDensity",
-    "Features",
-    "InformationBottleneck",
-    "Method",
-    "Noise",
-    "RDMBank",
-    "RDMTask",
-    "RateDistortionModules",
-    "Student",
-    "Task",
-    "Teacher",
-    "World",
-    "assistants",
-]
+#: Public names by module. They are imported on first use: commands read the methods' declarations
+#: and refuse wrong flags before torch is loaded.
+_PUBLIC = {
+    "bottleneck": ("InformationBottleneck",),
+    "distributed": ("World",),
+    "entropy": ("FactorizedDensity",),
+    "losses": ("Features",),
+    "methods": ("DECLARED", "METHODS"),
+    "methods.base": ("Method",),
+    "noise": ("Noise",),
+    "rdm": ("RDMBank", "RateDistortionModules"),
+    "student": ("Student",),
+    "task": ("DistillationTask", "RDMTask", "Task"),
+    "teacher": ("Teacher", "with_assistants"),
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

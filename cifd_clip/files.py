@@ -8,6 +8,7 @@ library that deals with the operating system.
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
@@ -44,9 +45,31 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
+@contextmanager
+def writing_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears at ``path``, whole and on disk, when the block ends well.
+
+    Whoever writes into it need not do so durably: libraries with writers of their own, say. What
+    stands at ``path`` already must be an empty folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
+        folder = Path(temporary) / path.name  # the temporary one is private to its user
+        folder.mkdir()
+        yield folder
+        for content in (*folder.rglob("*"), folder):
+            _sync(content)
+        folder.rename(path)
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder (new, renamed, removed) survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -95,10 +118,10 @@ def read_json(path: Path, version: int | None = None) -> Any:
         return content
     if not isinstance(content, dict):
         raise BadFile(f"{path} is damaged: it holds no JSON object")
-    if (found := content.pop("format", None)) != version:
+    if (format := content.pop("format", None)) != version:
         raise BadFile(
-            f"{path} has format {found}, this version of cifd_clip reads format {version}: make it "
-            "again, or read it with the version that made it"
+            f"{path} has format {format}, this version of cifd_clip reads format {version}: make "
+            "it again, or read it with the version that made it"
         )
     return content
 
@@ -111,6 +134,36 @@ def write_tensors(
 
     content = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     write_bytes(path, save(content, metadata))
+
+
+def read_tensors(path: Path, expected: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """The tensors of a safetensors file.
+
+    Args:
+        path: where.
+        expected: tensors (on the meta device, say) of the same names, shapes and types: no more
+            than they need is allocated, whatever the file says.
+
+    Raises:
+        BadFile: it is missing or damaged, holds other tensors, or a value that is not finite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            if shapes != {name: tuple(tensor.shape) for name, tensor in expected.items()}:
+                raise BadFile(f"{path} holds other tensors than those its configuration describes")
+            tensors = {name: file.get_tensor(name) for name in shapes}
+    except (OSError, SafetensorError) as error:
+        raise BadFile(f"{path} can't be read: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype != expected[name].dtype:
+            raise BadFile(f"{path}: {name} is {tensor.dtype}, expected {expected[name].dtype}")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise BadFile(f"{path}: {name} holds values that are not finite")
+    return tensors
 
 
 def file_hash(path: Path) -> str:

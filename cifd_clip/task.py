@@ -8,8 +8,9 @@ whole batch. Losses are computed in float32, outside autocast.
 import torch
 from torch import Tensor, nn
 
-from cifd_clip.losses import Features, World
-from cifd_clip.methods import Losses, Method, Report
+from cifd_clip.distributed import World
+from cifd_clip.losses import Features
+from cifd_clip.methods.base import Losses, Method, Report
 from cifd_clip.noise import Noise
 from cifd_clip.rdm import RDMBank
 from cifd_clip.student import Pooled, Student
@@ -67,9 +68,11 @@ class DistillationTask(Task):
     def losses(
         self, pooled: Pooled, teachers: list[Features], noise: Noise | None
     ) -> tuple[Losses, Report]:
+        # In evaluation (no noise) a batch is this process's own.
+        world = World() if noise is None else self.world
         with torch.autocast(pooled.image.device.type, enabled=False):
             pooled = Pooled(*(w.float() for w in pooled))
-            losses, report = self.method(self.student, pooled, teachers, self.world, noise)
+            losses, report = self.method(self.student, pooled, teachers, world, noise)
         report["logit_scale"] = self.student.model.logit_scale.detach().exp()
         return losses, report
 

@@ -1,5 +1,6 @@
 """Teachers: frozen CLIP models in evaluation mode, never part of what trains."""
 
+from collections.abc import Sequence
 from hashlib import sha256
 
 import torch
@@ -69,36 +70,47 @@ def weights_hash(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def assistants(
+def with_assistants(
     bank: RDMBank,
-    teacher: Features,
-    weight: float = 1.0,
+    teachers: list[Features],
+    weights: Sequence[float] = (1.0,),
     noise: Noise | None = None,
-    unit_norm: bool = True,
+    output: str = "rounded",
     first_space: int | None = None,
 ) -> list[Features]:
-    """The bank's reconstructions of a teacher's features: one assistant per rate.
+    """Teachers and, after them, the first one's assistants: its reconstructions, one for each rate.
 
     Args:
-        bank: a frozen bank of this teacher.
-        teacher: features of a batch.
-        weight: λ_n of eq. (12).
-        noise: of this step, in place of rounding.
-        unit_norm: whether reconstructions are normalised.
-        first_space: of the first assistant, each having a space of its own; None: the teacher's.
+        bank: a frozen bank of the first teacher.
+        teachers: features of a batch.
+        weights: λ_n of eq. (12), one for all assistants or one for each.
+        noise: of this step, for noisy reconstructions; None (evaluation) rounds instead.
+        output: what an assistant teaches: its ``rounded`` or its ``noisy`` reconstruction at unit
+            norm, or the rounded one as it is (``raw``).
+        first_space: space of the first assistant, each having one of its own; None: all of them
+            share their teacher's.
+
+    Raises:
+        ValueError: there are several weights, and not as many as assistants.
     """
+    first, count = teachers[0], len(bank.rates)
+    if len(weights) not in (1, count):
+        raise ValueError(f"there are {len(weights)} weights for {count} assistants")
     images, texts = (
         getattr(bank, modality).reconstruct(
-            features, noise and bank.draws(noise, modality, features), unit_norm
+            features,
+            bank.draws(noise, modality, features) if noise and output == "noisy" else None,
+            unit_norm=output != "raw",
         )
-        for modality, features in zip(MODALITIES, (teacher.image, teacher.text))
+        for modality, features in zip(MODALITIES, (first.image, first.text))
     )
-    return [
-        teacher._replace(
+    assistants = [
+        first._replace(
             image=image,
             text=text,
-            weight=weight,
-            space=teacher.space if first_space is None else first_space + n,
+            weight=weights[n % len(weights)],
+            space=first.space if first_space is None else first_space + n,
         )
         for n, (image, text) in enumerate(zip(images, texts))
     ]
+    return [*teachers, *assistants]

@@ -1,7 +1,5 @@
 """Data sets as their authors distribute them, as clip_benchmark's builders read them.
 
-::
-
     imagenet1k/val/WNID/*            imagenet_sketch, imagenet-a, imagenet-r: NAME/WNID/*
     imagenetv2/ImageNetV2-matched-frequency/{0..999}/*.jpeg
     objectnet/objectnet-1.0/images/FOLDER/*, with the four files of its mappings/ in objectnet/
@@ -43,10 +41,11 @@ BY_WNID = ("imagenet1k", "imagenet_sketch", "imagenet-a", "imagenet-r")
 
 @dataclass
 class Local:
-    """What a builder found: empty class names and templates are to be had elsewhere."""
+    """A data set's samples; class names and templates are empty where the builder has none."""
 
     task: str
     samples: list[tuple[Path, int | list[str]]]
+    """Image files, each with its class number or its captions."""
     classnames: list[str]
     templates: list[str]
     annotations: list[Path]
@@ -58,7 +57,7 @@ def knows(name: str, split: str) -> bool:
 
 
 def missing(path: Path, name: str, split: str) -> str | None:
-    """The first file or folder that the builder would miss, and download."""
+    """The first file or folder that is not there: the builder would download it."""
     return next((need for need in _needs(name, split) if not any(path.glob(need))), None)
 
 

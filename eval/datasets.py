@@ -1,6 +1,6 @@
 """Data sets on this disk, read without a decoder that could run code.
 
-Either in clip_benchmark's WebDataset layout::
+Either in clip_benchmark's WebDataset layout
 
     NAME/dataset_type.txt                          'classification' (the default) or 'retrieval'
     NAME/classnames.txt                            one class a line
@@ -8,7 +8,7 @@ Either in clip_benchmark's WebDataset layout::
     NAME/SPLIT/nshards.txt, NAME/SPLIT/{0..}.tar   key.png|jpg|jpeg|webp with key.cls or key.txt
 
 or as their authors distribute them, where `eval.builders` knows the name. A member that is neither
-an image nor a label nor a caption is never opened.
+an image nor a label nor a caption is never opened. Nothing here imports torch.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-import torch
 from PIL import Image
 
 from eval import builders
@@ -117,20 +117,20 @@ class Folder:
         return digest.hexdigest()
 
     def images(self, transform: Callable) -> "Images":
-        """The images, transformed, as a torch data set."""
+        """The images, transformed, as a data set for torch's loader."""
         return Images(self.samples, transform)
 
-    def labels(self) -> torch.Tensor:
-        """Class numbers (N,)."""
-        return torch.tensor([sample.target for sample in self.samples])
+    def labels(self) -> list[int]:
+        """The class number of every image."""
+        return [sample.target for sample in self.samples]
 
     def captions(self) -> list[list[str]]:
         """The captions of every image."""
         return [sample.target for sample in self.samples]
 
 
-class Images(torch.utils.data.Dataset):
-    """Decodes and transforms the images of samples."""
+class Images:
+    """The images of samples, decoded and transformed one by one."""
 
     def __init__(self, samples: list[Sample], transform: Callable):
         self.samples, self.transform = samples, transform
@@ -138,7 +138,7 @@ class Images(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index: int) -> Any:
         return self.transform(picture(self.samples[index]))
 
 
@@ -159,9 +159,9 @@ def picture(sample: Sample) -> Image.Image:
         raise Gap(f"sample '{sample.key}' has no readable image: {error}") from error
 
 
-def names(wanted: list[str]) -> list[str]:
+def names(given: list[str]) -> list[str]:
     """Data set names with suites spelled out, each once, without clip_benchmark's ``wds/``."""
-    spelled = [name for item in wanted for name in SUITES.get(item, (item.removeprefix("wds/"),))]
+    spelled = [name for item in given for name in SUITES.get(item, (item.removeprefix("wds/"),))]
     return list(dict.fromkeys(spelled))
 
 
@@ -257,25 +257,25 @@ def _samples(shard: Path, label: str) -> list[Sample]:
 
 def _check(folder: Folder) -> None:
     """Refuse what can't give the figure its name promises."""
-    protocol = PROTOCOLS.get(folder.name)
+    protocol = PROTOCOLS.get(folder.name, Protocol(0))
     if not folder.samples:
         raise Gap(f"split '{folder.split}' holds no samples")
     if folder.task == "zeroshot_retrieval":
-        if protocol and protocol.classes:
+        if protocol.classes:
             raise Gap("a retrieval folder where the protocol is classification")
         if not any(folder.captions()):
             raise Gap("no image has a caption")
         return
-    found = len(folder.classnames)
-    if not found or not folder.templates:
+    count = len(folder.classnames)
+    if not count or not folder.templates:
         raise Gap("no class names or no templates, neither in the folder nor in clip_benchmark")
-    if protocol and protocol.captions:
+    if protocol.captions:
         raise Gap("a classification folder where the protocol is retrieval")
-    if protocol and protocol.classes and found != protocol.classes:
-        raise Gap(f"{found} class names where the protocol has {protocol.classes}")
+    if protocol.classes and count != protocol.classes:
+        raise Gap(f"{count} class names where the protocol has {protocol.classes}")
     for sample in folder.samples:
-        if not 0 <= sample.target < found:
-            raise Gap(f"sample '{sample.key}' has class {sample.target} of {found} classes")
+        if not 0 <= sample.target < count:
+            raise Gap(f"sample '{sample.key}' has class {sample.target} of {count} classes")
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,7 +1,6 @@
 """Zero-shot metrics as clip_benchmark defines them, from similarities whose precision is fixed."""
 
 import torch
-from clip_benchmark.metrics.zeroshot_classification import accuracy
 from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
 
@@ -17,12 +16,22 @@ def similarities(queries: Tensor, gallery: Tensor) -> Tensor:
     return (queries.double() @ gallery.double().T).float()
 
 
+def accuracies(logits: Tensor, labels: Tensor, ks: tuple[int, ...]) -> list[float]:
+    """Top-k accuracies of logits (N, classes), for ascending k: how often the label is among k.
+
+    Equal logits are in ``torch.topk``'s order for the largest k, as in clip_benchmark, whose own
+    function breaks under numpy 2.4.
+    """
+    hits = logits.topk(ks[-1], dim=1).indices == labels[:, None]
+    return [hits[:, :k].sum().item() / len(labels) for k in ks]
+
+
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float | None]:
     """Top-1, top-5 (None under five classes) and mean per-class recall of logits (N, classes)."""
     ks = (1, 5) if logits.shape[1] >= 5 else (1,)
-    acc = dict(zip(ks, accuracy(logits, labels, topk=ks)))
+    top1, *top5 = accuracies(logits, labels, ks)
     recall = float(balanced_accuracy_score(labels.cpu(), logits.argmax(dim=1).cpu()))
-    return {"acc1": acc[1], "acc5": acc.get(5), "mean_per_class_recall": recall}
+    return {"acc1": top1, "acc5": top5[0] if top5 else None, "mean_per_class_recall": recall}
 
 
 def first_hits(

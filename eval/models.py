@@ -1,9 +1,9 @@
 """A name, a run directory, a checkpoint or a model folder -> a frozen CLIP and who it is."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from cifd_clip.teacher import weights_hash
 from training.clip.models import add_model_configs, check_weights, images_of
+from training.engine.run import read_run
 from training.errors import UsageError
 
 CONFIG = "open_clip_config.json"
@@ -81,6 +82,17 @@ def add_configs(paths: list[str]) -> None:
     add_model_configs(paths)
 
 
+def add_run_configs(what: str, config: dict[str, Any]) -> None:
+    """Let `load` know the models of the ``--model-config`` files of a run."""
+    for file in map(Path, config["model_config"]):
+        if not file.is_file():
+            raise UsageError(
+                f"{what}: the run's --model-config '{file}' is not there; run from the directory "
+                "where it was trained"
+            )
+        open_clip.add_model_config(file)
+
+
 def load(spec: str, device: torch.device) -> Evaluated:
     """Load what ``spec`` names.
 
@@ -143,22 +155,15 @@ def _from_folder(spec: str, folder: Path, name: str, run: Path | None, device) -
 
 def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
     run = path.resolve().parent.parent
-    config = run / "config.json"
-    if not config.is_file():
+    if not (run / "config.json").is_file():
         raise UsageError(
             f"'{spec}': a checkpoint outside a run directory does not say its architecture; "
             f"write NAME:{spec} with an OpenCLIP model name"
         )
-    config = json.loads(config.read_text())
-    for file in map(Path, config.get("model_config") or []):
-        if not file.is_file():
-            raise UsageError(
-                f"'{spec}': the run's --model-config '{file}' is not there; run from "
-                "the directory where it was trained"
-            )
-        open_clip.add_model_config(file)
-    options = {name: config[name] for name in MODEL_FLAGS if config.get(name)}
-    if len(size := options.get("force_image_size", ())) == 1:
+    config = read_run(run)
+    add_run_configs(f"'{spec}'", config)
+    options = {name: config[name] for name in MODEL_FLAGS if config[name]}
+    if len(size := config["force_image_size"] or ()) == 1:
         options["force_image_size"] = size[0]
     options |= {f"image_{key}": value for key, value in images_of(str(path)).items()}
     # What it began with is not loaded: OpenCLIP would prefer a local-dir: model's own weights.
@@ -167,7 +172,7 @@ def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
     )
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(checkpoint["state_dict"])
-    tokenizer = open_clip.get_tokenizer(config["model"], options.get("force_context_length"))
+    tokenizer = open_clip.get_tokenizer(config["model"], config["force_context_length"])
     return _evaluated(spec, f"{run.name}@{path.stem}", run, model, transform, tokenizer)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from experiments.classifiers import BF16, classifier
 from experiments.study import STOPPED, Run, Study, command_line, curve, metrics, write_result
+from training.engine.environment import environment
 from training.errors import UsageError, cli
 
 PAIRS = [
@@ -23,8 +24,8 @@ PAIRS = [
 ]
 EVERY_RUN = f"{BF16} --lr 0.01 --grad-clip-norm 5 --seed 0"
 DATA = {
-    "cifar100": "--dataset cifar100 --subset 800 --augment crop --batch-size 16 --epochs 4",
-    "imagenet": "--dataset imagenet --workers 1 --batch-size 2 --epochs 8",
+    "cifar100": "--dataset cifar100 --subset 800 --augment crop --global-batch 16 --epochs 4",
+    "imagenet": "--dataset imagenet --workers 1 --global-batch 2 --epochs 8",
 }
 ASSISTANTS = "--opt adamw --lr 1e-3 --precision fp32"
 BANKS = {
@@ -118,8 +119,6 @@ def main(argv: list[str]) -> int:
     prepare(study.data, args.cifar100)
     if not study.execute(args.jobs):
         return STOPPED
-    from training.engine.run import environment  # takes seconds to import
-
     records = {run.name: epochs(study, run) for run in runs}
     write_result(args.json, {"environment": environment(), "runs": records})
     for name, entry in records.items():

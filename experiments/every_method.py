@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cifd_clip.files import read_json, write_json
 from experiments.study import STOPPED, Run, Study, command_line, metrics
+from training.engine.environment import cores, environment
 from training.errors import UsageError, cli
 
 MODELS = Path(os.path.relpath(Path(__file__).parent.parent / "demo" / "models"))
@@ -82,7 +83,6 @@ def main(argv: list[str]) -> int:
     if not given:
         raise UsageError("--cifar100 SHARDS or --flickr8k SHARDS, or both, are needed")
     from training.data.index import index_shards
-    from training.engine.run import cores, environment
 
     content = {"data": {}, "runs": {}}
     if args.json.is_file():  # what it says of the other data set stays

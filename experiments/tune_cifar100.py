@@ -16,6 +16,7 @@ from pathlib import Path
 
 from experiments.classifiers import CHOICES, SPACE
 from experiments.study import command_line, last_line, start, write_result
+from training.engine.environment import environment
 from training.errors import Failure, UsageError, cli
 
 DIVERGED = 3  # the exit code of such a run
@@ -39,7 +40,7 @@ def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
     add("--logs", type=Path, default=Path("logs/tune"), metavar="DIR", help="of the study")
     place = argv.index("--") if "--" in argv else len(argv)
     args, flags = parser.parse_args(argv[:place]), argv[place + 1 :]
-    from training.classifier.flags import STAGE1, parse_args  # takes seconds to import
+    from training.classifier.config import STAGE1, parse_args  # takes seconds to import
 
     run = parse_args(flags)
     if run.method in STAGE1:
@@ -140,8 +141,6 @@ def main(argv: list[str]) -> None:
 
 def write_best(study, path: Path, fixed: str) -> None:
     """Write the best settings and every trial."""
-    from training.engine.run import environment
-
     best = study.best_trial
     flags = " ".join(f"--{k} {v if k in CHOICES else f'{v:.4g}'}" for k, v in best.params.items())
     trials = [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cifd_clip.classification.models import STOCK
 from slurm.jobs import Job, Line, Site, read_lines
-from training.classifier.flags import parse_args
+from training.classifier.config import parse_args
 from training.errors import UsageError
 
 

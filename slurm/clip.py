@@ -11,7 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from slurm.jobs import Job, Line, Site, read_lines
-from training.clip.flags import batch_share, parse_args, teacher_names
+from training.clip.config import batch_share, parse_args, teacher_names
 from training.clip.models import add_model_configs, check_weights, model_config
 from training.errors import UsageError
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.clip.flags import flags_of
+from training.engine.flags import expand_files, line_words
 from training.errors import Failure, UsageError
 
 
@@ -91,23 +91,6 @@ class Job:
         return f"slurm/{self.name.partition('-')[0]}.sbatch"
 
 
-def expand(words: list[str]) -> list[str]:
-    """Words with the flags of each ``@file`` in its place, as the programs would read them.
-
-    Now and not in the tasks: a recipe that is edited meanwhile changes none that waits.
-    """
-    out: list[str] = []
-    for word in words:
-        if not word.startswith("@"):
-            out.append(word)
-            continue
-        if not Path(word[1:]).is_file():
-            raise UsageError(f"{word}: no such flag file")
-        for line in Path(word[1:]).read_text().splitlines():
-            out += expand(flags_of(line))
-    return out
-
-
 def read_lines(
     path: Path, site: Site, logs: Path, read: Callable[[list[str]], Line], extra: list[str]
 ) -> dict[str, Line]:
@@ -127,10 +110,10 @@ def read_lines(
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
             text = string.Template(text).substitute(site, LOGS=str(logs))
-            line = flags_of(text)
+            line = line_words(text)
             if not line:
                 continue
-            run = read(expand([*line, *extra]))
+            run = read(expand_files([*line, *extra]))
         except (UsageError, ValueError) as error:
             raise UsageError(f"{path}:{number}: {error}") from error
         if run.args.name in runs:

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training.clip.run import main
 from training.engine.trainer import Trainer
 from training.errors import UsageError
+from training.main import main
 
 STEPS = 10
 

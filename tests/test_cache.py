@@ -11,9 +11,9 @@ import torch
 
 import training.clip.stages
 from runs import assert_bit_equal, final, lines
-from training.clip.cache_teacher import main as write_cache
-from training.clip.run import main
+from training.cache_teacher import main as write_cache
 from training.errors import Failure, UsageError
+from training.main import main
 
 ROOT = Path(__file__).parents[1]
 

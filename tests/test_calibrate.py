@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cifd_clip.files import write_json
 from tiny import embeddings
+from training.calibrate import main
 from training.clip import calibrate
 from training.clip.cache import write_shard
-from training.clip.flags import parser
+from training.clip.config import CACHE_FORMAT, calibration_config, parse, parse_calibration
 from training.data.index import Shard
 from training.errors import UsageError
 
@@ -33,7 +35,7 @@ def cache(tmp_path_factory):
         "logit_scale": 20.0, "logit_bias": None,
     }  # fmt: skip
     config = {"teacher": teacher, "views": 2, "view_seed": 0, "captions": "first", "aug_cfg": {}}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(folder / "config.json", config, CACHE_FORMAT)
     generator = torch.Generator().manual_seed(0)
     noise = lambda rows: torch.randn(rows, DIM, generator=generator)  # noqa: E731
     for number, rows in enumerate((1200, 800)):
@@ -47,9 +49,14 @@ def cache(tmp_path_factory):
     return folder
 
 
+def configured(cache, *more):
+    command = ["--teacher-cache", str(cache), "--shares", "0.9", *FLAGS, *more]
+    return calibration_config(parse_calibration(command))
+
+
 def run(cache, out, *more):
     command = ["--teacher-cache", cache, "--out", out, *FLAGS, *SWEEP, *more]
-    assert calibrate.main(list(map(str, command))) == 0
+    assert main(list(map(str, command))) == 0
     return json.loads(out.read_text())
 
 
@@ -63,13 +70,11 @@ def test_rates_trained_alone_keep_the_shares_that_were_asked_for(calibrated, cac
     _, found = calibrated
     assert found["rates"][0] > found["rates"][1], found["curve"]
     rates = [str(rate) for rate in sorted(found["rates"])]
-    args = calibrate._parse(
-        ["--teacher-cache", str(cache), "--shares", "0.9", *FLAGS, "--sweep", *rates]
-    )
+    config = configured(cache, "--sweep", *rates)
     pairs = calibrate.read_pairs(cache, calibrate.find_shards(cache, None), 10_000, 0)
     training, held_out = calibrate.split(pairs.image.shape[1], 400, 20, 0)
     teacher = json.loads((cache / "config.json").read_text())["teacher"]
-    bank = calibrate.train_sweep(args, pairs, training, teacher).eval()
+    bank = calibrate.train_sweep(config, pairs, training, teacher).eval()
     own = calibrate.teacher_accuracy(*pairs.rows(held_out), 20)
     points = calibrate.measure(bank, *pairs.rows(held_out), 20)
     kept = [point.accuracy / own for point in points]
@@ -98,7 +103,7 @@ def test_other_shares_are_read_off_the_curve_that_is_there(calibrated, cache, tm
 
 def test_the_flag_file_is_read_by_training_main(calibrated):
     out, found = calibrated
-    assert parser().parse_args([f"@{out.with_suffix('.args')}"]).rates == found["rates"]
+    assert parse([f"@{out.with_suffix('.args')}"])["rates"] == found["rates"]
 
 
 def test_held_out_pairs_are_never_trained_on_and_unusable_ones_are_left_out(cache):
@@ -141,15 +146,14 @@ def test_a_teacher_that_knows_nothing_is_refused_before_the_sweep(cache, tmp_pat
         run(clueless, tmp_path / "c.json", "--shares", "0.5", "--among", "100")
 
 
-def test_without_a_terminal_every_tenth_of_the_sweep_is_told(cache, capsys):
-    flags = ["--teacher-cache", str(cache), "--shares", "0.9", *FLAGS, "--steps", "25"]
+def test_without_a_terminal_every_tenth_of_the_sweep_is_logged(cache, caplog):
     pairs = calibrate.read_pairs(cache, calibrate.find_shards(cache, None), 200, 0)
     teacher = json.loads((cache / "config.json").read_text())["teacher"]
-    calibrate.train_sweep(calibrate._parse(flags), pairs, torch.arange(200), teacher)
-    told = [line.partition(", loss ") for line in capsys.readouterr().out.splitlines()]
-    steps = (3, 5, 8, 10, 13, 15, 18, 20, 23, 25)
-    assert [start for start, *_ in told] == [f"the sweep: step {n} of 25" for n in steps]
-    assert all(float(loss) > 0 for *_, loss in told)
+    config = configured(cache, "--steps", "25", *SWEEP)
+    with caplog.at_level("INFO"):
+        calibrate.train_sweep(config, pairs, torch.arange(200), teacher)
+    steps = [line.partition(" | ")[0] for line in caplog.messages if line.startswith("step ")]
+    assert steps == [f"step {n}/25" for n in range(2, 25, 2)] + ["step 25/25"]
 
 
 def test_what_maps_everything_to_one_point_knows_nothing():
@@ -179,4 +183,4 @@ def test_another_sample_with_the_same_caption_is_no_mistake():
 )
 def test_wrong_input_is_one_sentence(cache, wrong, says):
     with pytest.raises(UsageError, match=says):
-        calibrate.main(["--teacher-cache", str(cache), *FLAGS, *wrong])
+        main(["--teacher-cache", str(cache), *FLAGS, *wrong])

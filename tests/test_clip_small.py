@@ -27,7 +27,7 @@ from experiments.clip_small.plan import METHODS, MODELS, SCALES, Plan, Sizes, Tu
 from experiments.study import Run, Study
 from shards import FLICKR, needs_flickr
 from training.clip import cache_teacher, calibrate
-from training.clip.flags import parse_args
+from training.clip.config import parse_args
 from training.data.index import index_shards
 from training.errors import UsageError
 

@@ -19,7 +19,7 @@ from combinations import RANKS, ROWS, case_and_flags, table
 from runs import CONFIGS, ROOT
 from test_task import distance
 from trainers import CASES, batch, gradients, part, prepare, trainer, worst
-from training.clip.flags import DISTILL
+from training.clip.config import DISTILL
 
 TABLE = table()
 ACCUMULATED = ["--batch-size", "2", "--accum-freq", "2"]

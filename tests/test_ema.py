@@ -11,11 +11,11 @@ from torch import nn
 
 from runs import assert_bit_equal, final, lines
 from tiny import clip, pairs
-from training.clip.flags import parse_args
-from training.clip.run import main
+from training.clip.config import parse_args
 from training.engine.optim import MovingAverage
 from training.engine.trainer import Trainer
 from training.errors import UsageError
+from training.main import main
 
 DECAY = 0.7
 RESNET = {
@@ -91,7 +91,7 @@ def test_averaging_changes_nothing_of_what_trains(runs):
     trained = averaged["training"]
     assert_bit_equal(trained["state_dict"], plain["state_dict"])
     assert_bit_equal(trained["method"], plain["method"])
-    assert_bit_equal(averaged["optimizer"], plain["optimizer"])
+    assert_bit_equal(averaged["optimizers"], plain["optimizers"])
 
 
 def test_the_average_ships_as_a_stock_model_and_is_what_validation_scored(runs):
@@ -110,5 +110,5 @@ def test_the_average_ships_as_a_stock_model_and_is_what_validation_scored(runs):
 
 @pytest.mark.parametrize("decay", ["0", "1", "-0.5", "2"])
 def test_a_decay_outside_its_range_is_refused(decay):
-    with pytest.raises(UsageError, match="--ema must lie between 0 and 1"):
+    with pytest.raises(UsageError, match="--ema must be positive and below 1"):
         parse_args(["--train-data", "x", "--ema", decay])

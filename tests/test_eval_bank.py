@@ -8,9 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cifd_clip import RDMBank
-from cifd_clip.losses import Features
-from cifd_clip.teacher import assistants
+from cifd_clip import Features, RDMBank, with_assistants
 from eval import bank, benchmark, datasets, metrics, models, report
 from runs import ROOT
 from training.errors import UsageError
@@ -55,8 +53,8 @@ def test_an_assistant_is_measured_as_it_teaches(measured, teacher, bank_run, sce
         texts = model.encode_text([c for some in captions for c in some], CPU)
     image_of = torch.tensor([i for i, some in enumerate(captions) for _ in some])
     loaded = RDMBank.load(bank_run / "bank", {"model": "", "weights": model.weights})
-    of_images = assistants(loaded, Features(images, images, torch.tensor(1.0)))
-    of_texts = assistants(loaded, Features(texts, texts, torch.tensor(1.0)))
+    _, *of_images = with_assistants(loaded, [Features(images, images, torch.tensor(1.0))])
+    _, *of_texts = with_assistants(loaded, [Features(texts, texts, torch.tensor(1.0))])
     for k, one in enumerate(found["digit_scenes"]["assistants"]):
         wanted = metrics.retrieval_metrics(of_images[k].image, of_texts[k].text, image_of)
         assert one["metrics"] == pytest.approx(wanted), f"R = {one['rate']}"
@@ -124,7 +122,7 @@ def test_a_teacher_that_only_a_config_names_is_the_same_teacher(measured, teache
 
 
 def test_another_teacher_is_refused(measured, teacher, flags, tmp_path):
-    from training.clip.run import main as train
+    from training.main import main as train
 
     other = [*flags, "--model", "tiny-teacher", "--seed", "5", "--name", "other"]
     assert train([*other, "--logs", str(tmp_path)]) == 0

@@ -12,10 +12,10 @@ from eval import cost
 from eval.cost import flags as cost_flags
 from eval.cost import macs, methods, paper, stages
 from eval.cost.__main__ import main as print_cost
+from training.cache_teacher import main as write_cache
 from training.clip import flags as params
-from training.clip.cache_teacher import main as write_cache
-from training.clip.run import main
 from training.errors import UsageError
+from training.main import main
 
 RECIPE = f"@{Path(__file__).parent.parent}/slurm/recipes/cc12m_vitl14_vits16.args"
 GIGA = 1e9

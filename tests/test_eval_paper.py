@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval import paper, report, sources
-from training.classifier.flags import DATASETS
+from training.classifier.config import DATASETS
 from training.errors import UsageError
 
 TEXT = Path(__file__).resolve().parents[2] / "shared/paper/cifd.txt"

@@ -15,9 +15,9 @@ import torch.multiprocessing as mp
 
 from cifd_clip import World
 from runs import ROOT, final, lines
-from training.clip.run import main
-from training.engine.control import STOPPED_EXIT, wait_for_all
+from training.engine.control import STOPPED_EXIT, barrier
 from training.errors import Failure
+from training.main import main
 
 
 def launch(
@@ -92,7 +92,7 @@ def late(rank: int, rendezvous: str) -> None:
     short = timedelta(seconds=2)
     dist.init_process_group("gloo", f"file://{rendezvous}", short, world_size=2, rank=rank)
     time.sleep(2 * short.total_seconds() * rank)
-    wait_for_all(World(rank, 2))
+    barrier(World(rank, 2))
 
 
 def test_processes_wait_for_one_that_is_later_than_the_time_limit(tmp_path):

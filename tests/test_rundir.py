@@ -1,23 +1,34 @@
 """Run directories: a run goes on with the configuration that it began with."""
 
-import json
+from pathlib import Path
 
 import pytest
 
-from training.classifier import flags as classify_params
+from training.classifier.config import parse_args
 from training.engine.run import RunDirectory
 from training.errors import UsageError
 
 
 def test_other_rates_of_its_bank_make_another_classifier(tmp_path):
-    parser = classify_params.parser()
-    common = ["--model=cnn2", "--method=cifd", "--teacher=a", "--rdm-bank=b", "--data=c"]
+    def config(*flags: str):
+        common = ["--model=cnn2", "--method=cifd", "--teacher=a", "--rdm-bank=b", "--data=c"]
+        return parse_args([*common, "--logs", str(tmp_path), "--name=run", *flags])
 
-    def config(*flags):
-        return classify_params.run_config(classify_params.parse_args([*common, *flags]))
-
-    begun = config("--rates", "50", "150")
-    (tmp_path / "config.json").write_text(json.dumps(begun))
-    RunDirectory(tmp_path, begun, parser, resume=True)
+    run = RunDirectory(config("--rates", "50", "150"))
+    run.open()
+    run.close()
+    RunDirectory(config("--rates", "50", "150", "--resume=latest"))
     with pytest.raises(UsageError, match=r"--rates was \[50.0, 150.0\], now \[20.0\]"):
-        RunDirectory(tmp_path, config("--rates", "20"), parser, resume=True)
+        RunDirectory(config("--rates", "20", "--resume=latest"))
+
+
+def test_what_changes_nothing_may_change_on_resumption(tmp_path):
+    def config(*flags: str):
+        common = ["--model=cnn2", "--global-batch=64", "--logs", str(tmp_path), "--name=run"]
+        return parse_args([*common, *flags])
+
+    run = RunDirectory(config("--data=a"))
+    run.open()
+    run.close()
+    moved = config("--data=b", "--accum-freq=2", "--keep=1", "--final", "--resume=latest")
+    assert RunDirectory(moved).path == Path(tmp_path, "run")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval.benchmark import main as benchmark
-from training.clip.run import main
+from training.main import main
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,15 @@ import random
 
 import pytest
 import torch
-
-from cifd_clip import Noise, assistants
-from cifd_clip.student import Pooled
 from eval.sections import contrastive_weight
+
+from cifd_clip import Noise, with_assistants
+from cifd_clip.student import Pooled
 from trainers import CASES, SIZE, batch, gradients, prepare, trainer, worst
-from training.clip.stages import Inputs
+from training.clip.stages import Transforms
 from training.data.views import ImageSpec
+from training.engine.config import record
 from training.engine.metrics import _wandb_id, _wandb_name
-from training.engine.trainer import split
 
 ROWS = 8
 STUDENTS = [case for case in CASES if case != "rdm"]
@@ -107,10 +107,10 @@ def test_both_passes_of_accumulation_drop_the_same_patches(home):
     made.step(batch(ROWS))
     torch.manual_seed(99)
 
-    micro = list(split(batch(ROWS), 2))
+    micro = batch(ROWS).split(2)
     parts = [again._encode(m, i) for i, m in enumerate(micro)]
     pooled = Pooled(*(torch.cat(w) for w in zip(*parts)))
-    teachers = again.stage.assisted(again.stage.teachers(batch(ROWS)), None)
+    teachers = again.stage.with_assistants(again.stage.targets(batch(ROWS)), None)
     losses, _ = again.stage.task.losses(pooled, teachers, Noise(0, 0))
     sum(losses.values()).backward()
     off, where = worst(gradients(made), gradients(again))
@@ -171,7 +171,7 @@ def test_a_step_whose_gradient_is_not_finite_leaves_the_weights_alone(home):
     made = trainer("cifd", home, "--batch-size", str(ROWS))
     made.step(batch(ROWS))
     before = {k: v.clone() for k, v in made.stage.task.state_dict().items()}
-    state = [s["exp_avg"].clone() for s in made.optimizer.state.values()]
+    state = [s["exp_avg"].clone() for s in made.optimizers[0].state.values()]
     owner = made.stage.source.teachers[0].model
     with torch.no_grad():
         owner.text_projection[0, 0] = float("nan")
@@ -179,7 +179,7 @@ def test_a_step_whose_gradient_is_not_finite_leaves_the_weights_alone(home):
     assert not torch.isfinite(values["loss"])
     for name, tensor in made.stage.task.state_dict().items():
         assert torch.equal(tensor, before[name]), f"{name} moved in a skipped step"
-    for now, then in zip(made.optimizer.state.values(), state):
+    for now, then in zip(made.optimizers[0].state.values(), state):
         assert torch.equal(now["exp_avg"], then), "the optimizer remembers a skipped gradient"
     assert made.payload()["progress"]["nonfinite_steps"] == 1
 
@@ -188,17 +188,16 @@ def test_a_step_whose_gradient_is_not_finite_leaves_the_weights_alone(home):
 def test_the_flag_decides_what_an_assistant_teaches(form, home):
     made, noise, rows = trainer("cifd", home, "--rdm-output", form), Noise(5, 0), batch(ROWS)
     stage = made.stage
-    teachers = stage.teachers(rows)
-    drawn, unit_norm = (noise if form == "noisy" else None), form != "raw"
-    wanted = assistants(stage.bank, teachers[0], 1.0, drawn, unit_norm)
-    for a, b in zip(stage.assisted(teachers, noise), [*teachers, *wanted], strict=True):
+    teachers = stage.targets(rows)
+    wanted = with_assistants(stage.bank, teachers, [1.0], noise, form)
+    for a, b in zip(stage.with_assistants(teachers, noise), wanted, strict=True):
         assert torch.equal(a.image, b.image) and torch.equal(a.text, b.text)
 
 
 @pytest.mark.parametrize("projector, spaces", [("shared", [0, 0, 0]), ("each", [0, 1, 2])])
 def test_the_flag_gives_each_assistant_a_projector_of_its_own(projector, spaces, home):
     stage = trainer("cifd", home, "--projector", projector).stage
-    taught = stage.assisted(stage.teachers(batch(ROWS)), None)
+    taught = stage.with_assistants(stage.targets(batch(ROWS)), None)
     assert [features.space for features in taught] == spaces
     heads = stage.task.method.projectors.heads["both"]
     assert len(heads) == 1 + max(spaces)
@@ -214,14 +213,14 @@ def test_the_report_knows_how_each_method_weighs_the_contrastive_term(method, ho
 
     _, plain = contrastive("none")
     made, weighted = contrastive(method, *(["--no-ibm"] if method == "cifd" else []))
-    assert weighted == pytest.approx(contrastive_weight(vars(made.args)) * plain, rel=1e-4)
+    assert weighted == pytest.approx(contrastive_weight(record(made.config)) * plain, rel=1e-4)
 
 
 @pytest.mark.parametrize("erasing", [False, True])
 def test_models_share_an_image_only_where_each_can_normalise_it_itself(erasing):
     """Random erasing works on normalised images: with another mean they are another image."""
     ours, theirs = ImageSpec(SIZE), ImageSpec(SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
-    inputs = Inputs({"use_timm": True, "re_prob": 1.0} if erasing else {})
+    inputs = Transforms({"use_timm": True, "re_prob": 1.0} if erasing else {})
     places = [inputs.add_images(ours), inputs.add_images(theirs), inputs.add_images(ours)]
     assert places == ([0, 1, 0] if erasing else [0, 0, 0])
     assert len(inputs.train_views()) == 1 + erasing

@@ -3,13 +3,14 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
-from cifd_clip import METHODS, DistillationTask, RDMBank, Student, Teacher, World, assistants
+from cifd_clip import METHODS, DistillationTask, RDMBank, Student, Teacher, World, with_assistants
 
 MODELS = Path(__file__).parent / "models"
 VOCABULARY, CONTEXT, SIZE = 64, 16, 32
@@ -102,19 +103,19 @@ def task(
     teacher_dims: list[int],
     site: str = "projection",
     world: World | None = None,
-    **weights: float,
+    **options: Any,
 ) -> DistillationTask:
-    """A student under a method, with weights that make every term matter."""
+    """A student under a method with some of its options."""
     cut = Student(student, site)
     generator = torch.Generator().manual_seed(3)
-    head = METHODS[method](cut, teacher_dims, weights, generator)
+    head = METHODS[method](cut, teacher_dims, options, generator)
     return DistillationTask(cut, head, world or World())
 
 
 def lessons(teachers: list[Teacher], batch: tuple[Tensor, Tensor], made: RDMBank | None = None):
     """What the teachers and the first one's assistants make of a batch."""
     features = [t(*batch) for t in teachers]
-    return features + (assistants(made, features[0]) if made is not None else [])
+    return features if made is None else with_assistants(made, features)
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:

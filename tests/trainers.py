@@ -8,8 +8,8 @@ import open_clip
 import torch
 from torch import Tensor
 
-from cifd_clip import RDMBank, Teacher, World
-from training.clip.flags import parse_args
+from cifd_clip import DECLARED, RDMBank, Teacher, World
+from training.clip.config import named_files, parse, resolve
 from training.clip.models import add_model_configs
 from training.clip.stages import RDMStage, StudentStage
 from training.data.loader import Batch
@@ -19,17 +19,17 @@ MODELS = Path(__file__).parent / "models"
 CPU = torch.device("cpu")
 SIZE = 32
 
-#: Every method, with weights under which every term matters.
+#: Flags of some methods under which every term matters; those of the others are their defaults.
+MATTER = {
+    "clipkd": ["--lambda-fd", "20"],
+    "cifd": ["--lambda-cl", "0.3", "--lambda-i", "0.05"],
+}
+#: Every method, and some in more than one way.
 CASES = {
-    "none": ["none"],
-    "kd": ["kd"],
-    "fd": ["fd"],
-    "clipkd": ["clipkd", "--lambda-fd", "20"],
-    "tinyclip": ["tinyclip"],
+    **{name: [name, *MATTER.get(name, [])] for name in DECLARED if name != "mobileclip"},
     "mobileclip, two teachers": ["mobileclip", "--lambda-kd", "0.7"],
-    "cifd": ["cifd", "--lambda-cl", "0.3", "--lambda-i", "0.05"],
     "cifd, embedding, clean": [
-        *["cifd", "--lambda-cl", "0.3", "--lambda-i", "0.05"],
+        *["cifd", *MATTER["cifd"]],
         *["--ibm-site", "embedding", "--ibm-branch", "distill", "--rdm-output", "noisy"],
     ],
     "rdm": ["rdm", "--rates", "1000", "30"],
@@ -69,12 +69,14 @@ def trainer(case: str, directory: Path, *flags: str, world: World | None = None)
         argv += ["--distill-model", "tiny-teacher", "--distill-pretrained", weights]
     if method == "cifd":
         argv += ["--rdm-bank", str(directory / "bank")]
-    args = parse_args([*argv, *flags])
-    add_model_configs(args.model_config)
     world = world or World()
-    stage = RDMStage(args, CPU) if method == "rdm" else StudentStage(args, CPU, world)
+    given = parse([*argv, *flags])
+    config = resolve(given, world.size, **named_files(given))
+    add_model_configs(config.model_config)
+    bank = Path(config.rdm_bank) if config.rdm_bank else None
+    stage = RDMStage(config, CPU) if method == "rdm" else StudentStage(config, CPU, world, bank)
     stage.task.train()
-    return Trainer(args, stage, world, CPU, steps_per_epoch=100)
+    return Trainer(stage, config, 100, world, CPU, config.precision)
 
 
 @cache

@@ -28,7 +28,7 @@ from training.data.decode import (
     image_size,
 )
 from training.data.index import NotAShard, Shard, Sources, expand, index_shard, is_remote
-from training.engine.run import cores
+from training.engine.environment import cores
 from training.errors import UsageError, cli
 
 HEADER = 1 << 14  # most images tell their size in these first bytes

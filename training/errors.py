@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch.distributed as dist
+from cifd_clip.files import BadFile
 
 
 class Failure(Exception):
@@ -37,20 +37,26 @@ def cli(main: Callable[[list[str]], int | None]) -> None:
     """Run an entry point on ``sys.argv`` and exit; a `Failure` becomes one line and its code."""
     try:
         code = main(sys.argv[1:]) or 0
-    except Failure as failure:
-        print(f"error: {sentence(failure)}", file=sys.stderr)
-        code = failure.exit_code
+    except (Failure, BadFile) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        code = getattr(error, "exit_code", UsageError.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130  # as of a shell's command
     except Exception:
-        if not dist.is_initialized():
+        if not _distributed():
             raise
         traceback.print_exc()
         code = 1
-    if code and dist.is_initialized():
+    if code and _distributed():
         _leave(code)
     sys.exit(code)
+
+
+def _distributed() -> bool:
+    """Whether this process is one of several; a command that failed early has no torch."""
+    torch = sys.modules.get("torch.distributed")
+    return torch is not None and torch.is_initialized()
 
 
 def _leave(code: int) -> NoReturn:

@@ -5,13 +5,16 @@ in who is on the list and which terms have a weight.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifd_clip import artefact
 from cifd_clip.bottleneck import InformationBottleneck
 from cifd_clip.classification.losses import (
     EMBEDDING_LOSSES,
@@ -20,8 +23,9 @@ from cifd_clip.classification.losses import (
     kl_per_sample,
 )
 from cifd_clip.classification.models import Classifier
-from cifd_clip.classification.rdm import ClassifyingRDMs, rdm_loss
+from cifd_clip.files import BadFile, read_json
 from cifd_clip.noise import Noise
+from cifd_clip.rdm import RDMBank, classifier_loss
 
 Losses = dict[str, Tensor]
 Report = dict[str, Tensor]
@@ -38,6 +42,76 @@ class TeacherOutput(NamedTuple):
     """Which embedding space it lives in; a reconstruction shares its teacher's."""
     weight: float = 1.0
     """λ_n of eq. (9)."""
+
+
+class Targets(NamedTuple):
+    """What a batch is taught: labels, and what the teacher and its assistants say."""
+
+    labels: Tensor
+    """(B,) class indices."""
+    teachers: list[TeacherOutput]
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Targets]") -> "Targets":
+        """The targets of a batch from those of its micro-batches."""
+        teachers = [
+            outputs[0]._replace(
+                logits=torch.cat([o.logits for o in outputs]),
+                embedding=None
+                if outputs[0].embedding is None
+                else torch.cat([o.embedding for o in outputs]),
+            )
+            for outputs in zip(*(part.teachers for part in parts))
+        ]
+        return cls(torch.cat([part.labels for part in parts]), teachers)
+
+
+class Embedded(NamedTuple):
+    """W of a batch, (B, C): what the losses are computed from."""
+
+    features: Tensor
+
+
+class ClassifierTask(nn.Module):
+    """What trains under the targets of a batch, in two halves as `cifd_clip.task.Task`.
+
+    Attributes:
+        needs_images: whether it looks at images, or at what teachers say of them alone.
+    """
+
+    needs_images = False
+
+    def encode(self, images: Tensor | None) -> Embedded | None:
+        """The half that handles each row by itself; nothing by default.
+
+        Args:
+            images: (B, 3, H, W).
+        """
+
+    def losses(
+        self, embedded: Embedded | None, targets: Targets, noise: Noise | None
+    ) -> tuple[Losses, Report]:
+        """The half that compares with the targets: weighted losses (the total is their sum).
+
+        Args:
+            embedded: of the whole batch.
+            targets: of the whole batch.
+            noise: of this step; None for none.
+
+        Returns:
+            The losses, and scalars worth logging.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, images: Tensor | None, targets: Targets, noise: Noise | None
+    ) -> tuple[Losses, Report]:
+        """Both halves on one batch."""
+        return self.losses(self.encode(images), targets, noise)
+
+    def measure(self, images: Tensor | None, targets: Targets) -> Report:
+        """Per-sample values (..., B) of what is evaluated, without noise."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -64,7 +138,7 @@ class Weights:
     """A key of `EMBEDDING_LOSSES`."""
 
 
-class Distillation(nn.Module):
+class Distillation(ClassifierTask):
     """A student under its teachers: eq. (9), of which KD, TAKD and DGKD are special cases.
 
     λ_CE·CE + λ_KL Σ_n λ_n·KL_n + λ_emb Σ_n λ_n‖Û − X_n‖² − λ_I log r(Ŵ)
@@ -109,22 +183,14 @@ class Distillation(nn.Module):
         """Whether the teachers' embeddings are read."""
         return bool(self.weights.embedding) or self.paraphraser is not None
 
-    def forward(
-        self, images: Tensor, labels: Tensor, teachers: list[TeacherOutput], noise: Noise | None
+    def encode(self, images: Tensor) -> Embedded:
+        return Embedded(self.student.features(images))
+
+    def losses(
+        self, embedded: Embedded, targets: Targets, noise: Noise | None
     ) -> tuple[Losses, Report]:
-        """The losses of a batch.
-
-        Args:
-            images: (B, 3, H, W).
-            labels: (B,) class indices.
-            teachers: the teacher and its assistants.
-            noise: of this step; None for none.
-
-        Returns:
-            The weighted losses (the total is their sum), and scalars worth logging.
-        """
         w, losses, report = self.weights, {}, {}
-        features = self.student.features(images)
+        (features,), (labels, teachers) = embedded, targets
         if self.bottleneck is not None and noise is not None:
             draws = noise.uniform("ibm", *features.shape, features.device)
             features, nats = self.bottleneck(features, draws)
@@ -141,7 +207,7 @@ class Distillation(nn.Module):
         if w.embedding:
             losses["embedding_loss"] = w.embedding * self._embedding_terms(features, teachers)
         if self.paraphraser is not None:
-            factors = self.paraphraser.encode(teachers[0].embedding)
+            factors = self.paraphraser.factors_of(teachers[0].embedding)
             losses["factor_loss"] = w.factor * factor_loss(factors, self.translator(features))
         report["acc1"] = (logits.detach().argmax(-1) == labels).float().mean()
         return losses, report
@@ -151,36 +217,33 @@ class Distillation(nn.Module):
         compare = EMBEDDING_LOSSES[self.weights.embedding_loss]
         return sum(t.weight * compare(projected[t.space], t.embedding) for t in teachers)
 
-    def measure(self, images: Tensor, labels: Tensor, teachers: list) -> Report:
-        """Per-sample values (B,): whether the label is the first and among the first five."""
-        return accuracy(self.student(images), labels)
+    def measure(self, images: Tensor, targets: Targets) -> Report:
+        """(B,): whether the label is the first and among the first five."""
+        return accuracy(self.student(images), targets.labels)
 
 
-class RDMTraining(nn.Module):
+class RDMTraining(ClassifierTask):
     """Stage 1: all assistants of a teacher at once; they share no parameter.
 
     Args:
-        modules: the assistants.
+        bank: the assistants of a classifier.
         weights: λ_CE, λ_KL and τ of eq. (22), and the kind of embedding loss.
     """
 
-    needs_images = False
     needs_embeddings = True
 
-    def __init__(self, modules: ClassifyingRDMs, weights: Weights):
+    def __init__(self, bank: RDMBank, weights: Weights):
         super().__init__()
-        self.modules_, self.weights = modules, weights
+        self.bank, self.weights = bank, weights
 
-    def forward(
-        self, images: None, labels: Tensor, teachers: list[TeacherOutput], noise: Noise
-    ) -> tuple[Losses, Report]:
-        """The losses of a batch: sums over assistants of eq. (22)'s terms."""
-        w, modules, (teacher,) = self.weights, self.modules_, teachers
-        width = len(modules.rates) * modules.channels
-        draws = noise.uniform("rdm", len(labels), width, labels.device)
-        output = modules(teacher.embedding, draws)
-        terms = rdm_loss(
-            modules,
+    def losses(self, embedded: None, targets: Targets, noise: Noise) -> tuple[Losses, Report]:
+        """Sums over assistants of eq. (22)'s terms."""
+        w, (labels, (teacher,)) = self.weights, targets
+        output = self.bank.image(
+            teacher.embedding, self.bank.draws(noise, "image", teacher.embedding)
+        )
+        terms = classifier_loss(
+            self.bank.image,
             output,
             teacher.embedding,
             teacher.logits,
@@ -196,13 +259,13 @@ class RDMTraining(nn.Module):
         }
         return {name: term.sum() for name, term in terms.items()}, report
 
-    def measure(self, images: Tensor | None, labels: Tensor, teachers: list) -> Report:
-        """Per-sample values (K, B): accuracy, and bits with rounding."""
-        output = self.modules_(teachers[0].embedding, None)
-        return {**accuracy(output.logits, labels), "bits": output.nats / math.log(2)}
+    def measure(self, images: Tensor | None, targets: Targets) -> Report:
+        """(K, B): accuracy, and bits with rounding."""
+        output = self.bank.image(targets.teachers[0].embedding, None)
+        return {**accuracy(output.logits, targets.labels), "bits": output.nats / math.log(2)}
 
 
-class Paraphraser(nn.Module):
+class Paraphraser(ClassifierTask):
     """Factor transfer's auto-encoder (Kim et al. 2018) on a teacher's embedding.
 
     Args:
@@ -212,7 +275,6 @@ class Paraphraser(nn.Module):
         generator: draws the initial weights.
     """
 
-    needs_images = False
     needs_embeddings = True
 
     def __init__(
@@ -223,22 +285,60 @@ class Paraphraser(nn.Module):
         self.encoder = _mlp([dim, dim, factors], generator)
         self.decoder = _mlp([factors, dim, dim], generator)
 
-    def encode(self, embeddings: Tensor) -> Tensor:
+    def factors_of(self, embeddings: Tensor) -> Tensor:
         """The factors (B, F) of teacher embeddings (B, T)."""
         return self.encoder(embeddings.float() * self.scale)
 
-    def forward(
-        self, images: None, labels: Tensor, teachers: list[TeacherOutput], noise: Noise
+    def losses(
+        self, embedded: None, targets: Targets, noise: Noise | None
     ) -> tuple[Losses, Report]:
         """The reconstruction loss of a batch, on embeddings of unit variance."""
-        target = teachers[0].embedding.float() * self.scale
+        target = targets.teachers[0].embedding.float() * self.scale
         return {"distortion_loss": F.mse_loss(self.decoder(self.encoder(target)), target)}, {}
 
-    def measure(self, images: Tensor | None, labels: Tensor, teachers: list) -> Report:
-        """Per-sample distortion (B,), on embeddings of unit variance."""
-        target = teachers[0].embedding.float() * self.scale
+    def measure(self, images: Tensor | None, targets: Targets) -> Report:
+        """The distortion (B,), on embeddings of unit variance."""
+        target = targets.teachers[0].embedding.float() * self.scale
         reconstruction = self.decoder(self.encoder(target))
         return {"distortion": (reconstruction - target).square().mean(-1)}
+
+    def save(self, folder: Path, teacher: dict[str, Any]) -> None:
+        """Write ``config.json`` and ``paraphraser.safetensors``, see `cifd_clip.artefact`.
+
+        Args:
+            folder: where.
+            teacher: identity of the teacher: ``model``, a name, and ``weights``, their hash.
+        """
+        shape = {"dim": self.dim, "factors": self.factors, "scale": self.scale}
+        artefact.save(self, {"teacher": teacher, **shape}, folder, "paraphraser.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, teacher: dict[str, Any]) -> "Paraphraser":
+        """A frozen paraphraser.
+
+        Raises:
+            FileNotFoundError: there is none in the folder.
+            BadFile: a file of it is damaged, or its weights are not finite.
+            ValueError: it belongs to another teacher than ``teacher``.
+        """
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise FileNotFoundError(f"{folder} holds no paraphraser ({config_file} is missing)")
+        config = read_json(config_file, artefact.FORMAT)
+        try:
+            valid = (
+                isinstance(config["teacher"]["weights"], str)
+                and artefact.is_count(config["dim"], artefact.MAX_WIDTH)
+                and artefact.is_count(config["factors"], artefact.MAX_WIDTH)
+                and artefact.is_positive(config["scale"])
+            )
+        except (KeyError, TypeError):
+            valid = False
+        if not valid:
+            raise BadFile(f"{config_file} is damaged: it describes no paraphraser")
+        artefact.check_teacher(f"the paraphraser in {folder}", config["teacher"], teacher)
+        shape = config["dim"], config["factors"], config["scale"]
+        return artefact.load(lambda: cls(*shape), folder / "paraphraser.safetensors")
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Report:

@@ -1,10 +1,17 @@
-"""What every method shares: its contract and the projectors to the teachers' spaces."""
+"""What methods share: the contract, the projectors to the teachers' spaces, the bottlenecks."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifd_clip.losses import Features, World
+from cifd_clip.bottleneck import InformationBottleneck
+from cifd_clip.distributed import World
+from cifd_clip.losses import Features
+from cifd_clip.methods.options import Declaration
 from cifd_clip.noise import Noise
 from cifd_clip.student import Pooled, Student, StudentEmbeddings
 
@@ -46,12 +53,17 @@ class Projectors(nn.Module):
         """The map of a modality's embeddings to a teacher's space."""
         return self.heads["both" if "both" in self.heads else modality][space]
 
-    def forward(self, student: StudentEmbeddings, space: int) -> tuple[Tensor, Tensor]:
-        """The student's unit-norm image and text embeddings in a teacher's space, (b, T)."""
-        return (
-            F.normalize(self.head("image", space)(student.image), dim=-1),
-            F.normalize(self.head("text", space)(student.text), dim=-1),
-        )
+    def forward(
+        self, student: StudentEmbeddings, teachers: list[Features]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """The student's unit-norm image and text embeddings, (b, T), in each teacher's space."""
+        return {
+            space: (
+                F.normalize(self.head("image", space)(student.image), dim=-1),
+                F.normalize(self.head("text", space)(student.text), dim=-1),
+            )
+            for space in dict.fromkeys(teacher.space for teacher in teachers)
+        }
 
 
 def _projector(dim: int, teacher_dim: int, generator: torch.Generator | None) -> nn.Module:
@@ -64,39 +76,98 @@ def _projector(dim: int, teacher_dim: int, generator: torch.Generator | None) ->
     return linear
 
 
+class Bottlenecks(nn.ModuleDict):
+    """The Information Bottleneck Module of both towers (section 3.2).
+
+    Args:
+        widths: of W, by modality.
+        generator: draws the initial weights.
+    """
+
+    def __init__(self, widths: dict[str, int], generator: torch.Generator | None):
+        super().__init__(
+            {name: InformationBottleneck(width, generator) for name, width in widths.items()}
+        )
+
+    def forward(self, pooled: Pooled, noise: Noise) -> tuple[Pooled, dict[str, Tensor]]:
+        """Ŵ of both modalities, and each one's information (b, C), in nats."""
+        noisy, nats = {}, {}
+        for modality, clean in zip(Pooled._fields, pooled):
+            draws = noise.uniform(f"ibm/{modality}", *clean.shape, clean.device)
+            noisy[modality], nats[modality] = self[modality](clean, draws)
+        return Pooled(**noisy), nats
+
+
+class Embedded(NamedTuple):
+    """The student's embeddings of a batch, and what its bottleneck costs."""
+
+    compared: StudentEmbeddings
+    """What is compared with the teachers: in training, after the bottleneck's noise."""
+    contrastive: StudentEmbeddings
+    """What the contrastive term reads: the same, or without noise (``ibm_branch``)."""
+    losses: Losses
+    """λ_I times the mean rate per element of each modality (eq. 12)."""
+    report: Report
+    """The rates in bits."""
+
+
 class Method(nn.Module):
     """A distillation method.
+
+    A subclass names its declaration, which says what is built here: projectors to the teachers'
+    spaces where it has the option ``projector``, bottlenecks where ``ibm`` is on.
 
     Args:
         student: the model it trains; only its dimensions are read here.
         teacher_dims: T of each teacher space.
-        weights: the weights of the method's terms, by name; those missing keep `defaults`.
+        options: values of declared options; the others keep their defaults.
         generator: draws the initial weights of what the method trains.
+
+    Raises:
+        ValueError: an option that the method doesn't declare, or a value that is none of its
+            choices.
     """
 
-    #: Weights of the terms and their defaults.
-    defaults: dict[str, float] = {}
+    declaration: Declaration
 
     def __init__(
         self,
         student: Student,
         teacher_dims: list[int],
-        weights: dict[str, float] | None = None,
+        options: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        self.weights = {**self.defaults, **(weights or {})}
-        self.build(student, teacher_dims, generator)
-
-    def build(
-        self, student: Student, teacher_dims: list[int], generator: torch.Generator | None
-    ) -> None:
-        """Make what the method trains besides the student; nothing by default."""
+        self.options = self.declaration.resolve(options or {})
+        if projector := self.options.get("projector"):
+            shared = projector != "separate"
+            self.projectors = Projectors(student.dim, teacher_dims, generator, shared)
+        has_ibm = self.options.get("ibm", False)
+        self.bottlenecks = Bottlenecks(student.widths, generator) if has_ibm else None
 
     @property
     def uses_logit_scale(self) -> bool:
         """Whether the student's temperature gets a gradient."""
         return True
+
+    def embed(self, student: Student, pooled: Pooled, noise: Noise | None) -> Embedded:
+        """The student's embeddings, through the bottleneck if there is one and noise for it.
+
+        Args:
+            student: projects W to embeddings.
+            pooled: W of this rank's rows.
+            noise: of this step; None in evaluation.
+        """
+        noisy, losses, report = pooled, {}, {}
+        if self.bottlenecks is not None and noise is not None:
+            noisy, nats = self.bottlenecks(pooled, noise)
+            for modality, rate in nats.items():
+                losses[f"{modality}_rate_loss"] = self.options["lambda_i"] * rate.mean()
+                report[f"{modality}_bits"] = rate.detach().sum(-1).mean() / math.log(2)
+        compared = contrastive = student.embed(noisy)
+        if self.options.get("ibm_branch") == "distill" and noisy is not pooled:
+            contrastive = student.embed(pooled)
+        return Embedded(compared, contrastive, losses, report)
 
     def forward(
         self,
@@ -120,3 +191,8 @@ class Method(nn.Module):
             scalars worth logging.
         """
         raise NotImplementedError
+
+
+def total_weight(teachers: list[Features]) -> float:
+    """Σ λ_n over teachers and assistants: what a weighted mean of their terms is divided by."""
+    return sum(teacher.weight for teacher in teachers)

@@ -5,16 +5,22 @@ import math
 import torch
 from torch import nn
 
-from cifd_clip.losses import (
-    Features,
-    World,
-    contrastive_loss,
-    embedding_loss,
-    relational_kl,
-)
-from cifd_clip.methods.base import Losses, Method, Projectors, Report
+from cifd_clip.distributed import World
+from cifd_clip.losses import Features, contrastive_loss, embedding_loss, relational_kl
+from cifd_clip.methods import DECLARED
+from cifd_clip.methods.base import Losses, Method, Report, total_weight
 from cifd_clip.noise import Noise
 from cifd_clip.student import Pooled, Student
+
+DECLARATION = {
+    "summary": "CLIP-KD: task, relational, interactive and feature terms",
+    "options": {
+        "lambda_crd": (1.0, "weight of the relational term"),
+        "lambda_icl": (1.0, "weight of the interactive term"),
+        "lambda_fd": (2000.0, "weight of the feature term"),
+    },
+    "uses": ["projector", "ibm", "ibm_branch"],
+}
 
 
 class CLIPKD(Method):
@@ -23,14 +29,13 @@ class CLIPKD(Method):
     Two repairs to the published code: the interactive term's temperature is exponentiated, and
     what trains (projectors, temperature) sits in this module, so that the optimizer, the
     checkpoint and every rank agree on it. Its scripts have a projector for each modality
-    (``shared_projector`` 0).
+    (``projector`` separate). With several teachers, the weighted mean of their terms.
     """
 
-    defaults = {"lambda_crd": 1.0, "lambda_icl": 1.0, "lambda_fd": 2000.0, "shared_projector": 1.0}
+    declaration = DECLARED["clipkd"]
 
-    def build(self, student, teacher_dims, generator) -> None:
-        shared = bool(self.weights["shared_projector"])
-        self.projectors = Projectors(student.dim, teacher_dims, generator, shared)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.cross_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(
@@ -41,24 +46,30 @@ class CLIPKD(Method):
         world: World,
         noise: Noise | None,
     ) -> tuple[Losses, Report]:
-        embeddings = student.embed(pooled)
-        logits = world.logits(embeddings.features())
-        labels = world.labels(logits)
+        embedded = self.embed(student, pooled, noise)
+        task = world.logits(embedded.contrastive.features())
+        labels = world.labels(task)
+        logits = task
+        if embedded.compared is not embedded.contrastive:
+            logits = world.logits(embedded.compared.features())
+        projected = self.projectors(embedded.compared, teachers)
         relational = interactive = feature = 0.0
         for teacher in teachers:
-            columns = world.columns(teacher)
-            image, text = self.projectors(embeddings, teacher.space)
+            weight, columns = teacher.weight, world.columns(teacher)
+            image, text = projected[teacher.space]
             # Student rows against the gathered teacher: no gradient has to cross ranks.
             cross = world.logits(Features(image, text, self.cross_logit_scale.exp()), columns)
-            relational = relational + relational_kl(logits, world.logits(teacher, columns))
-            interactive = interactive + contrastive_loss(cross, labels) / 2
-            feature = feature + embedding_loss(image, teacher.image)
-            feature = feature + embedding_loss(text, teacher.text)
-        count = len(teachers)
+            taught = world.logits(teacher, columns)
+            relational = relational + weight * relational_kl(logits, taught)
+            interactive = interactive + weight * contrastive_loss(cross, labels) / 2
+            feature = feature + weight * embedding_loss(image, teacher.image)
+            feature = feature + weight * embedding_loss(text, teacher.text)
+        options, total = self.options, total_weight(teachers)
         losses = {
-            "contrastive_loss": contrastive_loss(logits, labels) / 2,
-            "relational_loss": self.weights["lambda_crd"] * relational / count,
-            "interactive_loss": self.weights["lambda_icl"] * interactive / count,
-            "embedding_loss": self.weights["lambda_fd"] * feature / count,
+            "contrastive_loss": contrastive_loss(task, labels) / 2,
+            "relational_loss": options["lambda_crd"] * relational / total,
+            "interactive_loss": options["lambda_icl"] * interactive / total,
+            "embedding_loss": options["lambda_fd"] * feature / total,
+            **embedded.losses,
         }
-        return losses, {}
+        return losses, embedded.report

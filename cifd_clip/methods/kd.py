@@ -1,13 +1,19 @@
 """Knowledge distillation of the similarity matrix, as OpenCLIP does it."""
 
-from cifd_clip.losses import Features, World, contrastive_loss, soft_contrastive_loss
-from cifd_clip.methods.base import Losses, Method, Report
+from cifd_clip.distributed import World
+from cifd_clip.losses import Features, contrastive_loss, soft_contrastive_loss
+from cifd_clip.methods import DECLARED
+from cifd_clip.methods.base import Losses, Method, Report, total_weight
 from cifd_clip.noise import Noise
 from cifd_clip.student import Pooled, Student
 
+DECLARATION = {"summary": "OpenCLIP's distillation: the teacher's similarities as soft targets"}
+
 
 class KnowledgeDistillation(Method):
-    """``open_clip.DistillClipLoss``; with several teachers, the mean of their terms."""
+    """``open_clip.DistillClipLoss``; with several teachers, the weighted mean of their terms."""
+
+    declaration = DECLARED["kd"]
 
     def forward(
         self,
@@ -18,9 +24,9 @@ class KnowledgeDistillation(Method):
         noise: Noise | None,
     ) -> tuple[Losses, Report]:
         logits = world.logits(student.embed(pooled).features())
-        distill = sum(soft_contrastive_loss(logits, world.logits(t)) for t in teachers)
+        distill = sum(t.weight * soft_contrastive_loss(logits, world.logits(t)) for t in teachers)
         losses = {
             "contrastive_loss": contrastive_loss(logits, world.labels(logits)) / 2,
-            "distill_loss": distill / (2 * len(teachers)),
+            "distill_loss": distill / (2 * total_weight(teachers)),
         }
         return losses, {}

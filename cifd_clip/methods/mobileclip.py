@@ -1,15 +1,25 @@
 """MobileCLIP's ensemble distillation (Vasu et al. 2024, section 3), without stored captions."""
 
-from cifd_clip.losses import Features, World, contrastive_loss, relational_kl
-from cifd_clip.methods.base import Losses, Method, Report
+from cifd_clip.distributed import World
+from cifd_clip.losses import Features, contrastive_loss, relational_kl
+from cifd_clip.methods import DECLARED
+from cifd_clip.methods.base import Losses, Method, Report, total_weight
 from cifd_clip.noise import Noise
 from cifd_clip.student import Pooled, Student
 
+DECLARATION = {
+    "summary": "MobileCLIP's ensemble distillation: KL to the mean over teachers",
+    "options": {"lambda_kd": (1.0, "share of distillation, beside 1 − that of the task loss")},
+}
+
 
 class MobileCLIP(Method):
-    """(1 − λ)·L_CLIP + λ·L_Distill, where L_Distill is the mean over teachers of the KL terms."""
+    """(1 − λ)·L_CLIP + λ·L_Distill; L_Distill is the weighted mean over teachers of the KL terms.
 
-    defaults = {"lambda_kd": 1.0}
+    Of its ensemble every teacher counts the same there, λ_n = 1.
+    """
+
+    declaration = DECLARED["mobileclip"]
 
     def forward(
         self,
@@ -19,11 +29,11 @@ class MobileCLIP(Method):
         world: World,
         noise: Noise | None,
     ) -> tuple[Losses, Report]:
-        share = self.weights["lambda_kd"]
+        share = self.options["lambda_kd"]
         logits = world.logits(student.embed(pooled).features())
-        distill = sum(relational_kl(logits, world.logits(t)) for t in teachers)
+        distill = sum(t.weight * relational_kl(logits, world.logits(t)) for t in teachers)
         losses = {
             "contrastive_loss": (1 - share) * contrastive_loss(logits, world.labels(logits)) / 2,
-            "distill_loss": share * distill / len(teachers),
+            "distill_loss": share * distill / total_weight(teachers),
         }
         return losses, {}

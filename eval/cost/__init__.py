@@ -1,33 +1,105 @@
 """What a run costs before it starts: MACs, bytes and GPU hours of its stages.
 
 Models are counted from their architectures (`eval.cost.macs`) and make up stages
-(`eval.cost.stages`), which other methods share (`eval.cost.methods`); the paper's own arithmetic is
-in `eval.cost.paper`. ``python -m eval.cost`` prints.
+(`eval.cost.stages`), which `eval.cost.report` prints.
 """
 
-from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from eval.cost.flags import parse
-from eval.cost.stages import Hardware, run_stages
+from training.clip import config as clip
+from training.engine.flags import add_flags, check_ranges, construct, flag
+from training.errors import UsageError
 
-__all__ = ["gpu_hours", "parse", "summary"]
+DESCRIPTION = """\
+MACs, bytes and GPU hours of every stage of a run, before it starts.
+
+  python -m eval.cost @slurm/recipes/cc12m_vitl14_vits16.args --gpus 4
+
+Takes a command line of training.main, of
+which --train-data may be left out."""
 
 
-def gpu_hours(flags: list[str]) -> dict[str, float]:
-    """GPU hours by stage of a command line of `training.main`.
+@dataclass(frozen=True)
+class CostConfig(clip.Config):
+    """A run's configuration, and what it does not know beforehand."""
+
+    gpus: int = flag(1, "processes that share a global batch", least=1)
+    tflops: float = flag(312.0, "peak of one GPU [312: A100, bf16]", above=0)
+    mfu: float = flag(0.35, "share of it that is reached", above=0)
+    dataset_samples: int | None = flag(None, "samples a cache covers [one epoch's]", least=1)
+    sample_bytes: int = flag(
+        30_000, "of an image and its caption in the shards [30000: CC12M at 256 px]", least=1
+    )
+    assistants: str = flag("", "of TAKD and DGKD [ViT-B-16]", metavar="NAME[,NAME]")
+    hours: bool = flag(False, "print one line of JSON: hours, disk_bytes")
+    sweep_views: tuple[int, ...] = flag((), "print what caches of V views save", metavar="V")
+    students: tuple[str, ...] = flag((), "of --sweep-views [--model]")
+    json: str = flag("", "write everything as JSON too", metavar="FILE")
+    architectures: tuple[str, ...] = ()
+    """Of the teachers, which a written cache knows."""
+
+    @property
+    def covered(self) -> int:
+        """Samples that a cache covers."""
+        return self.dataset_samples or self.train_num_samples
+
+    def gpu_hours(self, macs: float) -> float:
+        """Hours on one GPU; two floating-point operations are a MAC."""
+        return 2 * macs / (self.tflops * 1e12 * self.mfu) / 3600
+
+
+def parse(argv: Sequence[str]) -> CostConfig:
+    """A command line of `training.main`, with flags of its own.
 
     Raises:
         UsageError: a flag is wrong, or one that cost depends on is missing.
     """
-    return summary(parse(flags))["hours"]
+    usage = "eval.cost [@recipe.args] [flags of training.main] [flags]"
+    parser = clip.parser("eval.cost", DESCRIPTION, usage)
+    add_flags(parser.add_argument_group("cost"), CostConfig, besides=clip.Config)
+    gone = "the paper's own figures are counted by `python -m experiments.paper_costs`"
+    parser.unsupported = {**parser.unsupported, gone: "--paper"}
+    # Cost depends on the number of samples, not on where they lie.
+    given = {"train_data": "none", **parser.given(argv)}
+    caches = construct(clip.Config, given).caches
+    written = [clip.read_cache_config(c) for c in caches if (c / "config.json").is_file()]
+    files = clip.named_files({k: v for k, v in given.items() if k != "teacher_cache"})
+    if written:
+        files["cache"] = written[0]
+    run = clip.resolve(given, max(1, given.get("gpus", 1)), "cuda", **files)
+    names = [teacher.model for teacher in run.teachers] or [c["teacher"]["model"] for c in written]
+    config = construct(CostConfig, {**given, **vars(run), "architectures": names})
+    check_ranges(config)
+    if not config.train_num_samples:
+        raise UsageError(
+            "--train-num-samples is missing: the samples of an epoch, which a run takes from its "
+            "shards"
+        )
+    if config.sweep_views and config.distill == "none":
+        raise UsageError("--sweep-views compares caches of a teacher, but --distill is none")
+    if caches and not (config.views and names):
+        raise UsageError(
+            f"--teacher-cache '{config.teacher_cache}' is not written yet: say what it will hold "
+            "with --views V and --distill-model NAME --distill-pretrained TAG"
+        )
+    return config
 
 
-def summary(args: Namespace) -> dict[str, dict[str, float]]:
-    """``{"hours": {stage: GPU hours}, "disk_bytes": {stage: bytes}}`` of what `parse` returns."""
-    hardware = Hardware(args.tflops, args.mfu)
+def gpu_hours(argv: Sequence[str]) -> dict[str, float]:
+    """GPU hours by stage of a command line, see `parse`."""
+    return summary(parse(argv))["hours"]
+
+
+def summary(config: CostConfig) -> dict[str, dict[str, float]]:
+    """``{"hours": {stage: GPU hours}, "disk_bytes": {stage: bytes}}`` of a run."""
+    from eval.cost.stages import run_stages
+    from training.clip.models import add_model_configs
+
+    add_model_configs(config.model_config)
     hours: dict[str, float] = {}
     disk: dict[str, float] = {}
-    for stage in run_stages(args):  # several teachers have several caches
-        hours[stage.name] = hours.get(stage.name, 0) + hardware.hours(stage.macs)
+    for stage in run_stages(config):  # several teachers have several caches
+        hours[stage.name] = hours.get(stage.name, 0) + config.gpu_hours(stage.macs)
         disk[stage.name] = disk.get(stage.name, 0) + stage.disk_bytes
     return {"hours": hours, "disk_bytes": disk}

@@ -5,7 +5,6 @@ Models are built on torch's meta device: shapes and no storage. A MAC is half of
 figures have it; biases, norms, activations and look-ups are left out.
 """
 
-import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,10 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from cifd_clip import METHODS, RDMBank, Student, World
 from cifd_clip.losses import Features
 from cifd_clip.student import Pooled, embedding_dim
+from training.clip.models import quiet
 from training.errors import UsageError
 
 #: Rows of the batches that are counted.
 BATCH = 2
+#: Name and value of each.
+Options = tuple[tuple[str, Any], ...]
 
 
 class Clip(NamedTuple):
@@ -75,22 +77,17 @@ def build_clip(name: str, flag: str = "--model", **options: Any) -> nn.Module:
     Raises:
         UsageError: there is no such model.
     """
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # OpenCLIP warns of missing weights, which are not wanted
     try:
-        with torch.device("meta"):
+        with quiet(), torch.device("meta"):  # OpenCLIP warns of missing weights
             return open_clip.create_model(name, device="meta", load_weights=False, **options)
     except (RuntimeError, OSError, ValueError) as error:
         raise UsageError(f"{flag} '{name}' could not be made: {error}") from error
-    finally:
-        root.setLevel(level)
 
 
 @lru_cache
-def clip(name: str, flag: str = "--model", options: tuple[tuple[str, Any], ...] = ()) -> Clip:
-    """Count a CLIP model; ``options`` as in `build_clip`, as pairs."""
-    model = build_clip(name, flag, **dict(options)).requires_grad_(False)
+def clip(name: str, flag: str = "--model", forced: Options = ()) -> Clip:
+    """Count a CLIP model; ``forced`` are options of `build_clip`."""
+    model = build_clip(name, flag, **dict(forced)).requires_grad_(False)
     images, texts = _inputs(model, BATCH)
     image_params = parameters(model.visual)
     return Clip(
@@ -110,8 +107,8 @@ def head(
     teacher_dims: tuple[int, ...],
     rows: int,
     rdms: int = 0,
-    projector: str = "shared",
-    options: tuple[tuple[str, Any], ...] = (),
+    options: Options = (),
+    forced: Options = (),
 ) -> Count:
     """What a method adds to the student's towers: projectors, bottlenecks, similarities.
 
@@ -121,17 +118,15 @@ def head(
         teacher_dims: T of each teacher.
         rows: of the global batch, whose similarities contrastive terms compute.
         rdms: RDMs beside the first teacher.
-        projector: ``--projector``.
-        options: of the student, as in `clip`.
+        options: the method's.
+        forced: of the student, as in `clip`.
     """
     with torch.device("meta"):
-        cut = Student(build_clip(student, **dict(options)).requires_grad_(False))
-        own = rdms if projector == "each" else 0
+        cut = Student(build_clip(student, **dict(forced)).requires_grad_(False))
+        own = rdms if dict(options).get("projector") == "each" else 0
         dims = [*teacher_dims, *teacher_dims[:1] * own]
-        shared = {"shared_projector": float(projector != "separate")}
-        module = METHODS[method](cut, dims, shared).requires_grad_(False)
-        widths = cut.widths
-        pooled = _pooled(rows, widths)
+        module = METHODS[method](cut, dims, dict(options)).requires_grad_(False)
+        pooled = Pooled(*(torch.empty(rows, cut.widths[m]) for m in Pooled._fields))
         teachers = [_features(rows, dim, space) for space, dim in enumerate(dims)]
         teachers += teachers[:1] * (rdms - own)
         macs = count_macs(module, cut, pooled, teachers, World(), None)
@@ -140,10 +135,12 @@ def head(
 
 
 @lru_cache
-def bank(rates: int, dim: int, hidden: int | None = None, channels: int | None = None) -> Count:
+def bank(rates: int, dim: int, hidden: tuple[int, ...] = (), channels: int | None = None) -> Count:
     """An RDM bank, both modalities and all rates: forward MACs per pair of embeddings."""
     with torch.device("meta"):
-        module = RDMBank({}, [1.0] * rates, dim, hidden, channels).requires_grad_(False)
+        outer = hidden[0] if hidden else dim
+        widths = hidden if len(hidden) == 3 else (outer, channels or dim, outer)
+        module = RDMBank({}, [1.0] * rates, dim, widths).requires_grad_(False)
         embeddings = torch.empty(BATCH, dim)
         macs = count_macs(module, embeddings, embeddings, None)
     return Count(macs / BATCH, parameters(module))
@@ -154,10 +151,6 @@ def _inputs(model: nn.Module, rows: int) -> tuple[Tensor, Tensor]:
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.empty(rows, 3, height, width, device="meta")
     return images, torch.zeros(rows, model.context_length, dtype=torch.long, device="meta")
-
-
-def _pooled(rows: int, widths: dict[str, int]):
-    return Pooled(*(torch.empty(rows, widths[m]) for m in Pooled._fields))
 
 
 def _features(rows: int, dim: int, space: int) -> Features:

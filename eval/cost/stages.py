@@ -4,36 +4,24 @@ A trained part costs three forward passes per sample (its own, and two for the b
 products); a frozen one costs one, or none where the teacher's cache stands for it.
 """
 
-from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from eval.cost import macs
+from cifd_clip.methods import DECLARED
+from eval.cost import CostConfig, macs
 from eval.cost.macs import Clip
+from training.clip.config import method_options
+from training.errors import UsageError
 
 #: A sample's cost in forwards.
 FROZEN, TRAINED = 1, 3
 FLOAT32, FLOAT16 = 4, 2  # weights; the teacher cache
 #: Weight, gradient and AdamW's two moments.
 TRAINING_STATE, CHECKPOINT_STATE = 4 * FLOAT32, 3 * FLOAT32
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What turns MACs into hours.
-
-    Args:
-        tflops: peak of one GPU in 10¹² floating-point operations per second, two per MAC.
-        mfu: share of the peak that training reaches (model FLOPs utilisation).
-    """
-
-    tflops: float
-    mfu: float
-
-    def hours(self, macs: float) -> float:
-        """GPU hours of that many MACs."""
-        return 2 * macs / (self.tflops * 1e12 * self.mfu) / 3600
+#: Assistants in the place of RDMs; True where everything larger teaches, not only the next larger.
+CHAINS = {"takd": False, "dgkd": True}
+DEFAULT_ASSISTANT = "ViT-B-16"
 
 
 @dataclass(frozen=True)
@@ -89,73 +77,76 @@ def total(stages: Sequence[Stage]) -> float:
     return sum(stage.macs for stage in stages)
 
 
-def run_stages(args: Namespace) -> list[Stage]:
-    """Every stage of a run, in order.
-
-    Args:
-        args: as `eval.cost.flags.parse` returns them.
-    """
-    teachers = [macs.clip(name, "--distill-model") for name in args.teachers]
-    found = [cache_stage(args, teacher) for teacher in teachers if args.teacher_cache]
-    if args.distill == "rdm":
-        return [*found, rdm_stage(args, teachers[0], args.epochs)]
-    if args.distill == "cifd" and args.rates and not args.rdm_bank:
-        found.append(rdm_stage(args, teachers[0], args.rdm_epochs))
-    return [*found, student_stage(args, args.model, teachers)]
+def run_stages(config: CostConfig) -> list[Stage]:
+    """Every stage of a run, in order."""
+    teachers = [macs.clip(name, "--distill-model") for name in config.architectures]
+    stages = [cache_stage(config, teacher) for teacher in teachers if config.teacher_cache]
+    if config.distill == "rdm":
+        return [*stages, rdm_stage(config, teachers[0], config.epochs)]
+    if config.distill == "cifd" and config.rates and not config.rdm_bank:
+        stages.append(rdm_stage(config, teachers[0], config.rdm_epochs))
+    return [*stages, student_stage(config, config.model, teachers)]
 
 
-def cache_stage(args: Namespace, teacher: Clip, name: str = "cache") -> Stage:
+def cache_stage(config: CostConfig, teacher: Clip, name: str = "cache") -> Stage:
     """One pass of a teacher over ``--views`` views of the whole data set."""
-    samples = args.dataset_samples
-    text_views = args.views if args.captions == "all" else 1
+    samples, views = config.covered, config.views
+    text_views = views if config.captions == "all" else 1
     return Stage(
         name,
-        samples * args.views,
+        samples * views,
         (Part(teacher.name, teacher.macs, FROZEN, teacher.params),),
         memory_bytes=FLOAT32 * teacher.params,
-        disk_bytes=samples * (args.views + text_views) * teacher.dim * FLOAT16,
-        read_bytes=samples * args.views * args.sample_bytes,
+        disk_bytes=samples * (views + text_views) * teacher.dim * FLOAT16,
+        read_bytes=samples * views * config.sample_bytes,
     )
 
 
-def rdm_stage(args: Namespace, teacher: Clip, epochs: int) -> Stage:
+def rdm_stage(config: CostConfig, teacher: Clip, epochs: int) -> Stage:
     """Stage 1 of CIFD: the bank on the teacher's embeddings."""
-    rdms = _rdms(args, teacher, TRAINED)
-    samples = epochs * args.train_num_samples
-    live, read = _teaching(args, [teacher], images=False)
+    rdms = _rdms(config, teacher, TRAINED)
+    samples = epochs * config.train_num_samples
+    live, read = _teaching(config, [teacher], images=False)
     return Stage(
         "rdm",
         samples,
         (*live, rdms),
         memory_bytes=_memory(live, rdms.params),
-        disk_bytes=rdms.params * (FLOAT32 + _kept(args, epochs) * CHECKPOINT_STATE),
+        disk_bytes=rdms.params * (FLOAT32 + _kept(config, epochs) * CHECKPOINT_STATE),
         read_bytes=samples * read,
     )
 
 
 def student_stage(
-    args: Namespace, model: str, teachers: Sequence[Clip], name: str = "student"
+    config: CostConfig, model: str, teachers: Sequence[Clip], name: str = "student"
 ) -> Stage:
     """Stage 2 of CIFD, and every other method's only stage."""
-    options = student_options(args) if model == args.model else ()
-    student = macs.clip(model, "--model", options)
-    rows = args.global_batch or args.batch_size * args.accum_freq * args.gpus
-    rates = len(args.rates) if args.distill == "cifd" else 0
+    forced = student_options(config) if model == config.model else ()
+    student = macs.clip(model, "--model", forced)
     dims = tuple(teacher.dim for teacher in teachers)
-    head = macs.head(args.distill, model, dims, rows, rates, args.projector, options)
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
+    head = macs.head(
+        config.distill,
+        model,
+        dims,
+        config.global_batch,
+        len(config.rates),
+        tuple(options.items()),
+        forced,
+    )
     # Accumulation runs the towers once more for the gradients of its micro-batches, checkpointing
     # of activations once more for what it did not keep.
-    passes = TRAINED + (args.accum_freq > 1) + args.grad_checkpointing
-    image = FROZEN if args.lock_image and not args.lock_image_unlocked_groups else passes
-    text = FROZEN if args.lock_text and not args.lock_text_unlocked_layers else passes
+    passes = TRAINED + (config.accum_freq > 1) + config.grad_checkpointing
+    image = FROZEN if config.lock_image and not config.lock_image_unlocked_groups else passes
+    text = FROZEN if config.lock_text and not config.lock_text_unlocked_layers else passes
     trained = head.params
     trained += student.image_params if image > FROZEN else 0
     trained += student.text_params if text > FROZEN else 0
-    live, read = _teaching(args, teachers, images=True)
-    frozen = (*live, _rdms(args, teachers[0], FROZEN)) if rates else live
-    samples = args.epochs * args.train_num_samples
+    live, read = _teaching(config, teachers, images=True)
+    frozen = (*live, _rdms(config, teachers[0], FROZEN)) if config.rates else live
+    samples = config.epochs * config.train_num_samples
     weights = student.params + head.params
-    copies = 1 + bool(args.ema)  # the average beside the weights
+    copies = 1 + bool(config.ema)  # the average beside the weights
     return Stage(
         name,
         samples,
@@ -167,46 +158,113 @@ def student_stage(
         ),
         memory_bytes=_memory(frozen, trained) + FLOAT32 * (copies * weights - trained),
         disk_bytes=FLOAT32 * student.params
-        + _kept(args, args.epochs) * FLOAT32 * (copies * weights + 2 * trained),
+        + _kept(config, config.epochs) * FLOAT32 * (copies * weights + 2 * trained),
         read_bytes=samples * read,
     )
 
 
-def student_options(args: Namespace) -> tuple[tuple[str, Any], ...]:
+def student_options(config: CostConfig) -> macs.Options:
     """What the student's architecture is changed by, as `eval.cost.macs.clip` takes it."""
-    size = args.force_image_size
-    options = {
-        "force_quick_gelu": args.force_quick_gelu,
-        "force_custom_text": args.force_custom_text,
-        "force_patch_dropout": args.force_patch_dropout,
-        "force_image_size": size and (size[0] if len(size) == 1 else tuple(size)),
-        "force_context_length": args.force_context_length,
-    }
-    return tuple(options.items())
+    size = config.force_image_size
+    return (
+        ("force_quick_gelu", config.force_quick_gelu),
+        ("force_custom_text", config.force_custom_text),
+        ("force_patch_dropout", config.force_patch_dropout),
+        ("force_image_size", size[0] if size and len(size) == 1 else size),
+        ("force_context_length", config.force_context_length),
+    )
 
 
-def _rdms(args: Namespace, teacher: Clip, passes: int) -> Part:
-    count = len(args.rates)
-    bank = macs.bank(count, teacher.dim, args.rdm_hidden, args.rdm_channels)
+def _rdms(config: CostConfig, teacher: Clip, passes: int) -> Part:
+    count = len(config.rates)
+    bank = macs.bank(count, teacher.dim, config.rdm_hidden, config.rdm_channels)
     return Part(f"{count} RDMs", bank.macs, passes, bank.params)
 
 
 def _teaching(
-    args: Namespace, teachers: Sequence[Clip], images: bool
+    config: CostConfig, teachers: Sequence[Clip], images: bool
 ) -> tuple[tuple[Part, ...], int]:
     """The frozen models that run on every sample, and the bytes read for it."""
-    if not args.teacher_cache:
+    if not config.teacher_cache:
         parts = tuple(Part(t.name, t.macs, FROZEN, t.params) for t in teachers)
-        return parts, args.sample_bytes
+        return parts, config.sample_bytes
     # A cached stage 1 reads embeddings only.
-    return (), images * args.sample_bytes + sum(2 * t.dim * FLOAT16 for t in teachers)
+    return (), images * config.sample_bytes + sum(2 * t.dim * FLOAT16 for t in teachers)
 
 
 def _memory(frozen: Sequence[Part], trained: int) -> int:
     return FLOAT32 * sum(p.params for p in frozen) + TRAINING_STATE * trained
 
 
-def _kept(args: Namespace, epochs: int) -> int:
+def _kept(config: CostConfig, epochs: int) -> int:
     """Checkpoints on disk in the end."""
-    saved = max(1, epochs // args.save_frequency)
-    return min(args.keep, saved) if args.keep else saved
+    saved = max(1, epochs // (config.save_frequency or epochs))
+    return min(config.keep, saved) if config.keep else saved
+
+
+def compare(config: CostConfig) -> dict[str, dict[str, list[Stage]]]:
+    """Stages of every method, ``{"live": ..., "cached": ...}``; of chains where there are any."""
+    chains = CHAINS if assistant_names(config) else ()
+    return {
+        method: {way: method_stages(config, method, way == "cached") for way in ("live", "cached")}
+        for method in (*DECLARED, *chains)
+    }
+
+
+def method_stages(config: CostConfig, method: str, cached: bool) -> list[Stage]:
+    """A method's stages with the teacher, student and data of a configuration.
+
+    TAKD distils each model of the chain teacher, assistants, student from the one before, DGKD
+    from all before; every assistant is trained for as long as the student. MobileCLIP has two
+    teachers of the teacher's size, as in the paper's Table 14.
+
+    Args:
+        config: whose method does not matter.
+        method: a name of `cifd_clip.methods.DECLARED` or of `CHAINS`.
+        cached: whether each frozen model runs once, on ``--views`` views of the data set.
+    """
+    distill, teacher = "kd" if method in CHAINS else method, config.architectures[:1]
+    run = replace(
+        config,
+        distill=distill,
+        options=method_options(distill, config.options),
+        rates=config.rates if distill == "cifd" else (),
+        architectures={"none": (), "mobileclip": 2 * teacher}.get(method, teacher),
+        teacher_cache="cache" if cached else "",
+        rdm_bank="",
+        views=config.views or 2,
+    )
+    return chain_stages(run, CHAINS[method]) if method in CHAINS else run_stages(run)
+
+
+def chain_stages(config: CostConfig, dense: bool) -> list[Stage]:
+    """KD's stages for each assistant and the student; `dense` if everything larger teaches."""
+    larger, stages = [macs.clip(config.architectures[0], "--distill-model")], []
+    for name in (*assistant_names(config), config.model):
+        if config.teacher_cache:
+            stages.append(cache_stage(config, larger[-1], f"cache of {larger[-1].name}"))
+        title = "student" if name == config.model else f"assistant {name}"
+        stages.append(student_stage(config, name, larger if dense else larger[-1:], title))
+        larger = [*larger, macs.clip(name, "--assistants")]
+    return stages
+
+
+def assistant_names(config: CostConfig) -> list[str]:
+    """``--assistants``, largest first, or the default one if it lies between the two models.
+
+    Raises:
+        UsageError: those named do not.
+    """
+    teacher = config.architectures[0]
+    names = config.assistants.split(",") if config.assistants else [DEFAULT_ASSISTANT]
+    student = macs.clip(config.model, "--model", student_options(config))
+    sizes = [macs.clip(name, "--assistants").macs for name in (teacher, *names)] + [student.macs]
+    if all(larger > smaller for larger, smaller in pairwise(sizes)):
+        return names
+    if config.assistants:
+        raise UsageError(
+            f"--assistants {config.assistants}: expected models that grow smaller from the teacher "
+            f"{teacher} to the student {config.model}, got {[round(s / 1e9, 1) for s in sizes]} "
+            "GMACs"
+        )
+    return []

@@ -8,7 +8,7 @@ import io
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
@@ -27,14 +27,13 @@ MEAN = (0.5071, 0.4865, 0.4409)
 STD = (0.2673, 0.2564, 0.2762)
 SIDE, CLASSES, PADDING = 32, 100, 4
 SPLITS = {"train": 50_000, "test": 10_000}
-AUGMENTATIONS = ("none", "flip", "crop")
 #: How many different views of an image there are; 0: too many to keep a teacher's answers to.
 VIEWS = {"none": 1, "flip": 2, "crop": 0}
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Some samples, on the device."""
+class ImageBatch:
+    """Some samples, on the device; see `training.engine.stage.ImageBatch`."""
 
     rows: Tensor
     """(B,) which rows of the table they are."""
@@ -44,6 +43,20 @@ class Batch:
     """(B,) class indices."""
     images: Tensor | None
     """(B, 3, H, W) normalised float32, channels last; None where nobody looks at them."""
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to(self, device: torch.device) -> "ImageBatch":
+        """Itself: batches are made on the device."""
+        return self
+
+    def split(self, parts: int) -> list["ImageBatch"]:
+        """Micro-batches of consecutive rows."""
+        images = [None] * parts if self.images is None else self.images.chunk(parts)
+        rest = (t.chunk(parts) for t in (self.rows, self.views, self.labels))
+        return [ImageBatch(*part) for part in zip(*rest, images, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -76,15 +89,15 @@ class Table:
         rows = torch.from_numpy(rows)
         return Table(self.images[rows], self.labels[rows], self.hash, part)
 
-    def in_order(self, rows: Tensor, size: int, images: bool = True) -> Iterator[Batch]:
+    def in_order(self, rows: Tensor, size: int, images: bool = True) -> Iterator[ImageBatch]:
         """The plain views of some rows, ``size`` at a time."""
         for chunk in rows.split(size):
             yield self.batch(chunk, images)
 
-    def batch(self, rows: Tensor, images: bool = True) -> Batch:
+    def batch(self, rows: Tensor, images: bool = True) -> ImageBatch:
         """The plain view of some rows."""
         pixels = normalise(self.images[rows]) if images else None
-        return Batch(rows, torch.zeros_like(rows), self.labels[rows], pixels)
+        return ImageBatch(rows, torch.zeros_like(rows), self.labels[rows], pixels)
 
 
 class Batches:
@@ -93,7 +106,7 @@ class Batches:
     Args:
         table: the images.
         rows: which of its rows are trained on.
-        augment: one of `AUGMENTATIONS`.
+        augment: ``none``, ``flip`` or ``crop``.
         seed: of order and augmentation.
         size: samples per batch; what is left over at an epoch's end is dropped.
         world: this process's place among those that share each batch.
@@ -117,7 +130,7 @@ class Batches:
             self.images = torch.nn.functional.pad(table.images, pad)
         self.per_epoch = len(rows) // size
 
-    def epoch(self, epoch: int, start: int, images: bool) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int, images: bool) -> Iterator[ImageBatch]:
         """This process's part of each batch from batch ``start`` on, with or without images."""
         order = draws.permutation(len(self.rows), "classify/order", self.seed, epoch)
         shuffled = torch.from_numpy(self.rows[order]).to(self.device)
@@ -130,7 +143,7 @@ class Batches:
             rows, bits = shuffled[batch][self.share], words[batch][self.share]
             views = bits & 1
             pixels = self._view(rows, bits) if images else None
-            yield Batch(rows, views, self.table.labels[rows], pixels)
+            yield ImageBatch(rows, views, self.table.labels[rows], pixels)
 
     def _view(self, rows: Tensor, bits: Tensor) -> Tensor:
         mirrored = (bits & 1).bool()
@@ -153,9 +166,9 @@ def share(size: int, world: World) -> slice:
     return slice(world.rank * each, (world.rank + 1) * each)
 
 
-def mirrored(batch: Batch) -> Batch:
+def mirrored(batch: ImageBatch) -> ImageBatch:
     """The mirrored view of a plain batch."""
-    return Batch(batch.rows, torch.ones_like(batch.views), batch.labels, batch.images.flip(3))
+    return ImageBatch(batch.rows, torch.ones_like(batch.views), batch.labels, batch.images.flip(3))
 
 
 def normalise(

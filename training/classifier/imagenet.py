@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import find_classes, make_dataset
 
 from cifd_clip import World
-from training.classifier.cifar import Batch, normalise, share
+from training.classifier.cifar import ImageBatch, normalise, share
 from training.data import draws
 from training.data.decode import BadSample, Caps, decode_image
 from training.data.loader import data_loader, end, iterate
@@ -123,13 +123,13 @@ class PhotoTable:
         labels = self.labels[torch.from_numpy(rows)]
         return replace(self, photos=self.photos.take(rows), labels=labels)
 
-    def in_order(self, rows: Tensor, size: int, images: bool = True) -> Iterator[Batch]:
+    def in_order(self, rows: Tensor, size: int, images: bool = True) -> Iterator[ImageBatch]:
         """The plain views of some rows, ``size`` at a time."""
         yield from self.decoded(rows.split(size), PLAIN)
 
     def decoded(
         self, chunks: Sequence[Tensor], view: Callable, seed: int = 0, epoch: int = 0
-    ) -> Iterator[Batch]:
+    ) -> Iterator[ImageBatch]:
         """Batches of these rows; random views are functions of seed, epoch and the image's name."""
         items = _Decoded(self.photos, [chunk.tolist() for chunk in chunks], view, seed, epoch)
         loader = data_loader(items, None, self.workers, None, self.device.type == "cuda", 2, False)
@@ -138,7 +138,7 @@ class PhotoTable:
             for rows, pixels in zip(chunks, iterator):
                 rows = rows.to(self.device)
                 pixels = normalise(pixels.to(self.device, non_blocking=True), MEAN, STD)
-                yield Batch(rows, torch.zeros_like(rows), self.labels[rows], pixels)
+                yield ImageBatch(rows, torch.zeros_like(rows), self.labels[rows], pixels)
         finally:
             end(iterator)
 
@@ -188,7 +188,7 @@ class PhotoBatches:
         self.share = share(size, world or World())
         self.per_epoch = len(rows) // size
 
-    def epoch(self, epoch: int, start: int, images: bool) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int, images: bool) -> Iterator[ImageBatch]:
         """This process's part of each batch of an epoch from batch ``start`` on."""
         order = draws.permutation(len(self.rows), "classify/order", self.seed, epoch)
         rows = torch.from_numpy(self.rows[order])

@@ -1,22 +1,22 @@
 """Finished classification runs as teachers, live or with their answers kept."""
 
-import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cifd_clip import RDMBank
 from cifd_clip.classification.methods import Paraphraser, TeacherOutput
 from cifd_clip.classification.models import STOCK, Classifier, build, stock_state
-from cifd_clip.classification.rdm import ClassifyingRDMs
+from cifd_clip.files import file_hash, write_tensors
 from training.classifier import cifar, imagenet
-from training.classifier.cifar import VIEWS, Batch, Table, mirrored
-from training.clip.cache import file_hash
+from training.classifier.cifar import VIEWS, ImageBatch, Table, mirrored
+from training.engine.run import bank_folder, read_run
 from training.errors import UsageError
 
 Answer = tuple[Tensor, Tensor]  # logits and embedding
@@ -26,7 +26,7 @@ SIDES = {"cifar100": cifar.SIDE, "imagenet": imagenet.SIDE}
 
 
 @dataclass
-class Teacher:
+class TeacherRun:
     """A trained classifier from its run directory.
 
     Attributes:
@@ -43,15 +43,13 @@ class Teacher:
     holdout: int | None
     data: str | None
 
-
-def save_weights(directory: Path, name: str, module: nn.Module) -> None:
-    """Write ``name.safetensors``; it appears whole or not at all."""
-    tensors = {k: t.detach().cpu().contiguous() for k, t in module.state_dict().items()}
-    (directory / f"{name}.safetensors.tmp").write_bytes(save(tensors))
-    (directory / f"{name}.safetensors.tmp").rename(directory / f"{name}.safetensors")
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a bank or a paraphraser made with this teacher must match."""
+        return {"model": self.name, "weights": self.hash}
 
 
-def load_teacher(place: str, dataset: str) -> Teacher:
+def load_teacher(place: str, dataset: str) -> TeacherRun:
     """The classifier of a finished run, or ``NAME:FILE``: a stock model and its weights.
 
     Raises:
@@ -69,11 +67,11 @@ def load_teacher(place: str, dataset: str) -> Teacher:
     model = build(config["model"], len(state["head.weight"]), SIDES[config["dataset"]])
     model.load_state_dict(state)
     model.requires_grad_(False).eval()
-    seen = json.loads((run / "data.json").read_text())["train"]["hash"]
-    return Teacher(config["model"], model, file_hash(weights), config["holdout"], seen)
+    seen = read_run(run, "data.json")["train"]["hash"]
+    return TeacherRun(config["model"], model, file_hash(weights), config["holdout"], seen)
 
 
-def _stock_teacher(name: str, file: Path, dataset: str) -> Teacher:
+def _stock_teacher(name: str, file: Path, dataset: str) -> TeacherRun:
     if not file.is_file():
         raise UsageError(f"--teacher {name}:{file}: there is no such file")
     safe = file.suffix == ".safetensors"
@@ -85,7 +83,7 @@ def _stock_teacher(name: str, file: Path, dataset: str) -> Teacher:
     except (KeyError, RuntimeError) as problem:
         raise UsageError(f"--teacher {name}:{file} holds no weights of {name}: {problem}") from None
     # What it was trained on is not known here.
-    return Teacher(name, model.requires_grad_(False).eval(), file_hash(file), None, None)
+    return TeacherRun(name, model.requires_grad_(False).eval(), file_hash(file), None, None)
 
 
 def check_unseen(place: str, kept: int, holdout: int) -> None:
@@ -106,46 +104,30 @@ def check_unseen(place: str, kept: int, holdout: int) -> None:
         )
 
 
-def load_rdms(run: Path, teacher: Teacher, holdout: int = 0) -> ClassifyingRDMs:
+def load_rdms(run: Path, teacher: TeacherRun, holdout: int = 0) -> RDMBank:
     """The assistants of a finished ``--method rdm`` run that has not seen what is held out."""
     config = _finished("--rdm-bank", run)
     check_unseen(f"--rdm-bank {run}", config["holdout"], holdout)
     try:
-        return ClassifyingRDMs.load(run, teacher.hash)
+        return RDMBank.load(bank_folder(run), teacher.identity)
     except (FileNotFoundError, ValueError) as problem:
         raise UsageError(f"--rdm-bank: {problem}") from None
 
 
-def save_paraphraser(directory: Path, paraphraser: Paraphraser, teacher: Teacher) -> None:
-    """Write the weights and what `load_paraphraser` needs besides."""
-    save_weights(directory, "paraphraser", paraphraser)
-    config = {
-        "dim": paraphraser.dim,
-        "factors": paraphraser.factors,
-        "scale": paraphraser.scale,
-        "teacher": teacher.hash,
-    }
-    (directory / "paraphraser.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def load_paraphraser(run: Path, teacher: Teacher, holdout: int = 0) -> Paraphraser:
+def load_paraphraser(run: Path, teacher: TeacherRun, holdout: int = 0) -> Paraphraser:
     """The one of a finished ``--method paraphraser`` run that has not seen what is held out."""
-    trained = _finished("--paraphraser", run)
-    check_unseen(f"--paraphraser {run}", trained["holdout"], holdout)
-    if not (run / "paraphraser.json").is_file():
-        raise UsageError(f"--paraphraser {run} is no run of --method paraphraser")
-    config = json.loads((run / "paraphraser.json").read_text())
-    if config.pop("teacher") != teacher.hash:
-        raise UsageError(f"--paraphraser {run} was trained on another teacher than --teacher")
-    paraphraser = Paraphraser(**config)
-    paraphraser.load_state_dict(load_file(run / "paraphraser.safetensors"))
-    return paraphraser.requires_grad_(False).eval()
+    config = _finished("--paraphraser", run)
+    check_unseen(f"--paraphraser {run}", config["holdout"], holdout)
+    try:
+        return Paraphraser.load(run / "paraphraser", teacher.identity)
+    except (FileNotFoundError, ValueError) as problem:
+        raise UsageError(f"--paraphraser: {problem}") from None
 
 
-def _finished(flag: str, run: Path) -> dict:
+def _finished(flag: str, run: Path) -> dict[str, Any]:
     if not (run / "config.json").is_file():
         raise UsageError(f"{flag} {run} is no run directory of training.classify")
-    config = json.loads((run / "config.json").read_text())
+    config = read_run(run)
     if "method" not in config:  # but --distill
         raise UsageError(
             f"{flag} {run} is a run of training.main, which trains no classifier: expected one of "
@@ -156,14 +138,14 @@ def _finished(flag: str, run: Path) -> dict:
     return config
 
 
-class LiveTeachers(nn.Module):
+class TeacherNetworks(nn.Module):
     """Teachers and assistants that look at every batch.
 
     Args:
         models: the teachers, each an embedding space of its own.
         rdms: assistants of the first teacher.
-        picked: which of them teach.
-        weights: λ_n of each assistant picked.
+        selected: which of them teach.
+        weights: λ_n of each assistant selected.
         embeddings: whether embeddings are wanted.
     """
 
@@ -172,37 +154,38 @@ class LiveTeachers(nn.Module):
     def __init__(
         self,
         models: list[Classifier],
-        rdms: ClassifyingRDMs | None = None,
-        picked: list[int] | None = None,
+        rdms: RDMBank | None = None,
+        selected: list[int] | None = None,
         weights: list[float] | None = None,
         embeddings: bool = True,
     ):
         super().__init__()
         self.models, self.rdms = nn.ModuleList(models), rdms
-        self.picked, self.weights = picked or [], weights or []
+        self.selected, self.weights = selected or [], weights or []
         self.embeddings = embeddings
 
     @property
     def dims(self) -> list[int]:
         """T of each embedding space."""
         own = [model.width for model in self.models]
-        if self.rdms is None or self.rdms.form == "reconstruct":
+        if self.rdms is None or self.rdms.image.form == "reconstruct":
             return own
-        return own + [self.rdms.embedding_dim] * len(self.picked)
+        return own + [self.rdms.image.embedding_dim] * len(self.selected)
 
     @torch.no_grad()
-    def forward(self, batch: Batch) -> list[TeacherOutput]:
-        """What they say about a batch: the teachers, then the assistants."""
-        return self.outputs([answer(model, batch) for model in self.models])
+    def forward(self, batch: ImageBatch) -> list[TeacherOutput]:
+        """What they say about a batch: the teachers, then the assistants; always in float32."""
+        with torch.autocast(batch.labels.device.type, enabled=False):
+            return self.outputs([answer(model, batch) for model in self.models])
 
     @torch.no_grad()
     def outputs(self, answers: list[Answer]) -> list[TeacherOutput]:
         """What teachers and assistants say, of the teachers' answers."""
         outputs = [TeacherOutput(*answer, space) for space, answer in enumerate(answers)]
         if self.rdms is not None:
-            assistants = self.rdms(outputs[0].embedding, None)
-            for i, (k, weight) in enumerate(zip(self.picked, self.weights)):
-                own = 0 if self.rdms.form == "reconstruct" else len(self.models) + i
+            assistants = self.rdms.image(outputs[0].embedding, None)
+            for i, (k, weight) in enumerate(zip(self.selected, self.weights)):
+                own = 0 if self.rdms.image.form == "reconstruct" else len(self.models) + i
                 outputs.append(
                     TeacherOutput(assistants.logits[k], assistants.embedding[k], own, weight)
                 )
@@ -211,14 +194,14 @@ class LiveTeachers(nn.Module):
         return [output._replace(embedding=None) for output in outputs]
 
 
-def answer(model: Classifier, batch: Batch) -> Answer:
+def answer(model: Classifier, batch: ImageBatch) -> Answer:
     """A classifier's logits and embedding of a batch."""
     embedding = model.features(batch.images)
     return model.classify(embedding), embedding
 
 
-class CachedTeachers:
-    """The answers of `LiveTeachers` to every view of every row of a table, looked up.
+class TeacherTable:
+    """The answers of `TeacherNetworks` to every view of every row of a table, looked up.
 
     Args:
         live: who answers.
@@ -235,7 +218,7 @@ class CachedTeachers:
 
     def __init__(
         self,
-        live: LiveTeachers,
+        live: TeacherNetworks,
         table: Table,
         augment: str,
         hashes: list[str],
@@ -274,14 +257,11 @@ class CachedTeachers:
                     pairs.append(answer(model, mirrored(batch) if view else batch))
         logits, embedding = (torch.cat(parts) for parts in zip(*pairs))
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")  # others may be at it too
             spent = {"cpu_seconds": str(time.process_time() - start)}
-            save_file({"logits": logits, "embedding": embedding}, temporary, spent)
-            temporary.rename(file)
+            write_tensors(file, {"logits": logits, "embedding": embedding}, spent)
         return logits, embedding
 
-    def __call__(self, batch: Batch) -> list[TeacherOutput]:
+    def __call__(self, batch: ImageBatch) -> list[TeacherOutput]:
         """What they said about the batch's rows and views."""
         index = batch.views * self._rows + batch.rows
         return [

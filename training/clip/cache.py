@@ -6,12 +6,8 @@ has ``NAME.image.npy`` (V, samples, T) and ``NAME.text.npy`` (V or 1, samples, T
 any data set made of shards it has, in any order. A sample the reader could not use is all NaN.
 """
 
-import json
-import os
-import platform
 from dataclasses import dataclass, field
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cifd_clip.files import file_hash, read_json, write_json, writing
 from cifd_clip.losses import Features
+from training.clip.config import CACHE_FORMAT, TeacherName, read_cache_config
 from training.data.decode import BadSample
 from training.data.index import Shard, Sources
 from training.data.loader import Batch, Fetcher
@@ -34,30 +32,6 @@ def shard_name(shard: Shard) -> str:
     return f"{Path(shard.path).stem}-{shard.digest[:16]}"
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """What a cache says of itself.
-
-    Raises:
-        UsageError: there is no cache.
-    """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise UsageError(
-            f"--teacher-cache '{directory}' holds no cache (config.json is missing); write one "
-            "with `python -m training.cache_teacher`"
-        )
-    return json.loads(path.read_text())
-
-
 def check_config(directory: Path, wanted: dict[str, Any]) -> None:
     """Refuse a cache of another teacher, transform, seed or number of views.
 
@@ -65,12 +39,12 @@ def check_config(directory: Path, wanted: dict[str, Any]) -> None:
         directory: the cache.
         wanted: entries its ``config.json`` must agree with; of ``views``, at least as many.
     """
-    found = read_config(directory)
+    config = read_cache_config(directory)
     for name, value in wanted.items():
-        fits = found[name] >= value if name == "views" else found[name] == value
+        fits = config[name] >= value if name == "views" else config[name] == value
         if not fits:
             raise UsageError(
-                f"--teacher-cache '{directory}' is stale: its {name} is {found[name]!r}, this run "
+                f"--teacher-cache '{directory}' is stale: its {name} is {config[name]!r}, this run "
                 f"needs {value!r}; write another with `python -m training.cache_teacher`"
             )
 
@@ -81,16 +55,11 @@ def is_complete(directory: Path, shard: Shard) -> bool:
     manifest = directory / f"{name}.json"
     if not manifest.is_file():
         return False
-    files = json.loads(manifest.read_text())["files"]
+    files = read_json(manifest, CACHE_FORMAT)["files"]
     return all(
         (directory / file).is_file() and (directory / file).stat().st_size == entry["bytes"]
         for file, entry in files.items()
     )
-
-
-def own_temporary(path: Path) -> Path:
-    """Where this process writes before it renames: several may write one file at once."""
-    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
 
 
 def write_shard(directory: Path, shard: Shard, arrays: dict[str, np.ndarray]) -> None:
@@ -99,15 +68,11 @@ def write_shard(directory: Path, shard: Shard, arrays: dict[str, np.ndarray]) ->
     files = {}
     for modality, array in arrays.items():
         path = directory / f"{name}.{modality}.npy"
-        temporary = own_temporary(path)
-        with open(temporary, "wb") as file:
+        with writing(path) as file:
             np.save(file, array)
-        temporary.rename(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-    manifest = directory / f"{name}.json"
-    temporary = own_temporary(manifest)
-    temporary.write_text(json.dumps({"samples": shard.samples, "files": files}) + "\n")
-    temporary.rename(manifest)
+    content = {"samples": shard.samples, "files": files}
+    write_json(directory / f"{name}.json", content, CACHE_FORMAT)
 
 
 @dataclass
@@ -145,7 +110,7 @@ class CacheFetcher(Fetcher):
         rows, views = rows.numpy(), views.numpy()
         shards = np.searchsorted(self.sources.first_row, rows, side="right") - 1
         places = rows - self.sources.first_row[shards]
-        found = {}
+        embeddings = {}
         for modality in MODALITIES:
             width = self._array(int(shards[0]), modality).shape[-1]
             out = np.empty((len(rows), width), np.float16)
@@ -153,8 +118,8 @@ class CacheFetcher(Fetcher):
                 mine = shards == shard
                 array = self._array(int(shard), modality)
                 out[mine] = array[views[mine] % len(array), places[mine]]
-            found[f"teacher{self.space}/{modality}"] = torch.from_numpy(out)
-        return found
+            embeddings[f"teacher{self.space}/{modality}"] = torch.from_numpy(out)
+        return embeddings
 
     def _place(self, row: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self.sources.first_row, row, side="right")) - 1
@@ -178,25 +143,23 @@ class CachedTeachers:
         wanted: this run's view_seed, views, captions and aug_cfg, which the caches must match.
     """
 
-    def __init__(
-        self, directories: list[Path], names: list[tuple[str, str | None]], wanted: dict[str, Any]
-    ):
+    def __init__(self, directories: list[Path], names: list[TeacherName], wanted: dict[str, Any]):
         if names and len(names) != len(directories):
             raise UsageError(
                 f"--teacher-cache names {len(directories)} caches for {len(names)} teachers"
             )
         self.directories = directories
-        self.configs = [read_config(d) for d in directories]
+        self.configs = [read_cache_config(d) for d in directories]
         for directory, config, (name, weights) in zip(directories, self.configs, names):
             if config["teacher"]["model"] != name:
                 raise UsageError(
                     f"--teacher-cache '{directory}' belongs to {config['teacher']['model']}, "
                     f"--distill-model names {name}"
                 )
-            made = config.get("pretrained")  # not in older ones; a file may have moved since
-            if made and weights and Path(made).name != Path(weights).name:
+            written = config["pretrained"]  # a file may have moved since
+            if written and weights and Path(written).name != Path(weights).name:
                 raise UsageError(
-                    f"--teacher-cache '{directory}' was written with the weights '{made}', "
+                    f"--teacher-cache '{directory}' was written with the weights '{written}', "
                     f"--distill-pretrained names '{weights}': leave it out, or write another cache"
                 )
         for directory in directories:

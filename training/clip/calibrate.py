@@ -1,4 +1,4 @@
-"""``python -m training.calibrate``: choose the rates R by what their RDMs keep of the teacher.
+"""The rates R by what their RDMs keep of the teacher (``python -m training.calibrate``).
 
 One bank with a sweep of rates is trained in one pass on a teacher cache. Its RDMs are then asked
 held-out training pairs: the caption of an image among N. A rate's share is its accuracy over the
@@ -6,15 +6,13 @@ teacher's own; the rate of a wanted share is read off the monotone curve through
 its points on a logarithmic scale. What is held out are rows of the cache: no test split is looked
 at, no label is needed.
 
-Takes the flags of `training.main` (a recipe serves both); written: FILE.json with the curve and how
-it was made, and FILE.args for ``training.main @FILE.args``. Asked again for other shares, it reads
-the curve from FILE.json.
+Written: FILE.json with the curve and how it was measured, and FILE.args for ``training.main
+@FILE.args``. Asked again for other shares, it reads the curve from FILE.json.
 """
 
-import json
 import math
-from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,26 +21,33 @@ import torch
 import torch.nn.functional as F
 from sklearn.isotonic import isotonic_regression
 from torch import Tensor
-from tqdm import tqdm
+from torch.optim import Optimizer
 
-from cifd_clip import Noise, RDMBank, RDMTask
+from cifd_clip import Features, RDMBank, RDMTask
+from cifd_clip.files import file_hash, read_json, write_json, write_text
 from cifd_clip.noise import derive_seed
-from training.clip.cache import MODALITIES, file_hash, read_config, shard_name
-from training.clip.flags import _defaults, parser
+from training.clip.cache import MODALITIES, shard_name
+from training.clip.config import CalibrationConfig, calibration_config, read_cache_config
+from training.clip.stages import make_bank
 from training.data.index import index_shards
-from training.engine.control import start_processes
-from training.engine.optim import make_optimizer, make_schedule
-from training.engine.run import environment
-from training.errors import NonFinite, UsageError
+from training.engine.config import OptimConfig, ProcessConfig
+from training.engine.control import start_logging, start_processes
+from training.engine.environment import environment
+from training.engine.flags import Given, construct
+from training.engine.loop import train
+from training.engine.optim import one_adamw
+from training.engine.stage import Stage
+from training.engine.trainer import Trainer
+from training.errors import UsageError
 
+FORMAT = 1
 #: Flags that the curve depends on, beside the cache.
 SETTINGS = (
     "sweep", "seed", "steps", "batch_size", "lr", "wd", "density_lr", "beta1", "beta2", "eps",
-    "warmup", "lr_scheduler", "epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power",
-    "rdm_hidden", "rdm_channels", "among", "held_out", "samples",
+    "warmup", "warmup_epochs", "lr_scheduler", "epochs_cooldown", "lr_cooldown_end",
+    "lr_cooldown_power", "rdm_hidden", "rdm_channels", "among", "held_out", "samples",
 )  # fmt: skip
 EXACT = "donot_use_mm_for_euclid_dist"
-SWEEP = [10.0, 22.0, 46.0, 100.0, 220.0, 460.0, 1000.0, 2200.0, 4600.0, 10000.0]
 
 
 class Pairs(NamedTuple):
@@ -69,101 +74,103 @@ class Point(NamedTuple):
     distortion: dict[str, float]
 
 
-def main(argv: list[str]) -> int:
+def start(given: Given) -> int:
     """Train the sweep, read the rates off its curve, and write them."""
-    args = _parse(argv)
-    world, device = start_processes(args)
+    world, device = start_processes(construct(ProcessConfig, given))
+    start_logging(world)
     if world.size > 1:
         raise UsageError(f"calibration is one process's work, got {world.size}: start it plainly")
-    directory, out = Path(args.teacher_cache), Path(args.out)
-    config = read_config(directory)
-    shards = find_shards(directory, args.train_data, args.index_dir)
-    made = how(args, config, shards)
-    found = read(out, made)
-    if found is None:
-        among, own, curve = sweep(args, shards, config["teacher"], device)
-        found = {"made": made, "among": among, "teacher_accuracy": own, "curve": curve}
-        found["environment"] = environment()
-        write(out, found)  # a share that can't be reached must not lose it
-    own, among, curve = found["teacher_accuracy"], found["among"], found["curve"]
-    check_teacher(directory, own, among)  # older commands wrote a curve before they asked
-    print(f"image → text top-1 among {among} held-out pairs: the teacher {100 * own:.1f} %")
-    for point in curve:
+    config = calibration_config(given)
+    (directory,), out = config.caches, Path(config.out)
+    # The curve: an earlier command's, or measured now.
+    cache = read_cache_config(directory)
+    shards = find_shards(directory, config.train_data, config.index_dir)
+    settings = conditions(config, cache, shards)
+    curve = earlier_curve(out, settings)
+    if curve is None:
+        curve = sweep(config, shards, cache["teacher"], device)
+        curve |= {"conditions": settings, "environment": environment()}
+        write(out, curve)  # a share that can't be reached must not lose it
+    # What it says.
+    teacher, among = curve["teacher_accuracy"], curve["among"]
+    print(f"image → text top-1 among {among} held-out pairs: the teacher {100 * teacher:.1f} %")
+    for point in curve["curve"]:
         bits = ", ".join(f"{v:.0f} bits per {m}" for m, v in point["bits"].items())
         kept = f"{100 * point['accuracy']:5.1f} %, share {point['share']:.3f}, {bits}"
         print(f"  R = {point['rate']:<8g} {kept}")
-    rates = rates_for(args.shares, *([point[k] for point in curve] for k in ("rate", "share")))
-    write(out, {"shares": args.shares, "rates": rates, **found})
+    # The rates of the wanted shares.
+    measured = ([point[k] for point in curve["curve"]] for k in ("rate", "share"))
+    rates = rates_for(config.shares, *measured)
+    write(out, {"shares": config.shares, "rates": rates, **curve})
     flags = f"--rates {' '.join(f'{rate:g}' for rate in rates)}"
-    out.with_suffix(".args").write_text(f"# training.calibrate, see {out.name}\n{flags}\n")
+    write_text(out.with_suffix(".args"), f"# training.calibrate, see {out.name}\n{flags}\n")
     print(f"{out}, {out.with_suffix('.args')}")
-    print(f"keeping {' '.join(f'{k:g}' for k in args.shares)}: {flags}")
+    print(f"keeping {' '.join(f'{k:g}' for k in config.shares)}: {flags}")
     return 0
 
 
-def how(args: Namespace, config: dict, shards: list[str]) -> dict:
-    """All that a curve hangs on, as JSON values."""
-    directory = Path(args.teacher_cache)
+def conditions(config: CalibrationConfig, cache: dict, shards: list[str]) -> dict:
+    """All that a curve depends on, as JSON values."""
+    (directory,) = config.caches
+    values = {name: getattr(config, name) for name in SETTINGS}
     return {
-        "settings": {name: getattr(args, name) for name in SETTINGS},
+        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
         "cache": {
-            **config,
+            **cache,
             "shards": {name: file_hash(directory / f"{name}.json")[:16] for name in shards},
         },
     }
 
 
-def read(out: Path, made: dict) -> dict | None:
-    """What an earlier command has measured in the same way and left in ``out``, without its rates.
+def earlier_curve(out: Path, settings: dict) -> dict | None:
+    """What an earlier command has measured under the same conditions and left in ``out``.
 
     None if there is no such file, or it is of other data or settings.
     """
     if not out.is_file():
         return None
-    content = json.loads(out.read_text())
-    if content.get("made") != made:
+    content = read_json(out, FORMAT)
+    if content.get("conditions") != settings:
         return None
     print(f"{out} holds the curve of this cache and these settings: read", flush=True)
     return {name: value for name, value in content.items() if name not in ("shares", "rates")}
 
 
 def write(out: Path, content: dict) -> None:
-    """The JSON, whole or not at all; a flag file of earlier rates goes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """Write the JSON; a flag file of earlier rates goes."""
     out.with_suffix(".args").unlink(missing_ok=True)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.rename(out)
+    write_json(out, content, FORMAT)
 
 
 def sweep(
-    args: Namespace, shards: list[str], teacher: dict, device: torch.device
-) -> tuple[int, float, list[dict]]:
+    config: CalibrationConfig, shards: list[str], teacher: dict, device: torch.device
+) -> dict:
     """Train the sweep and measure it.
 
     Returns:
-        How many captions an image chose from, the teacher's accuracy, and the points of the curve
+        ``among`` (captions an image chose from), ``teacher_accuracy``, and ``curve``: the points
         with their shares of it.
 
     Raises:
         UsageError: the teacher's accuracy is nearly none, which is known before any training.
     """
-    directory = Path(args.teacher_cache)
-    pairs = read_pairs(directory, shards, args.samples, args.seed)
-    training, held_out = split(pairs.image.shape[1], args.held_out, args.among, args.seed)
-    among = min(args.among, len(held_out))
+    (directory,) = config.caches
+    pairs = read_pairs(directory, shards, config.samples, config.seed)
+    training, held_out = split(pairs.image.shape[1], config.held_out, config.among, config.seed)
+    among = min(config.among, len(held_out))
     print(
         f"{directory}: {len(training):,} pairs to train on, {len(held_out):,} held out, "
-        f"{len(args.sweep)} rates in {args.steps} steps of {args.batch_size}",
+        f"{len(config.sweep)} rates in {config.steps} steps of {config.batch_size}",
         flush=True,
     )
     pairs = Pairs(*(x.to(device) for x in pairs))
-    asked = pairs.rows(held_out)
-    own = teacher_accuracy(*asked, among)
+    held_out_pairs = pairs.rows(held_out)
+    own = teacher_accuracy(*held_out_pairs, among)
     check_teacher(directory, own, among)
-    bank = train_sweep(args, pairs, training, teacher).eval()
-    curve = measure(bank, *asked, among)
-    return among, own, [{**p._asdict(), "share": p.accuracy / own} for p in curve]
+    bank = train_sweep(config, pairs, training, teacher).eval()
+    curve = measure(bank, *held_out_pairs, among)
+    points = [{**p._asdict(), "share": p.accuracy / own} for p in curve]
+    return {"among": among, "teacher_accuracy": own, "curve": points}
 
 
 def check_teacher(directory: Path, own: float, among: int) -> None:
@@ -247,33 +254,72 @@ def split(samples: int, held_out: int, among: int, seed: int) -> tuple[Tensor, T
     return order[held:], order[:held]
 
 
-def train_sweep(args: Namespace, pairs: Pairs, rows: Tensor, teacher: dict) -> RDMBank:
+@dataclass
+class PairBatch:
+    """Some pairs' unit embeddings, (B, T) float32."""
+
+    image: Tensor
+    text: Tensor
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def to(self, device: torch.device) -> "PairBatch":
+        """Itself: cached pairs are on the device already."""
+        return self
+
+
+@dataclass
+class PairLoader:
+    """Batches of random rows, the views of an image in turn.
+
+    Args:
+        pairs: on the device.
+        rows: which are trained on.
+        size: of a batch.
+        seed: of the draws.
+    """
+
+    pairs: Pairs
+    rows: Tensor
+    size: int
+    seed: int
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[PairBatch]:
+        """Those of some steps, each a function of its number."""
+        for step in range(start_step, stop_step):
+            draws = torch.Generator().manual_seed(derive_seed(self.seed, "calibrate", step))
+            picked = self.rows[torch.randint(len(self.rows), (self.size,), generator=draws)]
+            yield PairBatch(*self.pairs.rows(picked, step))
+
+
+class SweepStage(Stage[PairBatch]):
+    """Stage 1 on cached pairs: one bank with all rates of a sweep."""
+
+    def __init__(self, bank: RDMBank, device: torch.device):
+        self.bank, self.rates = bank, bank.rates
+        self.task = RDMTask(bank).to(device)
+
+    def optimizers(self, config: OptimConfig) -> list[Optimizer]:
+        return one_adamw(config, self.task)
+
+    def inputs(self, batch: PairBatch) -> tuple[None, None]:
+        """Nothing: the bank reads the teacher's features."""
+        return None, None
+
+    def targets(self, batch: PairBatch) -> list[Features]:
+        """The teacher's features."""
+        return [Features(batch.image, batch.text, batch.image.new_ones(()))]
+
+
+def train_sweep(config: CalibrationConfig, pairs: Pairs, rows: Tensor, teacher: dict) -> RDMBank:
     """One bank with all rates of the sweep, trained as stage 1 trains."""
     device = pairs.image.device
-    generator = torch.Generator().manual_seed(derive_seed(args.seed, "bank"))
-    bank = RDMBank(
-        teacher, args.sweep, teacher["dim"], args.rdm_hidden, args.rdm_channels, generator
-    )
-    task = RDMTask(bank).to(device).train()
-    optimizer = make_optimizer(args, task)
-    schedule = make_schedule(args, optimizer, args.steps)
-    size = min(args.batch_size, len(rows))
-    bar = tqdm(range(args.steps), "the sweep", unit="step", disable=None, dynamic_ncols=True)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(step) * group["lr_scale"]
-        draws = torch.Generator().manual_seed(derive_seed(args.seed, "calibrate", step))
-        batch = rows[torch.randint(len(rows), (size,), generator=draws)]
-        losses, _ = bank(*pairs.rows(batch, step), Noise(args.seed, step))
-        optimizer.zero_grad(set_to_none=True)
-        loss = sum(losses.values())
-        loss.backward()
-        optimizer.step()
-        done = step + 1
-        if bar.disable and 10 * done // args.steps > 10 * step // args.steps:  # no terminal
-            print(f"the sweep: step {done:,} of {args.steps:,}, loss {loss:.4g}", flush=True)
-    if not math.isfinite(loss.item()):
-        raise NonFinite(f"the sweep's loss is {loss.item()} after {args.steps} steps; lower --lr")
+    bank = make_bank(config, teacher, config.sweep, config.seed)
+    trainer = Trainer(SweepStage(bank, device), config, config.steps, device=device)
+    train(trainer, PairLoader(pairs, rows, min(config.batch_size, len(rows)), config.seed), config)
+    trainer.check_finite()
     return bank
 
 
@@ -362,42 +408,3 @@ def rates_for(wanted: list[float], sweep: list[float], shares: list[float]) -> l
         part = (share - fitted[i - 1]) / step if step else 0.0
         rates.append(float(f"{math.exp(x[i - 1] + part * (x[i] - x[i - 1])):.3g}"))
     return rates
-
-
-def _parse(argv: list[str]) -> Namespace:
-    p = parser()
-    p.prog, p.description = "python -m training.calibrate", __doc__
-    p.usage = (
-        "python -m training.calibrate [@recipe.args] --teacher-cache DIR --shares X [X ...]\n"
-        "           [--sweep R R ...] [--steps N] [--out FILE.json] [flags]"
-    )
-    g = p.add_argument_group("calibration")
-    g.add_argument(
-        "--shares", type=float, nargs="+", help="of the teacher's accuracy, such as 0.95 0.85 0.7"
-    )
-    g.add_argument(
-        "--sweep", type=float, nargs="+", default=SWEEP, metavar="R", help="rates to measure"
-    )
-    g.add_argument("--steps", type=int, default=2000, help="of the sweep's training")
-    g.add_argument("--among", type=int, default=1000, help="captions an image chooses from")
-    g.add_argument("--held-out", type=int, default=5000, help="pairs, at most a fifth of all")
-    g.add_argument("--samples", type=int, default=200_000, help="pairs read into memory, at most")
-    g.add_argument("--out", default="calibration.json", metavar="FILE.json", help="result")
-    p.set_defaults(batch_size=1024)
-    args = p.parse_args(argv)
-    if not args.teacher_cache or "," in args.teacher_cache:
-        raise UsageError("--teacher-cache DIR is needed: the cache of one teacher")
-    if not args.shares or not all(0 < share < 1 for share in args.shares):
-        raise UsageError("--shares needs numbers between 0 and 1, such as --shares 0.95 0.85 0.7")
-    args.sweep = sorted(set(args.sweep))
-    if len(args.sweep) < 2 or args.sweep[0] <= 0:
-        raise UsageError("--sweep needs two positive rates or more")
-    for flag in ("steps", "among", "held_out", "samples", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise UsageError(f"--{flag.replace('_', '-')} must be at least 1")
-    if not args.out.endswith(".json"):
-        raise UsageError(f"--out '{args.out}': expected a name that ends in .json")
-    _defaults(args)
-    args.epochs = 1  # of --steps steps
-    args.batch_size = getattr(args, "global_batch", None) or args.batch_size
-    return args

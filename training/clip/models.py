@@ -5,24 +5,23 @@ import copy
 import difflib
 import json
 import logging
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import open_clip
 import torch
 from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.tokenizer import HFTokenizer
-from safetensors.torch import save
 from torch import nn
 
+from cifd_clip.files import write_tensors
 from cifd_clip.noise import derive_seed
 from cifd_clip.teacher import Teacher
-from training.clip.flags import teacher_names
+from training.clip.config import OWN_WEIGHTS, StudentConfig, TeacherName
 from training.errors import UsageError
 
 
-def add_model_configs(paths: list[str]) -> None:
+def add_model_configs(paths: Iterable[str]) -> None:
     """Register ``--model-config`` files under their stems."""
     for path in paths:
         try:
@@ -85,68 +84,64 @@ def check_weights(name: str, pretrained: str, flag: str, force_quick_gelu: bool 
         )
 
 
-def build_student(args: Namespace) -> nn.Module:
+def build_student(config: StudentConfig, seed: int) -> nn.Module:
     """The student, initialised from the seed or from ``--pretrained``."""
-    config = student_config(args)
-    if "multimodal_cfg" in config:
-        raise UsageError(f"--model '{args.model}': CoCa students are not supported")
-    if args.pretrained and args.model.startswith(("local-dir:", "hf-hub:")):
+    if "multimodal_cfg" in student_config(config):
+        raise UsageError(f"--model '{config.model}': CoCa students are not supported")
+    if config.pretrained and config.model.startswith(OWN_WEIGHTS):
         raise UsageError(
-            f"--pretrained '{args.pretrained}' with --model '{args.model}', which brings its own "
-            "weights: leave one of them out"
+            f"--pretrained '{config.pretrained}' with --model '{config.model}', which brings its "
+            "own weights: leave one of them out"
         )
-    if args.pretrained:
-        check_weights(args.model, args.pretrained, "--pretrained", args.force_quick_gelu)
-    size = args.force_image_size
+    if config.pretrained:
+        check_weights(config.model, config.pretrained, "--pretrained", config.force_quick_gelu)
+    size = config.force_image_size
     with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(args.seed, "student"))
+        torch.manual_seed(derive_seed(seed, "student"))
         model = _create(
-            args.model,
-            args.pretrained or None,
+            config.model,
+            config.pretrained or None,
             "--model",
-            force_quick_gelu=args.force_quick_gelu,
-            force_custom_text=args.force_custom_text,
-            force_patch_dropout=args.force_patch_dropout,
-            force_image_size=size[0] if size and len(size) == 1 else size and tuple(size),
-            force_context_length=args.force_context_length,
-            force_preprocess_cfg=preprocess_overrides(args),
-            pretrained_image=args.pretrained_image,
-            cache_dir=args.cache_dir,
+            force_quick_gelu=config.force_quick_gelu,
+            force_custom_text=config.force_custom_text,
+            force_patch_dropout=config.force_patch_dropout,
+            force_image_size=size[0] if size and len(size) == 1 else size,
+            force_context_length=config.force_context_length,
+            force_preprocess_cfg=preprocess_overrides(config),
+            pretrained_image=config.pretrained_image,
+            cache_dir=config.cache_dir,
         )
     if size and any("pos_embed" in name for name in model.visual.state_dict()):
         raise UsageError(
-            f"--force-image-size with --model {args.model}: stock OpenCLIP can't load a timm tower "
-            "whose position embedding was resized; give the size in a --model-config of its own"
+            f"--force-image-size with --model {config.model}: stock OpenCLIP can't load a timm "
+            "tower whose position embedding was resized; give the size in a --model-config of its "
+            "own"
         )
-    if args.accum_freq > 1 and _has_batch_norm(model):
-        raise UsageError(
-            f"--accum-freq {args.accum_freq} with --model {args.model}: batch normalisation over "
-            "micro-batches differs from the whole batch; use more processes, or a student without"
-        )
-    if args.lock_image:
-        model.lock_image_tower(args.lock_image_unlocked_groups, args.lock_image_freeze_bn_stats)
-    if args.lock_text:
-        model.lock_text_tower(args.lock_text_unlocked_layers, freeze_layer_norm=True)
-    if args.grad_checkpointing:
+    if config.lock_image:
+        model.lock_image_tower(config.lock_image_unlocked_groups, config.lock_image_freeze_bn_stats)
+    if config.lock_text:
+        model.lock_text_tower(config.lock_text_unlocked_layers, freeze_layer_norm=True)
+    if config.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
 
 
-def build_teachers(args: Namespace, device: torch.device) -> list[Teacher]:
+def build_teachers(
+    names: Iterable[TeacherName], device: torch.device, cache_dir: str | None = None
+) -> list[Teacher]:
     """The frozen teachers on their device, each with its own embedding space."""
     teachers = []
-    for space, (name, pretrained) in enumerate(teacher_names(args)):
+    for space, (name, pretrained) in enumerate(names):
+        options = {"cache_dir": cache_dir, "require_pretrained": True}
         if pretrained:
             check_weights(name, pretrained, "--distill-pretrained")
-        options = {"cache_dir": args.cache_dir, "require_pretrained": True}
-        if pretrained:
             options["force_preprocess_cfg"] = images_of(pretrained)
         model = _create(name, pretrained, "--distill-model", **options)
         teachers.append(Teacher(model, name, space))
         model.to(device, memory_format=torch.channels_last)  # convolutions run faster
         images = {k: model.visual.preprocess_cfg[k] for k in ("size", "mean", "std")}
-        told = ", ".join(f"{key} {value}" for key, value in images.items())
-        logging.info("teacher %s, weights %s, images of %s", name, teachers[-1].weights[:12], told)
+        shown = ", ".join(f"{key} {value}" for key, value in images.items())
+        logging.info("teacher %s, weights %s, images of %s", name, teachers[-1].weights[:12], shown)
     return teachers
 
 
@@ -160,38 +155,38 @@ def images_of(pretrained: str) -> dict:
     if not (Path(pretrained).is_file() and config.is_file()):
         return {}
     config = json.loads(config.read_text())
-    began = open_clip.get_pretrained_cfg(config.get("model", ""), config.get("pretrained") or "")
+    initial = open_clip.get_pretrained_cfg(config.get("model", ""), config.get("pretrained") or "")
     keys = ("mean", "std", "interpolation", "resize_mode")
-    chosen = {key: config.get(f"image_{key}") or (began or {}).get(key) for key in keys}
-    return {key: value for key, value in chosen.items() if value is not None}
+    selected = {key: config.get(f"image_{key}") or (initial or {}).get(key) for key in keys}
+    return {key: value for key, value in selected.items() if value is not None}
 
 
-def student_config(args: Namespace) -> dict:
+def student_config(config: StudentConfig) -> dict:
     """The student's OpenCLIP configuration, with the ``--force-*`` flags in it."""
-    config = model_config(args.model, "--model")
-    if args.force_image_size:
-        size = args.force_image_size
-        config["vision_cfg"]["image_size"] = size[0] if len(size) == 1 else size
-    if args.force_context_length:
-        config["text_cfg"]["context_length"] = args.force_context_length
-    if args.force_quick_gelu:
-        config["quick_gelu"] = True
-    if args.force_custom_text:
-        config["custom_text"] = True
-    if args.force_patch_dropout is not None:
-        config["vision_cfg"]["patch_dropout"] = args.force_patch_dropout
-    return config
+    stock = model_config(config.model, "--model")
+    if config.force_image_size:
+        size = config.force_image_size
+        stock["vision_cfg"]["image_size"] = size[0] if len(size) == 1 else list(size)
+    if config.force_context_length:
+        stock["text_cfg"]["context_length"] = config.force_context_length
+    if config.force_quick_gelu:
+        stock["quick_gelu"] = True
+    if config.force_custom_text:
+        stock["custom_text"] = True
+    if config.force_patch_dropout is not None:
+        stock["vision_cfg"]["patch_dropout"] = config.force_patch_dropout
+    return stock
 
 
-def preprocess_overrides(args: Namespace) -> dict:
+def preprocess_overrides(config: StudentConfig) -> dict:
     """``--image-*`` flags as overrides of a model's preprocessing."""
-    chosen = {
-        "mean": args.image_mean,
-        "std": args.image_std,
-        "interpolation": args.image_interpolation,
-        "resize_mode": args.image_resize_mode,
+    selected = {
+        "mean": config.image_mean,
+        "std": config.image_std,
+        "interpolation": config.image_interpolation,
+        "resize_mode": config.image_resize_mode,
     }
-    return {key: value for key, value in chosen.items() if value is not None}
+    return {key: value for key, value in selected.items() if value is not None}
 
 
 def save_student(
@@ -205,10 +200,8 @@ def save_student(
     if isinstance(tokenizer, HFTokenizer):
         tokenizer.save_pretrained(directory)
     save_config_for_hf(model, directory / "open_clip_config.json", config)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    temporary = directory / "open_clip_model.safetensors.tmp"
-    temporary.write_bytes(save(tensors, {"format": "pt"}))  # save_file makes it private
-    temporary.rename(directory / "open_clip_model.safetensors")
+    path = directory / "open_clip_model.safetensors"
+    write_tensors(path, model.state_dict(), {"format": "pt"})
 
 
 def _create(name: str, pretrained: str | None, flag: str, **options) -> nn.Module:
@@ -235,5 +228,6 @@ def quiet():
         root.setLevel(level)
 
 
-def _has_batch_norm(model: nn.Module) -> bool:
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a model's rows depend on the other rows of their batch."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())

@@ -1,24 +1,24 @@
-"""``python -m training.main``: train a CLIP model, an RDM bank, or a distilled student.
+"""A run of `training.main`: a CLIP model, an RDM bank, or a distilled student.
 
 ``--distill cifd`` without ``--rdm-bank`` is two runs: the bank in ``RUN/rdm``, then the student.
 """
 
 import contextlib
-import copy
 import logging
+import operator
 import time
-from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from cifd_clip import World
-from training.clip.cache import read_config
-from training.clip.flags import batch_share, parse_args, parser
+from training.clip.config import Config, ProcessConfig, resolve
 from training.clip.models import add_model_configs, build_student
-from training.clip.stages import RDMStage, Stage, StudentStage
+from training.clip.stages import ClipStage, RDMStage, StudentStage
 from training.data.index import (
     NotAShard,
     Sources,
@@ -27,266 +27,298 @@ from training.data.index import (
     index_shards,
     is_remote,
 )
-from training.data.loader import Loader, sequential
+from training.data.loader import Batch, Loader, sequential
 from training.data.order import Order
 from training.data.stream import StreamLoader, stream_fingerprint
 from training.engine.checkpoint import Checkpoints
 from training.engine.control import (
     STOPPED_EXIT,
     StopFlag,
-    gathered,
-    log_level,
+    all_gather_object,
+    barrier,
+    end_processes,
+    start_logging,
     start_processes,
-    wait_for_all,
 )
+from training.engine.flags import Given, construct
 from training.engine.loop import train
-from training.engine.metrics import Sinks
-from training.engine.run import RunDirectory, resolved_config
-from training.engine.trainer import Trainer
+from training.engine.metrics import MetricWriter
+from training.engine.run import RunDirectory
+from training.engine.trainer import Progress, Trainer
 from training.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 #: Rows of a held-out batch: a contrastive loss depends on it, and must not on the processes.
 VALIDATION_BATCH = 256
 
 
-def main(argv: list[str]) -> int:
-    """Run what the command line says; the exit code is 0 only when all of it is finished."""
-    args = parse_args(argv)
-    world, device = start_processes(args)
-    logging.basicConfig(
-        level=log_level(world), format="%(asctime)s | %(message)s", datefmt="%H:%M:%S", force=True
-    )
-    if args.precision is None:
-        args.precision = "amp_bf16" if device.type == "cuda" else "fp32"
-    if args.precision == "amp" and device.type != "cuda":
-        raise UsageError("--precision amp (float16) needs a GPU; use amp_bf16 or fp32")
-    if args.global_batch is not None:
-        args.batch_size = batch_share(args, world.size)
-    add_model_configs(args.model_config)
-    if args.use_bn_sync and world.size > 1 and device.type != "cuda":
-        raise UsageError("--use-bn-sync needs GPUs: torch has no synchronised batch norm on a CPU")
-    adopt_cache(args)
-    path = Path(args.logs) / args.name
-    done = stages(args, path, world, device)
-    if dist.is_initialized():  # after a failure it would wait for the others: see `cli`
-        dist.destroy_process_group()
-    return 0 if done else STOPPED_EXIT
+def start(given: Given, files: dict[str, Any]) -> int:
+    """Run what a command line gives; the exit code is 0 only when all of it is finished.
 
-
-def stages(args: Namespace, path: Path, world: World, device: torch.device) -> bool:
-    """The run, after the bank that it needs; whether it is finished (see `run`)."""
-    if args.distill == "cifd" and not args.rdm_bank:
-        args, stage1 = copy.copy(args), bank_args(args)
-        if args.rates:
-            args.rdm_bank = str(path / "rdm" / "bank")
-            check_student(args, path, world)
-            if not run(stage1, path / "rdm", world, device):
-                return False
-    return run(args, path, world, device)
-
-
-def adopt_cache(args: Namespace) -> None:
-    """Where the flags leave views and their seed open, a teacher cache decides."""
-    if args.teacher_cache:
-        cache = read_config(Path(args.teacher_cache.split(",")[0]))
-        args.views = args.views or cache["views"]
-        args.view_seed = cache["view_seed"] if args.view_seed is None else args.view_seed
-    elif args.view_seed is None:
-        args.view_seed = args.seed
-
-
-def bank_args(args: Namespace) -> Namespace:
-    """Stage 1 with the settings of stage 2 (appendix A.3), for ``--rdm-epochs``."""
-    stage1 = copy.copy(args)
-    stage1.distill, stage1.epochs = "rdm", args.rdm_epochs
-    stage1.warmup = None if args.warmup is None else args.warmup * args.rdm_epochs // args.epochs
-    if args.epochs_cooldown is not None:
-        stage1.epochs_cooldown = args.epochs_cooldown * args.rdm_epochs / args.epochs
-    stage1.accum_freq, stage1.batch_size = 1, args.batch_size * args.accum_freq
-    stage1.pretrained = ""
-    return stage1
-
-
-def check_student(args: Namespace, path: Path, world: World) -> None:
-    """Refuse now what stage 2 would refuse after stage 1 has been trained.
-
-    Raises:
-        UsageError: the student can't be made, or its run directory is another run's.
+    Args:
+        given: flags, see `training.clip.config.parse`.
+        files: what the files say that they name, see `training.clip.config.named_files`.
     """
-    RunDirectory(path, resolved_config(args, world.size), parser(), args.resume == "latest")
-    build_student(args)
+    world, device = start_processes(construct(ProcessConfig, given))
+    start_logging(world)
+    config = resolve(given, world.size, device.type, **files)
+    add_model_configs(config.model_config)
+    if config.use_bn_sync and world.size > 1 and device.type != "cuda":
+        raise UsageError("--use-bn-sync needs GPUs: torch has no synchronised batch norm on a CPU")
+    finished = run_stages(config, world, device)
+    end_processes()
+    return 0 if finished else STOPPED_EXIT
 
 
-def run(args: Namespace, path: Path, world: World, device: torch.device) -> bool:
+def run_stages(config: Config, world: World, device: torch.device) -> bool:
+    """The run, after the bank that it needs; whether it is finished (see `run`)."""
+    path = Path(config.logs) / config.name
+    bank = Path(config.rdm_bank) if config.rdm_bank else None
+    if config.distill == "cifd" and bank is None and config.rates:
+        # Refuse now what stage 2 would refuse after stage 1 has been trained.
+        RunDirectory(config)
+        build_student(config, config.seed)
+        if not run(bank_config(config), path / "rdm", world, device):
+            return False
+        bank = path / "rdm" / "bank"
+    return run(config, path, world, device, bank)
+
+
+def bank_config(config: Config) -> Config:
+    """Stage 1 with the settings of stage 2 (appendix A.3), for ``--rdm-epochs``."""
+
+    def scaled(value):
+        """A number of steps or epochs as the same share of stage 1."""
+        if value is None:
+            return None
+        divide = operator.floordiv if isinstance(value, int) else operator.truediv
+        return divide(value * config.rdm_epochs, config.epochs)
+
+    return replace(
+        config,
+        distill="rdm",
+        options={},
+        epochs=config.rdm_epochs,
+        warmup=scaled(config.warmup),
+        warmup_epochs=scaled(config.warmup_epochs),
+        epochs_cooldown=scaled(config.epochs_cooldown),
+        accum_freq=1,
+        batch_size=config.batch_size * config.accum_freq,
+        pretrained="",
+    )
+
+
+def run(
+    config: Config, path: Path, world: World, device: torch.device, bank: Path | None = None
+) -> bool:
     """One run directory from wherever it is to its end.
+
+    Args:
+        config: of the run.
+        path: its directory.
+        world, device: of this process.
+        bank: the bank whose RDMs assist the first teacher.
 
     Returns:
         Whether it is finished; False when a signal stopped it with a checkpoint on disk.
     """
-    config = resolved_config(args, world.size)
-    directory = RunDirectory(path, config, parser(), args.resume == "latest")
-    if gathered(world, directory.finished)[0]:
-        logging.info("%s is finished already", path)
+    directory = RunDirectory(config, path)
+    if all_gather_object(world, directory.finished)[0]:
+        log.info("%s is finished already", path)
         return True
-    sources = None if is_remote(args.train_data) else open_data(args, world)
-    steps_per_epoch = epoch_steps(args, sources, config["global_batch"])
-    stage = RDMStage(args, device) if args.distill == "rdm" else StudentStage(args, device, world)
-    trainer = Trainer(args, stage, world, device, steps_per_epoch)
-
-    checkpoints = Checkpoints(directory.checkpoints, args.keep)
-    found = resume(trainer, checkpoints, world) if args.resume else None
+    # What trains, on what data.
+    sources = None if is_remote(config.train_data) else open_data(config, world)
+    steps_per_epoch = epoch_steps(config, sources)
+    rdm = config.distill == "rdm"
+    stage = RDMStage(config, device) if rdm else StudentStage(config, device, world, bank)
+    trainer = Trainer(stage, config, steps_per_epoch, world, device, config.precision, config.name)
+    # Where it goes on.
+    checkpoints = Checkpoints(directory.checkpoints, config.keep)
+    checkpoint = checkpoints.agreed(world) if config.resume else None
+    if checkpoint is not None:
+        trainer.load(checkpoint[1])
     # Whatever may still be wrong with the command line is found before the directory is taken.
-    loader = make_loader(args, sources, trainer, config["global_batch"])
-    validation = held_out(args, stage, world)
-    sinks = None
+    loader = make_loader(config, sources, trainer)
+    validation = held_out(config, stage, world)
+    writer = None
     if world.rank == 0:
         directory.open()
-        describe(directory, trainer, sources, found)
-        step = trainer.progress.step
-        sinks = Sinks(path, args.report_to, config, args.wandb_project_name, args.wandb_notes, step)
+        describe(directory, config, trainer, sources, checkpoint and checkpoint[0])
+        writer = MetricWriter(path, config, directory.config, trainer.progress.step)
     stop = StopFlag(world)
     try:
-        rank0 = checkpoints if world.rank == 0 else None
-        done = train(trainer, loader, rank0, sinks, stop, validation)
-        if done and world.rank == 0:
+        finished = train(
+            trainer,
+            loader,
+            config,
+            checkpoints if world.rank == 0 else None,
+            writer,
+            stop,
+            validation,
+            partial(check_bad_fraction, config),
+        )
+        if finished and world.rank == 0:
             stage.finish(path)
-            directory.write_json("finished.json", trainer.progress.state())
-            logging.info("finished %s in %.0f s", path, trainer.progress.seconds)
+            directory.write("finished.json", trainer.progress.state())
+            log.info("finished %s in %.0f s", path, trainer.progress.seconds)
     finally:
         stop.close()
         loader.close()
         checkpoints.join()
-        if sinks is not None:
-            sinks.close()
+        if writer is not None:
+            writer.close()
             directory.close()
-    wait_for_all(world)
-    return done
+    barrier(world)
+    return finished
 
 
-def resume(trainer: Trainer, checkpoints: Checkpoints, world: World) -> Path | None:
-    """Go on from the newest checkpoint, if there is one; its path (the content is large)."""
-    found = checkpoints.agreed(world)
-    if found is None:
-        return None
-    trainer.load(found[1])
-    return found[0]
-
-
-def open_data(args: Namespace, world: World) -> Sources:
+def open_data(config: Config, world: World) -> Sources:
     """Index the training shards, each rank its part first: no rank waits long for another."""
     if world.size > 1:
-        paths = [path for source in expand(args.train_data) for path in source]
+        paths = [path for source in expand(config.train_data) for path in source]
         for path in paths[world.rank :: world.size]:
             with contextlib.suppress(NotAShard):  # what is wrong is said below
-                index_shard(path, args.index_dir)
-        wait_for_all(world)
-    factors = args.train_data_upsampling_factors
-    sources = index_shards(args.train_data, weights=factors, cache_dir=args.index_dir)
+                index_shard(path, config.index_dir)
+        barrier(world)
+    factors = config.train_data_upsampling_factors
+    sources = index_shards(config.train_data, weights=factors, cache_dir=config.index_dir)
     bad = sum(sources.skipped.values())
-    if bad > args.max_bad_fraction * (bad + sources.num_samples):
+    if bad > config.max_bad_fraction * (bad + sources.num_samples):
         raise UsageError(
-            f"--train-data '{args.train_data}': {bad} of {bad + sources.num_samples} samples can't "
-            f"be used ({sources.skipped}), more than --max-bad-fraction {args.max_bad_fraction}; "
-            "`python -m training.check_data` says where they are"
+            f"--train-data '{config.train_data}': {bad} of {bad + sources.num_samples} samples "
+            f"can't be used ({sources.skipped}), more than --max-bad-fraction "
+            f"{config.max_bad_fraction}; `python -m training.check_data` says where they are"
         )
     return sources
 
 
-def make_loader(
-    args: Namespace, sources: Sources | None, trainer: Trainer, global_batch: int
-) -> Loader | StreamLoader:
+def check_bad_fraction(config: Config, progress: Progress) -> None:
+    """Refuse to go on when too many samples could not be used."""
+    bad = progress.skipped.total()
+    # A handful proves nothing.
+    if bad > 10 and bad > config.max_bad_fraction * progress.samples:
+        raise UsageError(
+            f"{bad} of {progress.samples} samples could not be used "
+            f"({dict(progress.skipped)}), more than --max-bad-fraction {config.max_bad_fraction}; "
+            "run `python -m training.check_data --deep` on --train-data"
+        )
+
+
+def make_loader(config: Config, sources: Sources | None, trainer: Trainer) -> Loader | StreamLoader:
     """What delivers this rank's part of each global batch; remote shards (no sources) stream."""
     stage, world = trainer.stage, trainer.world
-    inputs = (stage.inputs.train_views(), stage.inputs.tokenizers)
+    inputs = (stage.transforms.train_views(), stage.transforms.tokenizers)
     options = {
-        "seed": args.view_seed,
-        "global_batch": global_batch,
-        "views": args.views,
-        "captions": args.captions,
+        "seed": config.view_seed,
+        "global_batch": config.global_batch,
+        "views": config.views,
+        "captions": config.captions,
         "rank": world.rank,
         "world_size": world.size,
-        "workers": args.workers,
-        "start_method": args.worker_start,
+        "workers": config.workers,
+        "start_method": config.worker_start,
         "pin_memory": trainer.device.type == "cuda",
     }
     if sources is None:
         shards = trainer.progress.shards
-        return StreamLoader(args.train_data, *inputs, shards_consumed=shards, **options)
+        return StreamLoader(config.train_data, *inputs, shards_consumed=shards, **options)
     order = Order(
-        sources, args.seed, window=args.shuffle_window, replacement=args.dataset_resampled
+        sources,
+        config.seed,
+        window=config.shuffle_window,
+        replacement=config.dataset_resampled,
     )
-    options["memory"] = int(args.view_memory * 2**30)
+    options["memory"] = int(config.view_memory * 2**30)
     return Loader(order, sources, *inputs, fetchers=stage.source.fetchers(sources), **options)
 
 
-def epoch_steps(args: Namespace, sources: Sources | None, global_batch: int) -> int:
+def epoch_steps(config: Config, sources: Sources | None) -> int:
     """Optimizer steps of an epoch: its samples, in whole global batches."""
-    if sources is None and not args.train_num_samples:
-        raise UsageError("--train-num-samples is needed: remote shards can't be counted beforehand")
     if sources is None:
+        if not config.train_num_samples:
+            raise UsageError(
+                "--train-num-samples is needed: remote shards can't be counted beforehand"
+            )
         for flag in (
             *("teacher_cache", "view_memory"),
             *("train_data_upsampling_factors", "dataset_resampled"),
         ):
-            if getattr(args, flag):
+            if getattr(config, flag):
                 raise UsageError(
                     f"--{flag.replace('_', '-')} needs local --train-data, whose samples have "
                     "numbers"
                 )
-    samples = args.train_num_samples or sources.num_samples
-    if samples < global_batch:
+    samples = config.train_num_samples or sources.num_samples
+    if samples < config.global_batch:
         raise UsageError(
-            f"an epoch has {samples} samples, less than one global batch of {global_batch}: lower "
-            "--batch-size or raise --train-num-samples"
+            f"an epoch has {samples} samples, less than one global batch of "
+            f"{config.global_batch}: lower --batch-size or raise --train-num-samples"
         )
-    return samples // global_batch
+    return samples // config.global_batch
 
 
-def held_out(args: Namespace, stage: Stage, world: World):
-    """Batches of ``--val-data``, or None."""
-    if not args.val_data:
+@dataclass
+class HeldOut:
+    """``--val-data``, every some epochs; see `training.engine.loop.Validation`."""
+
+    every_epochs: int
+    batches: partial
+
+    def __call__(self) -> Iterable[Batch]:
+        return self.batches()
+
+
+def held_out(config: Config, stage: ClipStage, world: World) -> HeldOut | None:
+    """The batches of ``--val-data``, or None."""
+    if not config.val_data:
         return None
-    return partial(
+    batches = partial(
         sequential,
-        index_shards(args.val_data, cache_dir=args.index_dir, flag="--val-data"),
-        stage.inputs.eval_views(),
-        stage.inputs.tokenizers,
+        index_shards(config.val_data, cache_dir=config.index_dir, flag="--val-data"),
+        stage.transforms.eval_views(),
+        stage.transforms.tokenizers,
         batch_size=VALIDATION_BATCH,
         rank=world.rank,
         world_size=world.size,
-        workers=args.workers,
-        start_method=args.worker_start,
+        workers=config.workers,
+        start_method=config.worker_start,
     )
+    return HeldOut(config.val_frequency, batches)
 
 
 def describe(
-    directory: RunDirectory, trainer: Trainer, sources: Sources | None, found: Path | None
+    directory: RunDirectory,
+    config: Config,
+    trainer: Trainer,
+    sources: Sources | None,
+    checkpoint: Path | None,
 ) -> None:
     """Record the data's fingerprint and say what is about to happen."""
-    fingerprint = sources.fingerprint() if sources else stream_fingerprint(trainer.args.train_data)
-    before = directory.read_json("data.json", fingerprint)
+    fingerprint = sources.fingerprint() if sources else stream_fingerprint(config.train_data)
+    before = directory.read("data.json", fingerprint)
     if before["hash"] != fingerprint["hash"]:
         raise UsageError(
             f"{directory.path} was trained on other data: {before['samples']} samples with hash "
             f"{before['hash'][:12]}, --train-data has {fingerprint['samples']} with "
             f"{fingerprint['hash'][:12]}"
         )
-    directory.write_json("data.json", fingerprint)
-    directory.write_json("teachers.json", trainer.stage.taught_by())
+    directory.write("data.json", fingerprint)
+    directory.write("teachers.json", trainer.stage.teacher_info())
     parameters = sum(p.numel() for p in trainer.parameters)
-    logging.info(
+    log.info(
         "%s | %s on %s | %s samples in %d shards | %d steps of %d | %.1f M parameters train | %s",
         directory.path,
-        trainer.args.distill,
+        config.distill,
         trainer.device.type,
         fingerprint["usable"],
         fingerprint["shards"],
         trainer.total_steps,
-        directory.config["global_batch"],
+        config.global_batch,
         parameters / 1e6,
         time.strftime("%Y-%m-%d %H:%M"),
     )
     if fingerprint["skipped"]:
-        logging.warning("samples that can't be used: %s", fingerprint["skipped"])
-    if found:
-        logging.info("resumed from %s at step %d", found.name, trainer.progress.step)
+        log.warning("samples that can't be used: %s", fingerprint["skipped"])
+    if checkpoint:
+        log.info("resumed from %s at step %d", checkpoint.name, trainer.progress.step)

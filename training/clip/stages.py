@@ -1,10 +1,8 @@
-"""The two stages as the loop sees them: what trains, what it reads, what it leaves behind."""
+"""The two stages of CLIP training: what trains, what it reads, what it leaves behind."""
 
 import copy
 import logging
-import re
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +11,26 @@ import open_clip
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from cifd_clip import METHODS, DistillationTask, RDMBank, RDMTask, Student, Task, Teacher, World
+from cifd_clip import (
+    METHODS,
+    DistillationTask,
+    RDMBank,
+    RDMTask,
+    Student,
+    Teacher,
+    World,
+    with_assistants,
+)
 from cifd_clip.losses import Features
 from cifd_clip.noise import Noise, derive_seed
-from cifd_clip.teacher import assistants
 from training.clip.cache import CachedTeachers
-from training.clip.flags import teacher_names
+from training.clip.config import Config, DataConfig, MethodConfig
 from training.clip.models import (
     build_student,
     build_teachers,
+    has_batch_norm,
     model_config,
     quiet,
     save_student,
@@ -31,10 +39,13 @@ from training.clip.models import (
 from training.data.index import Sources
 from training.data.loader import Batch, Fetcher
 from training.data.views import ImageSpec, View, eval_view, normalise, train_view
+from training.engine.config import OptimConfig
+from training.engine.optim import one_adamw
+from training.engine.stage import Stage
 from training.errors import UsageError
 
 
-class Inputs:
+class Transforms:
     """The distinct image transforms and tokenizers that a run's models need.
 
     Models whose images differ only in mean and std share one uint8 image, unless the augmentation
@@ -49,8 +60,8 @@ class Inputs:
         try:
             self._normalised = bool(train_view(ImageSpec(), aug_cfg).finish)
         except (TypeError, ValueError) as error:
-            told = " ".join(f"{key}={value}" for key, value in aug_cfg.items())
-            raise UsageError(f"--aug-cfg {told}: OpenCLIP can't use it: {error}") from error
+            shown = " ".join(f"{key}={value}" for key, value in aug_cfg.items())
+            raise UsageError(f"--aug-cfg {shown}: OpenCLIP can't use it: {error}") from error
         self.specs: list[ImageSpec] = []
         self.tokenizers: list[Callable[[list[str]], Tensor]] = []
         self._tokenizer_keys: list[tuple] = []
@@ -92,11 +103,11 @@ class Inputs:
 class LiveTeachers:
     """Teachers that run on the batch's own images and texts."""
 
-    def __init__(self, teachers: list[Teacher], configs: list[dict], inputs: Inputs):
+    def __init__(self, teachers: list[Teacher], configs: list[dict], transforms: Transforms):
         self.teachers = teachers
         self.specs = [ImageSpec.of(t.model.visual.preprocess_cfg) for t in teachers]
-        self.images = [inputs.add_images(spec) for spec in self.specs]
-        self.texts = [inputs.add_texts(t.name, c) for t, c in zip(teachers, configs)]
+        self.images = [transforms.add_images(spec) for spec in self.specs]
+        self.texts = [transforms.add_texts(t.name, c) for t, c in zip(teachers, configs)]
 
     @property
     def dims(self) -> list[int]:
@@ -122,75 +133,60 @@ class LiveTeachers:
         ]
 
 
-class Stage:
-    """What the loop needs of a stage.
+class ClipStage(Stage[Batch]):
+    """What both stages share: teachers that give features of a batch.
 
     Attributes:
-        task: the one trainable module.
-        inputs: what the loader must deliver.
+        transforms: the images and tokens that the loader must deliver.
         source: the teachers.
-        rates: R of each assistant that is trained here.
-        average: a copy of the task that holds the moving average of its weights (``--ema``).
+        bank: the RDMs that train or assist.
     """
 
-    task: Task
-    inputs: Inputs
+    transforms: Transforms
     source: LiveTeachers | CachedTeachers
-    rates: list[float]
     bank: RDMBank | None = None
-    average: Task | None = None
 
-    @property
-    def shipped(self) -> Task:
-        """What is validated and shipped: the task, or the average of its weights."""
-        return self.task if self.average is None else self.average
-
-    def taught_by(self) -> dict[str, Any]:
+    def teacher_info(self) -> dict[str, Any]:
         """Who the teachers are, and what the bank is: for the run directory."""
         bank = None if self.bank is None else self.bank.config()
         return {"teachers": self.source.identities, "bank": bank}
 
-    def student_inputs(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """Normalised images and tokens for ``task.encode``."""
-        return None, None
+    def optimizers(self, config: OptimConfig) -> list[Optimizer]:
+        return one_adamw(config, self.task)
 
-    def teachers(self, batch: Batch) -> list[Features]:
+    def targets(self, batch: Batch) -> list[Features]:
         """Features of every teacher."""
         return self.source(batch)
 
-    def assisted(self, teachers: list[Features], noise: Noise | None) -> list[Features]:
-        """The teachers of a whole batch and their assistants."""
-        return teachers
+    def concatenate(self, parts: list[list[Features]]) -> list[Features]:
+        return [
+            features[0]._replace(
+                image=torch.cat([f.image for f in features]),
+                text=torch.cat([f.text for f in features]),
+            )
+            for features in zip(*parts)
+        ]
 
-    def payload(self) -> dict[str, Any]:
-        """The stage's part of a checkpoint."""
-        raise NotImplementedError
-
-    def load(self, payload: dict[str, Any]) -> None:
-        """Take `payload` back."""
-        raise NotImplementedError
-
-    def finish(self, directory: Path) -> None:
-        """Write what the stage is for into the run directory."""
-        raise NotImplementedError
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses and report; a contrastive loss is that of this batch alone, on any rank."""
+        targets = self.with_assistants(self.targets(batch), None)
+        losses, report = self.shipped(*self.inputs(batch), targets, None)
+        return {name: value.float() * len(batch) for name, value in {**losses, **report}.items()}
 
 
-class RDMStage(Stage):
+class RDMStage(ClipStage):
     """Stage 1: train the bank of the (only) teacher."""
 
-    def __init__(self, args: Namespace, device: torch.device):
-        self.inputs = Inputs(args.aug_cfg)
-        self.source = make_teachers(args, device, self.inputs)
-        self.bank = RDMBank(
-            self.source.identities[0],
-            args.rates,
-            self.source.dims[0],
-            args.rdm_hidden,
-            args.rdm_channels,
-            torch.Generator().manual_seed(derive_seed(args.seed, "bank")),
-        )
+    def __init__(self, config: Config, device: torch.device):
+        self.transforms = Transforms(config.aug_cfg)
+        self.source = make_teachers(config, config, config.cache_dir, device, self.transforms)
+        self.bank = make_bank(config, self.source.identities[0], config.rates, config.seed)
         self.rates = self.bank.rates
         self.task = RDMTask(self.bank).to(device)
+
+    def inputs(self, batch: Batch) -> tuple[None, None]:
+        """Nothing: the bank reads the teacher's features."""
+        return None, None
 
     def payload(self) -> dict[str, Any]:
         return {"bank": self.bank.state_dict(), "bank_config": self.bank.config()}
@@ -203,34 +199,46 @@ class RDMStage(Stage):
         logging.info("wrote the bank %s", directory / "bank")
 
 
-class StudentStage(Stage):
-    """Stage 2 of CIFD, every other method, and training without a teacher."""
+class StudentStage(ClipStage):
+    """Stage 2 of CIFD, every other method, and training without a teacher.
 
-    def __init__(self, args: Namespace, device: torch.device, world: World):
-        self.inputs = Inputs(args.aug_cfg)
-        self.config = student_config(args)
-        model = build_student(args)
+    Args:
+        config: of the run.
+        device, world: of this process.
+        bank: the folder of the bank whose RDMs assist the first teacher; None: no assistants.
+    """
+
+    def __init__(
+        self, config: Config, device: torch.device, world: World, bank: Path | None = None
+    ):
+        self.transforms = Transforms(config.aug_cfg)
+        # The student.
+        self.config = student_config(config)
+        model = build_student(config, config.seed)
+        check_accumulation(config, model)
         self.spec = ImageSpec.of(model.visual.preprocess_cfg)
-        self.images = self.inputs.add_images(self.spec)
-        self.texts = self.inputs.add_texts(args.model, self.config)
-        self.source = make_teachers(args, device, self.inputs)
-        self.bank = load_bank(args, self.source).to(device) if args.rdm_bank else None
-        self.lambda_n, self.rdm_output = args.lambda_n, args.rdm_output
-        dims = list(self.source.dims)
-        self.own_space = None
-        if self.bank is not None and args.projector == "each":
-            self.own_space = len(dims)
-            dims += dims[:1] * len(self.bank.rates)
-        self.rates = []
-        if args.use_bn_sync and world.size > 1:
+        self.images = self.transforms.add_images(self.spec)
+        self.texts = self.transforms.add_texts(config.model, self.config)
+        if config.use_bn_sync and world.size > 1:
             model = convert_sync_batchnorm(model)  # timm's keeps the activations of its own layers
-        self.task = make_task(args, model, dims, world)
+        # Its teachers, and the embedding space of each teacher and assistant.
+        self.source = make_teachers(config, config, config.cache_dir, device, self.transforms)
+        self.bank = None if bank is None else load_bank(bank, self.source).to(device)
+        self.options = config.options
+        dims = list(self.source.dims)
+        self.first_space = None  # of the assistants, where each has a projector of its own
+        if self.bank is not None and self.options.get("projector") == "each":
+            self.first_space = len(dims)
+            dims += dims[:1] * len(self.bank.rates)
+        # What trains, and the average of its weights.
+        self.rates = []
+        self.task = make_task(config, model, dims, world, config.seed)
         self.task.to(device, memory_format=torch.channels_last)  # convolutions run faster
         if not self.task.method.uses_logit_scale:
             self._fix_temperature(model)
-        if args.ema is not None:
+        if config.ema is not None:
             self.average = copy.deepcopy(self.task).requires_grad_(False).eval()
-        if args.torchcompile:
+        if config.torchcompile:
             self.task.student.compile()
 
     def _fix_temperature(self, model: nn.Module) -> None:
@@ -241,17 +249,15 @@ class StudentStage(Stage):
         if model.logit_bias is not None:
             model.logit_bias.requires_grad_(False)
 
-    def student_inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The student's normalised images and its tokens."""
         return normalise(batch.images[self.images], self.spec), batch.texts[self.texts]
 
-    def assisted(self, teachers: list[Features], noise: Noise | None) -> list[Features]:
+    def with_assistants(self, targets: list[Features], noise: Noise | None) -> list[Features]:
         if self.bank is None:
-            return teachers
-        drawn = noise if self.rdm_output == "noisy" else None
-        unit_norm = self.rdm_output != "raw"
-        first, space = teachers[0], self.own_space
-        found = assistants(self.bank, first, self.lambda_n, drawn, unit_norm, space)
-        return teachers + found
+            return targets
+        weights, output = self.options["lambda_n"], self.options.get("rdm_output", "rounded")
+        return with_assistants(self.bank, targets, weights, noise, output, self.first_space)
 
     def payload(self) -> dict[str, Any]:
         """``state_dict`` is what ships; with an average, what trains lies under ``training``."""
@@ -261,12 +267,12 @@ class StudentStage(Stage):
         return content
 
     def load(self, payload: dict[str, Any]) -> None:
-        _take(self.shipped, payload)
+        _load(self.shipped, payload)
         if self.average is not None:
-            _take(self.task, payload["training"])
+            _load(self.task, payload["training"])
 
     def finish(self, directory: Path) -> None:
-        tokenizer = self.inputs.tokenizers[self.texts]
+        tokenizer = self.transforms.tokenizers[self.texts]
         save_student(self.shipped.student.model, self.config, directory / "student", tokenizer)
         logging.info("wrote the student %s", directory / "student")
 
@@ -275,57 +281,66 @@ def _content(task: DistillationTask) -> dict[str, Any]:
     return {"state_dict": task.student.model.state_dict(), "method": task.method.state_dict()}
 
 
-def _take(task: DistillationTask, content: dict[str, Any]) -> None:
+def _load(task: DistillationTask, content: dict[str, Any]) -> None:
     task.student.model.load_state_dict(content["state_dict"])
-    # Runs older than --projector have its weights under another name.
-    older = re.compile(r"^projectors\.(?!heads\.)")
-    method = {older.sub("projectors.heads.", name): t for name, t in content["method"].items()}
-    task.method.load_state_dict(method)
+    task.method.load_state_dict(content["method"])
+
+
+def check_accumulation(config: Config, model: nn.Module) -> None:
+    """Refuse micro-batches of a model with batch normalisation."""
+    if config.accum_freq > 1 and has_batch_norm(model):
+        raise UsageError(
+            f"--accum-freq {config.accum_freq} with --model {config.model}: batch normalisation "
+            "over micro-batches differs from the whole batch; use more processes, or a student "
+            "without"
+        )
 
 
 def make_task(
-    args: Namespace, model: nn.Module, teacher_dims: list[int], world: World
+    config: MethodConfig, model: nn.Module, teacher_dims: list[int], world: World, seed: int
 ) -> DistillationTask:
-    """A student under the method that the flags describe."""
-    student = Student(model, args.ibm_site)
-    method = METHODS[args.distill]
-    chosen = {
-        "lambda_cl": args.lambda_cl,
-        "lambda_i": args.lambda_i,
-        "ibm": not args.no_ibm,
-        "ibm_contrastive": args.ibm_branch == "all",
-        "shared_projector": args.projector != "separate",
-        "lambda_kd": args.lambda_kd,
-        "lambda_fd": args.lambda_fd,
-        "lambda_crd": args.lambda_crd,
-        "lambda_icl": args.lambda_icl,
-    }
-    weights = {name: float(chosen[name]) for name in method.defaults}
-    generator = torch.Generator().manual_seed(derive_seed(args.seed, "method"))
-    return DistillationTask(student, method(student, teacher_dims, weights, generator), world)
+    """A student under its method."""
+    student = Student(model, config.options.get("ibm_site", "projection"))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "method"))
+    method = METHODS[config.distill](student, teacher_dims, config.options, generator)
+    return DistillationTask(student, method, world)
+
+
+def make_bank(
+    config: MethodConfig, teacher: dict[str, Any], rates: Sequence[float], seed: int
+) -> RDMBank:
+    """An untrained bank of a teacher."""
+    hidden: Sequence[int] | None = config.rdm_hidden or None
+    if config.rdm_channels is not None:
+        outer = hidden[0] if hidden else teacher["dim"]
+        hidden = (outer, config.rdm_channels, outer)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "bank"))
+    return RDMBank(teacher, rates, teacher["dim"], hidden, generator=generator)
 
 
 def make_teachers(
-    args: Namespace, device: torch.device, inputs: Inputs
+    method: MethodConfig,
+    data: DataConfig,
+    cache_dir: str | None,
+    device: torch.device,
+    transforms: Transforms,
 ) -> LiveTeachers | CachedTeachers:
     """The teachers of the command line, from their caches or run on every batch."""
-    if args.teacher_cache:
-        directories = [Path(d) for d in args.teacher_cache.split(",")]
-        names = teacher_names(args)
-        wanted = {n: getattr(args, n) for n in ("view_seed", "views", "captions", "aug_cfg")}
-        return CachedTeachers(directories, names, wanted)
-    configs = [model_config(name, "--distill-model") for name, _ in teacher_names(args)]
-    return LiveTeachers(build_teachers(args, device), configs, inputs)
+    if method.caches:
+        wanted = {n: getattr(data, n) for n in ("view_seed", "views", "captions", "aug_cfg")}
+        return CachedTeachers(method.caches, method.teachers, wanted)
+    configs = [model_config(name, "--distill-model") for name, _ in method.teachers]
+    return LiveTeachers(build_teachers(method.teachers, device, cache_dir), configs, transforms)
 
 
-def load_bank(args: Namespace, source: LiveTeachers | CachedTeachers) -> RDMBank:
-    """The frozen bank of ``--rdm-bank``.
+def load_bank(folder: Path, source: LiveTeachers | CachedTeachers) -> RDMBank:
+    """A frozen bank.
 
     Raises:
         UsageError: it is missing, or another teacher's.
     """
     try:
-        return RDMBank.load(Path(args.rdm_bank), source.identities[0])
+        return RDMBank.load(folder, source.identities[0])
     except FileNotFoundError as error:
         raise UsageError(
             f"--rdm-bank: {error}; train one with --distill rdm, or leave --rdm-bank out"

@@ -73,6 +73,21 @@ class Batch:
         """A copy on ``device``."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def split(self, parts: int) -> list["Batch"]:
+        """``parts`` micro-batches of consecutive rows, which count no skipped samples."""
+        size = len(self) // parts
+        return [self._rows(slice(i * size, (i + 1) * size)) for i in range(parts)]
+
+    def _rows(self, rows: slice) -> "Batch":
+        return Batch(
+            images=[t[rows] for t in self.images],
+            texts=[t[rows] for t in self.texts],
+            rows=self.rows[rows],
+            views=self.views[rows],
+            keys=self.keys[rows],
+            extras={k: t[rows] for k, t in self.extras.items()},
+        )
+
     def _map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
         def apply(value):
             if isinstance(value, Tensor):

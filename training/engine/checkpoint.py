@@ -6,9 +6,7 @@ newest one whose manifest verifies. Writing happens in a thread: the training lo
 copy to host memory only.
 """
 
-import json
 import logging
-import os
 import threading
 from hashlib import sha256
 from pathlib import Path
@@ -17,8 +15,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from cifd_clip.losses import World
-from training.engine.control import gathered
+from cifd_clip import World
+from cifd_clip.files import BadFile, file_hash, read_json, sync_folder, write_json, writing
+from training.engine.config import FORMAT
+from training.engine.control import all_gather_object
 from training.errors import Failure
 
 log = logging.getLogger(__name__)
@@ -82,15 +82,15 @@ class Checkpoints:
         return None
 
     def agreed(self, world: World) -> tuple[Path, dict[str, Any]] | None:
-        """`newest`, the same one on all ranks: the one that rank 0 finds.
+        """`newest`, the same one on all ranks: rank 0's.
 
         Raises:
             Failure: as `newest`, or this rank can't read what rank 0 can.
         """
-        found = self.newest() if world.rank == 0 else None
-        name = gathered(world, found and found[0].name)[0]
+        newest = self.newest() if world.rank == 0 else None
+        name = all_gather_object(world, newest and newest[0].name)[0]
         if world.rank == 0 or name is None:
-            return found
+            return newest
         path = self.directory / name
         problem = _problem(path, path.with_suffix(".json"))
         if problem is not None:
@@ -114,14 +114,13 @@ class Checkpoints:
                 stale.unlink()
             size, digest = _write_hashed(path, payload)
             manifest = {"file": path.name, "step": step, "size": size, "sha256": digest}
-            _write_json(path.with_suffix(".json"), manifest)
-            _write_json(self.directory / "latest.json", manifest)
+            write_json(path.with_suffix(".json"), manifest, FORMAT)
+            write_json(self.directory / "latest.json", manifest, FORMAT)
             self._prune(path.with_suffix(".json"))
             self._failure = None
         except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk
             log.error("checkpoint of step %d was not written: %s", step, error)
             self._failure = error
-            path.with_suffix(".pt.tmp").unlink(missing_ok=True)
 
     def _prune(self, newest: Path) -> None:
         """Keep some up to the newest manifest; those of later steps were passed over as damaged."""
@@ -131,6 +130,7 @@ class Checkpoints:
             for manifest in set(manifests) - set(kept):
                 manifest.unlink()
                 manifest.with_suffix(".pt").unlink(missing_ok=True)
+            sync_folder(self.directory)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -153,46 +153,19 @@ class _Hashing:
 
 
 def _write_hashed(path: Path, payload: dict[str, Any]) -> tuple[int, str]:
-    temporary = path.with_suffix(".pt.tmp")
-    with open(temporary, "wb") as file:
+    with writing(path) as file:
         hashing = _Hashing(file)
         torch.save(payload, hashing)
-        _sync(file)
-    temporary.rename(path)
-    _sync_directory(path.parent)
     return hashing.size, hashing.digest.hexdigest()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".json.tmp")
-    with open(temporary, "w") as file:
-        json.dump(content, file, indent=2)
-        _sync(file)
-    temporary.rename(path)
-    _sync_directory(path.parent)
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _problem(path: Path, manifest: Path) -> str | None:
     """Why a checkpoint can't be trusted, or None."""
     try:
-        expected = json.loads(manifest.read_text())
-        digest = sha256()
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    except (OSError, ValueError) as error:
+        expected = read_json(manifest, FORMAT)
+        digest = file_hash(path)
+    except (OSError, BadFile) as error:
         return str(error)
-    if digest.hexdigest() != expected["sha256"]:
+    if digest != expected.get("sha256"):
         return f"its {path.stat().st_size} bytes are not those its manifest describes"
     return None

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from open_clip_train.distributed import init_distributed_device
 
-from cifd_clip.losses import World
+from cifd_clip import World
+from training.engine.config import ProcessConfig
 from training.errors import UsageError
 
 #: Exit code of a run that was asked to stop and saved itself: start it again with --resume latest.
@@ -20,15 +21,20 @@ STOPPED_EXIT = 75  # EX_TEMPFAIL
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def start_processes(args: Namespace) -> tuple[World, torch.device]:
+def start_processes(config: ProcessConfig) -> tuple[World, torch.device]:
     """Join the process group that torchrun or srun describes, if any."""
     flush_denormals()
     # In an allocation of several tasks SLURM sets this for any command, and OpenCLIP takes it for
     # the number of processes: those that srun started have a step, which says how many they are.
     if "SLURM_NTASKS" in os.environ:
         os.environ["SLURM_NTASKS"] = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    place = Namespace(**vars(args), horovod=False)  # a copy: it gets rank and world size
-    place.device = _device(args.device)
+    place = Namespace(
+        device=_device(config.device),
+        dist_url=config.dist_url,
+        dist_backend=config.dist_backend,
+        no_set_device_rank=config.no_set_device_rank,
+        horovod=False,
+    )
     device = init_distributed_device(place)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # for what asks no tensor where it lies, such as seeds
@@ -51,7 +57,7 @@ def _device(name: str | None) -> str:
     return name
 
 
-def gathered(world: World, item: Any) -> list[Any]:
+def all_gather_object(world: World, item: Any) -> list[Any]:
     """Every rank's ``item``, in rank order; all ranks must call."""
     items = [item] * world.size
     if world.size > 1:
@@ -59,7 +65,7 @@ def gathered(world: World, item: Any) -> list[Any]:
     return items
 
 
-def wait_for_all(world: World) -> None:
+def barrier(world: World) -> None:
     """Meet the other processes, however late they are: NCCL's own barrier gives up in minutes."""
     if world.size > 1:
         group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
@@ -127,6 +133,14 @@ class StopFlag:
         return signal.Signals(self._raised).name if self._raised else "another rank's signal"
 
 
-def log_level(world: World) -> int:
+def start_logging(world: World) -> None:
     """Rank 0 talks, the others only about trouble."""
-    return logging.INFO if world.rank == 0 else logging.WARNING
+    level = logging.INFO if world.rank == 0 else logging.WARNING
+    style = {"format": "%(asctime)s | %(message)s", "datefmt": "%H:%M:%S"}
+    logging.basicConfig(level=level, force=True, **style)
+
+
+def end_processes() -> None:
+    """Leave the process group; after a failure it would wait for the others, see `cli`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

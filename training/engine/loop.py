@@ -1,109 +1,123 @@
-"""The one training loop: stage 1, stage 2 and every method go through it."""
+"""The one training loop: stage 1, stage 2, every method and every classifier go through it."""
 
 import contextlib
 import logging
 import time
-from argparse import Namespace
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from training.data.loader import Batch, Loader
-from training.data.stream import StreamLoader
 from training.engine.checkpoint import Checkpoints
+from training.engine.config import RunConfig
 from training.engine.control import StopFlag
-from training.engine.metrics import Meter, Sinks, flatten
+from training.engine.metrics import Meter, MetricWriter
+from training.engine.stage import Batch
 from training.engine.trainer import Progress, Trainer
-from training.errors import NonFinite, UsageError
+from training.errors import NonFinite
 
 log = logging.getLogger(__name__)
 
 
+class Loader(Protocol):
+    """Delivers this rank's part of each global batch."""
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        """Those of steps ``start_step`` .. ``stop_step - 1``."""
+
+
+class Validation(Protocol):
+    """Held-out data: how often they are looked at, and their batches."""
+
+    every_epochs: int
+
+    def __call__(self) -> Iterable[Batch]:
+        """This rank's held-out batches."""
+
+
 def train(
     trainer: Trainer,
-    loader: Loader | StreamLoader,
-    checkpoints: Checkpoints | None,
-    sinks: Sinks | None,
-    stop: StopFlag,
-    validation=None,
+    loader: Loader,
+    config: RunConfig,
+    checkpoints: Checkpoints | None = None,
+    writer: MetricWriter | None = None,
+    stop: StopFlag | None = None,
+    validation: Validation | None = None,
+    check_samples: Callable[[Progress], None] = lambda progress: None,
 ) -> bool:
     """Run a trainer to its last step, or until it is told to stop.
 
     Args:
         trainer: what trains, at the step it starts from.
         loader: gives this rank's part of each global batch.
-        checkpoints, sinks: where rank 0 writes; None on the others.
-        stop: asked at every step boundary.
-        validation: called without arguments, gives the held-out batches of an epoch's end.
+        config: when to log and to save.
+        checkpoints, writer: where rank 0 writes; None on the others.
+        stop: asked at every step boundary, if there is one.
+        validation: looked at when an epoch ends.
+        check_samples: raises when too many samples could not be used; called at log lines.
 
     Returns:
-        Whether all steps are done; False after a stop, whose checkpoint is on disk.
+        Whether all steps are done and nobody asked to stop; after a stop the checkpoint is on disk.
 
     Raises:
         NonFinite: training diverged; the last good weights are on disk.
         UsageError: too many samples can't be used.
     """
-    args, progress, meter = trainer.args, trainer.progress, Meter()
-    clock = _Clock(progress.seconds)
+    progress, meter = trainer.progress, Meter()
+    clock = _Clock(progress)
     last_save = time.monotonic()
     bar = tqdm(
         total=trainer.total_steps,
         initial=progress.step,
         unit="step",
-        disable=None if sinks else True,
+        disable=None if trainer.world.rank == 0 else True,
         dynamic_ncols=True,
     )
 
     def save() -> None:
         nonlocal last_save
-        progress.seconds = clock.total()
+        clock.account()
         progress.shards = getattr(loader, "shards_consumed", 0)
         if checkpoints is not None:
             checkpoints.save(progress.step, trainer.payload())
         last_save = time.monotonic()
 
+    stopping = False
     trainer.stage.task.train()
     batches = loader.batches(progress.step, trainer.total_steps)
     with contextlib.closing(bar):
         for batch in clock.timed(batches):
-            values = trainer.step(batch.to(trainer.device))
-            meter.add(values)
+            meter.add(trainer.step(batch.to(trainer.device)))
             bar.update()
             step, epoch_end = progress.step, progress.step % trainer.steps_per_epoch == 0
-            if step % args.log_every_n_steps == 0 or epoch_end:
-                before = sum(progress.skipped.values())
-                trainer.agree_on_skipped()
-                line = _line(trainer, meter, clock)
-                if sinks is not None:
-                    sinks.write("train", step, line)
-                    _say(bar, trainer, line)
-                    if sum(progress.skipped.values()) > before:
-                        sinks.write("skipped", step, progress.skipped)
-                        log.warning("samples replaced so far: %s", dict(progress.skipped))
-                _check_bad_fraction(args, progress)
+            # A line in the log, and what it may find out.
+            every = config.log_every_n_steps
+            if epoch_end or (every and step % every == 0):
                 try:
+                    _log(trainer, meter, clock, writer, bar)
+                    check_samples(progress)
                     trainer.check_finite()
                 except NonFinite:
                     save()
                     if checkpoints is not None:
                         checkpoints.wait()
                     raise
-            if epoch_end and validation and _due(args, trainer, args.val_frequency):
-                held_out = trainer.validate(validation())
+            # Held-out data.
+            if epoch_end and validation and _due(trainer, validation.every_epochs):
+                held_out = trainer.flat(trainer.validate(validation()))
                 clock.pause()
-                if sinks is not None:
-                    sinks.write("val", step, held_out)
+                if writer is not None:
+                    writer.write("val", step, held_out)
                     log.info("held out | %s", _format(held_out))
-            done = step == trainer.total_steps
-            stopping = not done and stop.agreed()
+            # A checkpoint, when one is due, and the end, when somebody asks for it.
+            stopping = stop is not None and stop.agreed()
             minutes = (time.monotonic() - last_save) / 60
             if (
-                done
-                or stopping
-                or (epoch_end and _due(args, trainer, args.save_frequency))
-                or (args.save_every_n_steps and step % args.save_every_n_steps == 0)
-                or (args.save_every_n_minutes and minutes >= args.save_every_n_minutes)
+                stopping
+                or step == trainer.total_steps
+                or (epoch_end and _due(trainer, config.save_frequency))
+                or (config.save_every_n_steps and step % config.save_every_n_steps == 0)
+                or (config.save_every_n_minutes and minutes >= config.save_every_n_minutes)
             ):
                 save()
             if stopping:
@@ -111,16 +125,18 @@ def train(
                 break
     if checkpoints is not None:
         checkpoints.wait()
-    progress.seconds = clock.total()
-    return progress.step == trainer.total_steps
+    clock.account()
+    return progress.step == trainer.total_steps and not stopping
 
 
 class _Clock:
-    """Wall time of the run, of the interval, and of waiting for data."""
+    """Time of the run, of the interval between log lines, and of waiting for data in it."""
 
-    def __init__(self, before: float):
-        self._before, self._start = before, time.monotonic()
-        self._mark, self._waited, self._samples, self._paused = self._start, 0.0, 0, 0.0
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._before = progress.seconds, progress.cpu_seconds
+        self._start = time.monotonic(), time.process_time()
+        self._mark, self._waited, self._samples = self._start[0], 0.0, 0
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
@@ -143,30 +159,48 @@ class _Clock:
         self.pause()
         return result
 
-    def total(self) -> float:
-        return self._before + time.monotonic() - self._start
+    def account(self) -> None:
+        """Bring the progress's times up to date."""
+        self._progress.seconds = self._before[0] + time.monotonic() - self._start[0]
+        self._progress.cpu_seconds = self._before[1] + time.process_time() - self._start[1]
+
+
+def _log(
+    trainer: Trainer, meter: Meter, clock: _Clock, writer: MetricWriter | None, bar: tqdm
+) -> None:
+    """Write the means since the last line; every rank must call."""
+    progress = trainer.progress
+    before = progress.skipped.total()
+    trainer.agree_on_skipped()
+    line = _line(trainer, meter, clock)
+    if writer is not None:
+        writer.write("train", progress.step, line)
+        if progress.skipped.total() > before:
+            writer.write("skipped", progress.step, progress.skipped)
+            log.warning("samples replaced so far: %s", dict(progress.skipped))
+    if bar.disable:  # no terminal
+        _say(trainer, line)
+    else:
+        bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['samples_per_s']:.0f} samples/s")
 
 
 def _line(trainer: Trainer, meter: Meter, clock: _Clock) -> dict[str, Any]:
-    values = flatten(meter.read(trainer.world), trainer.stage.rates)  # waits for the device
+    values = trainer.flat(meter.read(trainer.world))  # waits for the device
     rate, wait = clock.read()
     progress = trainer.progress
     return {
         "epoch": progress.step / trainer.steps_per_epoch,
         "samples": progress.samples,
-        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "lr": trainer.optimizers[0].param_groups[0]["lr"],
         **values,
         "samples_per_s": rate * trainer.world.size,
         "data_wait": wait,
-        "skipped_samples": sum(progress.skipped.values()),
+        "skipped_samples": progress.skipped.total(),
         "skipped_steps": int(trainer.bad_total.item()),
     }
 
 
-def _say(bar: tqdm, trainer: Trainer, line: dict[str, Any]) -> None:
-    if not bar.disable:
-        bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['samples_per_s']:.0f} samples/s")
-        return
+def _say(trainer: Trainer, line: dict[str, Any]) -> None:
     terms = {k: v for k, v in line.items() if k.endswith("_loss") or k == "loss"}
     log.info(
         "step %d/%d | %s | lr %.3g | %.0f samples/s | data wait %.0f %%",
@@ -183,16 +217,5 @@ def _format(values: dict[str, float]) -> str:
     return ", ".join(f"{k} {v:.4g}" for k, v in values.items())
 
 
-def _due(args: Namespace, trainer: Trainer, frequency: int) -> bool:
-    return frequency > 0 and trainer.progress.step // trainer.steps_per_epoch % frequency == 0
-
-
-def _check_bad_fraction(args: Namespace, progress: Progress) -> None:
-    bad = sum(progress.skipped.values())
-    # A handful proves nothing.
-    if bad > 10 and bad > args.max_bad_fraction * progress.samples:
-        raise UsageError(
-            f"{bad} of {progress.samples} samples could not be used "
-            f"({dict(progress.skipped)}), more than --max-bad-fraction {args.max_bad_fraction}; "
-            "run `python -m training.check_data --deep` on --train-data"
-        )
+def _due(trainer: Trainer, frequency: int) -> bool:
+    return frequency > 0 and trainer.epoch % frequency == 0

@@ -1,4 +1,4 @@
-"""Metrics: averaged on the device, read when a line is due, written to every sink."""
+"""Metrics: averaged on the device, read when a line is due, written to every place."""
 
 import json
 import math
@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cifd_clip import World
+from cifd_clip.files import write_text
+from training.engine.config import RunConfig
 
 
 class Meter:
@@ -42,61 +44,59 @@ class Meter:
 
 
 def flatten(values: Mapping[str, float | list[float]], rates: list[float]) -> dict[str, float]:
-    """Spread per-rate lists: ``image/bits`` → ``image/R=1000/bits``; adds the bank's SNR.
+    """Spread per-rate lists: ``image/bits`` → ``image/R=1000/bits``, ``bits`` → ``bits/R=1000``.
 
-    The SNR of a reconstruction is E‖X‖² / E‖X − X̂‖² in dB, with ‖X‖ = 1.
+    Adds the SNR of a CLIP bank's reconstructions, E‖X‖² / E‖X − X̂‖² in dB, with ‖X‖ = 1.
     """
     flat: dict[str, float] = {}
     for name, value in values.items():
         if not isinstance(value, list):
             flat[name] = value
             continue
-        modality, quantity = name.split("/")
+        modality, _, quantity = name.rpartition("/")
         for rate, entry in zip(rates, value):
-            flat[f"{modality}/R={rate:g}/{quantity}"] = entry
-            if quantity == "distortion":
+            where = f"{modality}/R={rate:g}/{quantity}" if modality else f"{name}/R={rate:g}"
+            flat[where] = entry
+            if modality and quantity == "distortion":
                 snr = -10 * math.log10(entry) if entry > 0 else math.inf
                 flat[f"{modality}/R={rate:g}/snr_db"] = snr
     return flat
 
 
-class Sinks:
-    """``metrics.jsonl``, and TensorBoard and Weights & Biases where asked for.
+class MetricWriter:
+    """``metrics.jsonl``, and TensorBoard and Weights & Biases where ``--report-to`` names them.
 
     Args:
         directory: the run directory.
-        report_to: ``tensorboard`` and/or ``wandb``, comma-separated.
-        config: what W&B shows as the run's configuration.
-        wandb_project, wandb_notes: as OpenCLIP's flags.
+        config: the run's flags.
+        recorded: what W&B shows as the run's configuration.
         step: where the run starts or resumes; lines of later steps, which will be made again, go.
     """
 
     def __init__(
         self,
         directory: Path,
-        report_to: str = "",
-        config: dict[str, Any] | None = None,
-        wandb_project: str = "open-clip",
-        wandb_notes: str = "",
+        config: RunConfig,
+        recorded: dict[str, Any] | None = None,
         step: int = 0,
     ):
         path = directory / "metrics.jsonl"
         _forget_after(path, step)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115
         self._tensorboard = self._wandb = None
-        if "tensorboard" in report_to:
+        if "tensorboard" in config.report_to:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
-        if "wandb" in report_to:
+        if "wandb" in config.report_to:
             import wandb
 
             self._wandb = wandb.init(
-                project=wandb_project,
+                project=config.wandb_project_name,
                 name=_wandb_name(directory),
                 id=_wandb_id(directory),
-                notes=wandb_notes,
-                config=config,
+                notes=config.wandb_notes,
+                config=recorded,
                 resume="allow",
                 dir=str(directory),
             )
@@ -113,7 +113,7 @@ class Sinks:
             self._wandb.log({f"{kind}/{k}": v for k, v in scalars.items()}, step=step)
 
     def close(self) -> None:
-        """Flush and close every sink."""
+        """Flush and close every writer."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -131,7 +131,7 @@ def _wandb_id(directory: Path) -> str:
     """Made once and kept: one curve, whatever the number of jobs, and never another run's."""
     path = directory / "wandb_id"
     if not path.is_file():
-        path.write_text(secrets.token_hex(8))
+        write_text(path, secrets.token_hex(8))
     return path.read_text()
 
 
@@ -149,6 +149,4 @@ def _forget_after(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:  # the line a kill cut short
             continue
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(kept))
-    temporary.rename(path)
+    write_text(path, "".join(kept))

@@ -1,29 +1,36 @@
-"""AdamW, the learning rate, and the average of weights."""
+"""Optimizers, the learning rate, and the average of weights."""
 
-from argparse import Namespace
+import math
+from collections.abc import Callable
 
 import torch
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from cifd_clip import FactorizedDensity, Task
+from cifd_clip import FactorizedDensity
+from training.engine.config import OptimConfig
 from training.errors import UsageError
 
 
-def make_optimizer(args: Namespace, task: Task) -> torch.optim.Optimizer:
-    """AdamW over four kinds of parameters.
+def density_parameters(task: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a task's densities."""
+    densities = (m for m in task.modules() if isinstance(m, FactorizedDensity))
+    return [p for density in densities for p in density.parameters()]
+
+
+def one_adamw(config: OptimConfig, task: nn.Module) -> list[Optimizer]:
+    """AdamW over three kinds of parameters, as CLIP models are trained.
 
     Matrices decay; gains, biases and temperatures don't (OpenCLIP's rule). A density's parameters
     never decay, although they are matrices: decay would pull it to a fixed shape. They learn
     faster, because a rate term can only shape the features once the density fits them.
     """
-    density = {
-        id(p) for m in task.modules() if isinstance(m, FactorizedDensity) for p in m.parameters()
-    }
+    density = {id(p) for p in density_parameters(task)}
     groups = {
-        "decay": {"params": [], "weight_decay": args.wd, "lr_scale": 1.0},
+        "decay": {"params": [], "weight_decay": config.wd, "lr_scale": 1.0},
         "plain": {"params": [], "weight_decay": 0.0, "lr_scale": 1.0},
-        "density": {"params": [], "weight_decay": 0.0, "lr_scale": args.density_lr},
+        "density": {"params": [], "weight_decay": 0.0, "lr_scale": config.density_lr},
     }
     for name, parameter in task.named_parameters():
         if not parameter.requires_grad:
@@ -33,36 +40,81 @@ def make_optimizer(args: Namespace, task: Task) -> torch.optim.Optimizer:
         )
         kind = "density" if id(parameter) in density else "plain" if plain else "decay"
         groups[kind]["params"].append(parameter)
-    return torch.optim.AdamW(
-        [g for g in groups.values() if g["params"]],
-        lr=args.lr,
-        betas=(args.beta1, args.beta2),
-        eps=args.eps,
-        fused=True,
-    )
+    return [
+        AdamW(
+            [g for g in groups.values() if g["params"]],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+    ]
 
 
-def make_schedule(args: Namespace, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
-    """step → learning rate, by OpenCLIP's schedulers; warm-up is a sixth of training by default."""
-    total = args.epochs * steps_per_epoch
-    warmup = total // 6 if args.warmup is None else args.warmup
+def with_adam_for_densities(
+    config: OptimConfig, task: nn.Module, momentum: float
+) -> list[Optimizer]:
+    """SGD or AdamW over all parameters but the densities', which learn under Adam.
+
+    Whatever trains the rest: the weight of a rate term scales the density's gradient too, and under
+    SGD a small λ_I would leave the density as it was drawn.
+    """
+    densities = density_parameters(task)
+    known = {id(p) for p in densities}
+    rest = [p for p in task.parameters() if p.requires_grad and id(p) not in known]
+    options = {"lr": config.lr, "weight_decay": config.wd, "fused": True}
+    if config.opt == "sgd":
+        optimizers: list[Optimizer] = [SGD(rest, momentum=momentum, **options)]
+    else:
+        optimizers = [AdamW(rest, **options)]
+    if densities:
+        optimizers.append(Adam(densities, lr=config.lr * config.density_lr, fused=True))
+        optimizers[-1].param_groups[0]["lr_scale"] = config.density_lr
+    optimizers[0].param_groups[0]["lr_scale"] = 1.0
+    return optimizers
+
+
+def make_schedule(
+    config: OptimConfig, optimizer: Optimizer, steps_per_epoch: int
+) -> Callable[[int], float]:
+    """step → learning rate; by OpenCLIP's schedulers where it has them.
+
+    Raises:
+        UsageError: the warm-up leaves no step.
+    """
+    total = config.epochs * steps_per_epoch
+    if config.warmup_epochs is not None:
+        warmup = round(config.warmup_epochs * steps_per_epoch)
+    else:
+        warmup = total // 6 if config.warmup is None else config.warmup
     if warmup >= total:
         raise UsageError(
             f"--warmup {warmup} leaves nothing of the {total} steps; the paper warms up for 1/6"
         )
-    if args.lr_scheduler == "cosine":
-        return cosine_lr(optimizer, args.lr, warmup, total)
-    if args.lr_scheduler == "const":
-        return const_lr(optimizer, args.lr, warmup, total)
-    return const_lr_cooldown(
-        optimizer,
-        args.lr,
-        warmup,
-        total,
-        args.epochs_cooldown * steps_per_epoch,
-        args.lr_cooldown_power,
-        args.lr_cooldown_end,
-    )
+    if config.lr_scheduler == "cosine":
+        return cosine_lr(optimizer, config.lr, warmup, total)
+    if config.lr_scheduler == "const":
+        return const_lr(optimizer, config.lr, warmup, total)
+    if config.lr_scheduler == "const-cooldown":
+        return const_lr_cooldown(
+            optimizer,
+            config.lr,
+            warmup,
+            total,
+            config.epochs_cooldown * steps_per_epoch,
+            config.lr_cooldown_power,
+            config.lr_cooldown_end,
+        )
+
+    def by_epochs(step: int) -> float:
+        if step < warmup:
+            return config.lr * (step + 1) / warmup
+        if config.lr_scheduler == "linear":
+            return config.lr * (total - step) / (total - warmup)
+        passed = sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
+        return config.lr * math.pow(config.gamma, passed)
+
+    return by_epochs
 
 
 class MovingAverage:

@@ -1,9 +1,8 @@
-"""A stage, its optimizer and its place in the data: one step at a time."""
+"""A stage, its optimizers and its place in the data: one step at a time."""
 
 import math
-from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,25 +12,37 @@ from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cifd_clip import Features, Noise, World
+from cifd_clip import Noise, World
 from cifd_clip.noise import derive_seed
-from cifd_clip.student import Pooled
-from training.clip.stages import Stage
-from training.data.loader import Batch
-from training.engine.control import gathered
+from training.engine.config import OptimConfig
+from training.engine.control import all_gather_object
 from training.engine.metrics import flatten
-from training.engine.optim import MovingAverage, make_optimizer, make_schedule
+from training.engine.optim import MovingAverage, make_schedule
+from training.engine.stage import Batch, Losses, Report, Stage
 from training.errors import NonFinite
+
+#: Steps that a GradScaler may skip while it finds its scale, from 2¹⁶ down.
+SCALER_PATIENCE = 16
 
 
 @dataclass
 class Progress:
-    """Where a run is: all the loop's state besides the tensors."""
+    """Where a run is: all the loop's state besides the tensors.
+
+    Attributes:
+        step: optimizer steps taken.
+        samples: consumed by all ranks.
+        shards: consumed, where remote shards are streamed.
+        seconds, cpu_seconds: of wall time, and of this process's processor time.
+        skipped: samples that could not be used, by reason.
+        nonfinite_steps: skipped because the gradient was not finite.
+    """
 
     step: int = 0
     samples: int = 0
-    shards: int = 0  # consumed, where remote shards are streamed
+    shards: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     skipped: Counter = field(default_factory=Counter)
     nonfinite_steps: int = 0
 
@@ -46,58 +57,69 @@ class Progress:
 
 
 class Trainer:
-    """A stage, its optimizer and its place in the data.
+    """A stage, its optimizers and its place in the data.
 
     Args:
-        args: the command line.
         stage: what trains.
-        world, device: of this process.
+        config: how.
         steps_per_epoch: optimizer steps in an epoch.
+        world, device: of this process.
+        precision: ``fp32``, ``amp`` (float16 with a scaler) or ``amp_bf16``.
+        name: of the run, for its checkpoints.
     """
 
     def __init__(
         self,
-        args: Namespace,
         stage: Stage,
-        world: World,
-        device: torch.device,
+        config: OptimConfig,
         steps_per_epoch: int,
+        world: World | None = None,
+        device: torch.device | None = None,
+        precision: str = "fp32",
+        name: str = "",
     ):
-        self.args, self.stage, self.world, self.device = args, stage, world, device
+        self.stage, self.config, self.name = stage, config, name
+        self.world, self.device = world or World(), device or torch.device("cpu")
         self.steps_per_epoch = steps_per_epoch
-        self.total_steps = steps_per_epoch * args.epochs
+        self.total_steps = steps_per_epoch * config.epochs
         self.progress = Progress()
         self.newly_skipped: Counter = Counter()  # on this rank, since the ranks last agreed
         self.parameters = [p for p in stage.task.parameters() if p.requires_grad]
+        self.clipped = stage.clipped()
+        among_clipped = {id(p) for p in self.clipped}
+        self.unclipped = [p for p in self.parameters if id(p) not in among_clipped]
         self.temperatures = [
             p
             for name, p in stage.task.named_parameters()
             if name.endswith("logit_scale") and p.requires_grad
         ]
-        self.optimizer = make_optimizer(args, stage.task)
-        self.schedule = make_schedule(args, self.optimizer, steps_per_epoch)
+        self.optimizers = stage.optimizers(config)
+        self.schedule = make_schedule(config, self.optimizers[0], steps_per_epoch)
         self.average: MovingAverage | None = None
         if stage.average is not None:
-            self.average = MovingAverage(stage.average, stage.task, args.ema)
-        self.autocast = get_autocast(args.precision, device.type)
-        scaled = args.precision == "amp"
-        self.scaler = torch.amp.GradScaler(device.type) if scaled else None
+            self.average = MovingAverage(stage.average, stage.task, config.ema)
+        self.autocast = get_autocast(precision, self.device.type)
+        self.scaler = torch.amp.GradScaler(self.device.type) if precision == "amp" else None
         # With accumulation the gradient is complete only after the last micro-batch, and is
         # averaged over ranks once, by `_average_gradients`.
-        self.overlap = world.size > 1 and args.accum_freq == 1
         self.model: nn.Module = stage.task
-        if self.overlap:
-            ids = [device.index] if device.type == "cuda" else None
+        if self.world.size > 1 and config.accum_freq == 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = DistributedDataParallel(stage.task, device_ids=ids)
             # Buffers are rank 0's where they are read: in its checkpoints and in `validate`.
             # (Set here: the argument's name changes between versions of torch.)
             self.model.broadcast_buffers = False
-        self.bad_streak = torch.zeros((), device=device)
-        self.bad_total = torch.zeros((), device=device)
+        self.bad_streak = torch.zeros((), device=self.device)
+        self.bad_total = torch.zeros((), device=self.device)
         self.bad_terms: Tensor | None = None
         self.terms: list[str] = []
 
     # -- state ---------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs trained."""
+        return self.progress.step // self.steps_per_epoch
 
     def payload(self) -> dict[str, Any]:
         """Everything a checkpoint holds."""
@@ -105,10 +127,10 @@ class Trainer:
         if self.world.size == 1:  # several ranks agree when a line is due, all together
             self.agree_on_skipped()
         return {
-            "epoch": self.progress.step // self.steps_per_epoch,
-            "name": self.args.name,
+            "epoch": self.epoch,
+            "name": self.name,
             **self.stage.payload(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict() if self.scaler else {},
             "progress": self.progress.state(),
         }
@@ -116,7 +138,8 @@ class Trainer:
     def load(self, payload: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.stage.load(payload)
-        self.optimizer.load_state_dict(payload["optimizer"])
+        for optimizer, state in zip(self.optimizers, payload["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         if self.scaler:
             self.scaler.load_state_dict(payload["scaler"])
         self.progress = Progress.of(payload["progress"])
@@ -130,73 +153,79 @@ class Trainer:
         Returns:
             Losses and report of the batch, on the device.
         """
+        # The learning rate of this step, and its noise.
         lr = self.schedule(self.progress.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        noise = Noise(self.args.seed, self.progress.step, self.world.rank * len(batch))
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.args.accum_freq == 1:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            optimizer.zero_grad(set_to_none=True)
+        noise = Noise(self.config.seed, self.progress.step, self.world.rank * len(batch))
+        # Losses and gradients of the whole batch.
+        if self.config.accum_freq == 1:
             losses, report = self._forward_backward(batch, noise)
         else:
             losses, report = self._accumulate(batch, noise)
+        # The update, and the average of weights.
         report["grad_norm"] = self._update(losses)
         if self.average is not None:
             self.average.update(self.progress.step)
+        # The place in the data.
         self.progress.step += 1
         self.progress.samples += len(batch) * self.world.size
         self.newly_skipped.update(batch.skipped)
         return {**losses, **report, "loss": sum(losses.values()).detach()}
 
-    def _forward_backward(self, batch: Batch, noise: Noise):
+    def _forward_backward(self, batch: Batch, noise: Noise) -> tuple[Losses, Report]:
         self._seed_dropout(0)
         with self.autocast():
-            teachers = self.stage.assisted(self.stage.teachers(batch), noise)
-            losses, report = self.model(*self.stage.student_inputs(batch), teachers, noise)
-        self._backward(sum(losses.values()))
+            targets = self.stage.with_assistants(self.stage.targets(batch), noise)
+            losses, report = self.model(*self.stage.inputs(batch), targets, noise)
+        self._backward(losses)
         return losses, report
 
-    def _accumulate(self, batch: Batch, noise: Noise):
+    def _accumulate(self, batch: Batch, noise: Noise) -> tuple[Losses, Report]:
         """The whole batch's loss and gradient at a micro-batch's memory.
 
-        The rows of W are computed without a graph, the losses once on all of them; each
+        The encoded rows are computed without a graph, the losses once on all of them; each
         micro-batch is then run again and given its rows of the gradient (GradCache, Gao et al.
         2021). Contrastive terms, IBM noise and rates are those of the whole batch.
         """
-        task, micro = self.stage.task, list(split(batch, self.args.accum_freq))
+        stage, micro = self.stage, batch.split(self.config.accum_freq)
+        # All rows without a graph.
         with torch.no_grad(), self.autocast():
-            teachers = [concatenate(f) for f in zip(*(self.stage.teachers(m) for m in micro))]
-            teachers = self.stage.assisted(teachers, noise)
+            targets = stage.concatenate([stage.targets(m) for m in micro])
+            targets = stage.with_assistants(targets, noise)
             parts = [self._encode(m, i) for i, m in enumerate(micro)]
-        if parts[0] is None:
-            losses, report = task.losses(None, teachers, noise)
-            self._backward(sum(losses.values()))
-        else:
-            leaves = Pooled(*(torch.cat(w).requires_grad_() for w in zip(*parts)))
-            losses, report = task.losses(leaves, teachers, noise)
-            self._backward(sum(losses.values()))
-            gradients = zip(*(w.grad.chunk(len(micro)) for w in leaves))
-            for i, (m, rows) in enumerate(zip(micro, gradients)):
+        # The losses, down to the rows.
+        rows = parts[0] and type(parts[0])(*(torch.cat(w).requires_grad_() for w in zip(*parts)))
+        losses, report = stage.task.losses(rows, targets, noise)
+        self._backward(losses)
+        # From the rows down, micro-batch by micro-batch.
+        if rows:
+            gradients = zip(*(w.grad.chunk(len(micro)) for w in rows))
+            for i, (m, of_rows) in enumerate(zip(micro, gradients)):
                 with self.autocast():
-                    pooled = self._encode(m, i)
-                wanted = [(w, g) for w, g in zip(pooled, rows) if w.requires_grad]
+                    encoded = self._encode(m, i)
+                wanted = [(w, g) for w, g in zip(encoded, of_rows) if w.requires_grad]
                 torch.autograd.backward(*zip(*wanted))
         if self.world.size > 1:
             self._average_gradients()
         return losses, report
 
-    def _encode(self, batch: Batch, micro: int) -> Pooled | None:
+    def _encode(self, batch: Batch, micro: int) -> tuple[Tensor, ...] | None:
         self._seed_dropout(micro)
-        return self.stage.task.encode(*self.stage.student_inputs(batch))
+        return self.stage.task.encode(*self.stage.inputs(batch))
 
     def _seed_dropout(self, micro: int) -> None:
         """Dropout and patch dropout read torch's global generators: make them functions too."""
         step, rank = self.progress.step, self.world.rank
-        seed = derive_seed(self.args.seed, step, "dropout", rank, micro)
+        seed = derive_seed(self.config.seed, step, "dropout", rank, micro)
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, losses: Losses) -> None:
+        loss = sum(losses.values())
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
     def _average_gradients(self) -> None:
@@ -208,25 +237,33 @@ class Trainer:
         whole = torch._utils._unflatten_dense_tensors(flat, gradients)
         torch._foreach_copy_(gradients, list(whole))
 
-    def _update(self, losses: dict[str, Tensor]) -> Tensor:
+    def _update(self, losses: Losses) -> Tensor:
         """Clip and update, unless the gradient is not finite; nothing waits for the device.
 
         The gradient's norm, unlike the loss, is the same on every rank, so all of them skip
-        together. AdamW's fused kernel does the skipping, as it does for a GradScaler.
+        together. The optimizers' fused kernels do the skipping, as they do for a GradScaler.
+
+        Returns:
+            The norm of the clipped parameters' gradient, before clipping.
         """
         if self.scaler:
-            self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.args.grad_clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.args.grad_clip_norm, norm)
-        bad = (~torch.isfinite(norm)).float()
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+        norm = _gradient_norm(self.clipped)
+        if self.config.grad_clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.clipped, self.config.grad_clip_norm, norm)
+        finite = torch.isfinite(norm)
+        if self.unclipped:
+            finite = finite & torch.isfinite(_gradient_norm(self.unclipped))
+        bad = (~finite).float()
+        for optimizer in self.optimizers:
+            if self.scaler:
+                self.scaler.step(optimizer)
+            else:
+                optimizer.grad_scale, optimizer.found_inf = None, bad
+                optimizer.step()
         if self.scaler:
-            self.scaler.step(self.optimizer)
             self.scaler.update()
-        else:
-            self.optimizer.grad_scale = None
-            self.optimizer.found_inf = bad
-            self.optimizer.step()
         self._clamp_temperatures()
         self._remember(bad, losses)
         return norm.detach()
@@ -236,7 +273,7 @@ class Trainer:
             for logit_scale in self.temperatures:
                 logit_scale.clamp_(0, math.log(100))  # as OpenCLIP
 
-    def _remember(self, bad: Tensor, losses: dict[str, Tensor]) -> None:
+    def _remember(self, bad: Tensor, losses: Losses) -> None:
         self.terms = list(losses)
         values = torch.stack([v.detach().float() for v in losses.values()])
         last = values if self.bad_terms is None else self.bad_terms
@@ -246,14 +283,13 @@ class Trainer:
 
     def agree_on_skipped(self) -> None:
         """Add what every rank has skipped to the progress, which is the same on all of them."""
-        for part in gathered(self.world, self.newly_skipped):
+        for part in all_gather_object(self.world, self.newly_skipped):
             self.progress.skipped.update(part)
         self.newly_skipped = Counter()
 
     def check_finite(self) -> None:
         """Raise `NonFinite` after too many bad steps in a row; reads the device."""
-        # A GradScaler skips steps while it finds its scale, from 2¹⁶ down.
-        patience = self.args.max_nonfinite_steps + (16 if self.scaler else 0)
+        patience = self.config.max_nonfinite_steps + (SCALER_PATIENCE if self.scaler else 0)
         if self.bad_streak.item() < patience:
             return
         if self.world.size > 1:
@@ -273,52 +309,34 @@ class Trainer:
     # -- validation ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def validate(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """Mean losses of held-out data over all ranks' parts, without noise, of what ships."""
-        task = self.stage.shipped.eval()
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float | list[float]]:
+        """Means over the rows of held-out batches of all ranks, without noise, of what ships."""
+        shipped = self.stage.shipped.eval()
         if self.world.size > 1:
-            for buffer in task.buffers():  # batch statistics: each rank has its own
+            for buffer in shipped.buffers():  # batch statistics: each rank has its own
                 dist.broadcast(buffer, src=0)
-        world, task.world = task.world, World()
         sums: dict[str, Tensor] = {}
         rows = torch.zeros((), device=self.device)
         for batch in batches:
             if not len(batch):  # none of its samples could be used
                 continue
-            batch = batch.to(self.device)
             with self.autocast():
-                teachers = self.stage.assisted(self.stage.teachers(batch), None)
-                losses, report = task(*self.stage.student_inputs(batch), teachers, None)
-            for name, value in {**losses, **report}.items():
-                sums[name] = sums.get(name, 0) + value.float() * len(batch)
+                values = self.stage.measure(batch.to(self.device))
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0) + value
             rows += len(batch)
-        task.world = world
         self.stage.task.train()
         # As objects: a rank may have had no sample, and then knows no name either.
-        parts = gathered(self.world, ({k: v.cpu() for k, v in sums.items()}, rows.cpu()))
+        own = {name: value.cpu() for name, value in sums.items()}, rows.cpu()
+        parts = all_gather_object(self.world, own)
         names = next((list(part) for part, _ in parts if part), [])
         total = sum(count for _, count in parts)
-        means = {k: (sum(p[k] for p, _ in parts if p) / total).tolist() for k in names}
-        return flatten(means, self.stage.rates)
+        return {k: (sum(p[k] for p, _ in parts if p) / total).tolist() for k in names}
+
+    def flat(self, values: dict[str, float | list[float]]) -> dict[str, float]:
+        """Values by name, those of RDMs spread over their rates."""
+        return flatten(values, self.stage.rates)
 
 
-def split(batch: Batch, parts: int) -> Iterator[Batch]:
-    """A batch as ``parts`` micro-batches of consecutive rows."""
-    size = len(batch) // parts
-    for i in range(parts):
-        rows = slice(i * size, (i + 1) * size)
-        yield Batch(
-            images=[t[rows] for t in batch.images],
-            texts=[t[rows] for t in batch.texts],
-            rows=batch.rows[rows],
-            views=batch.views[rows],
-            keys=batch.keys[rows],
-            extras={k: t[rows] for k, t in batch.extras.items()},
-        )
-
-
-def concatenate(parts: tuple[Features, ...]) -> Features:
-    """One teacher's features of all micro-batches."""
-    return parts[0]._replace(
-        image=torch.cat([p.image for p in parts]), text=torch.cat([p.text for p in parts])
-    )
+def _gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -11,12 +11,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
+from eval.report.table import Html
+
 #: colours that stay apart for colour-blind readers (Okabe and Ito, 2008), and a grey
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 NEUTRAL = "#7a828c"
 STYLE = {
     "svg.hashsalt": "cifd_clip",
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names are names
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -38,7 +41,7 @@ STYLE = {
 Curve = tuple[str, str, Sequence[float], Sequence[float]]  # label, colour, x, y
 
 
-def _svg(figure) -> str:
+def _svg(figure) -> Html:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
@@ -47,10 +50,11 @@ def _svg(figure) -> str:
     # the page's own font, and a width that follows the page
     svg = re.sub(r"font-family: [^;\"']+(?:'[^']*'[^;\"]*)*", "font-family: inherit", svg)
     svg = re.sub(r"(font: [\d. a-z]*\d+px )[^;\"]+", r"\1sans-serif", svg)
-    return re.sub(r'<svg ([^>]*?)width="[^"]+" height="[^"]+"|<svg ', r"<svg \1", svg, count=1)
+    sized = r'<svg ([^>]*?)width="[^"]+" height="[^"]+"|<svg '
+    return Html(re.sub(sized, r"<svg \1", svg, count=1))
 
 
-def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], xlabel: str, log: bool) -> str:
+def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], xlabel: str, log: bool) -> Html:
     """Panels side by side: (title, y label, curves)."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -66,7 +70,7 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], xlabel: str, log:
         return _svg(figure)
 
 
-def bars(groups: Sequence[str], models: Sequence[tuple[str, str, Sequence[float | None]]]) -> str:
+def bars(groups: Sequence[str], models: Sequence[tuple[str, str, Sequence[float | None]]]) -> Html:
     """Percentages of models (label, colour, a value for each group) as bars side by side."""
     with plt.rc_context({**STYLE, "axes.grid": False}):
         width = 0.82 / len(models)
@@ -84,7 +88,7 @@ def bars(groups: Sequence[str], models: Sequence[tuple[str, str, Sequence[float 
         return _svg(figure)
 
 
-def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]], title: str) -> str:
+def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]]) -> Html:
     """Rate-distortion curves: modality -> (R, bits, distortion), each point labelled with its R."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
@@ -105,11 +109,7 @@ def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]], tit
                     color=colour,
                     size=9,
                 )
-        axis.set(
-            title=title,
-            xlabel="rate (bits per embedding)",
-            ylabel="distortion  E‖X − X̂‖²",
-        )
+        axis.set(xlabel="rate (bits per embedding)", ylabel="distortion  E‖X − X̂‖²")
         if all(p[2] > 0 for points in modalities.values() for p in points):
             _log_axis(axis)
         axis.margins(x=0.14, y=0.12)
@@ -120,7 +120,7 @@ def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]], tit
 Measured = tuple[str, Sequence[float], Sequence[float], Sequence[float] | None, float | None]
 
 
-def against_rate(title: str, lines: Sequence[Measured]) -> str:
+def against_rate(lines: Sequence[Measured]) -> Html:
     """Percentages against R: (label, rates, values, deviations, the teacher's value)."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
@@ -142,7 +142,7 @@ def against_rate(title: str, lines: Sequence[Measured]) -> str:
         rates = sorted({rate for line in lines for rate in line[1]})
         axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axis.xaxis.set_minor_locator(ticker.NullLocator())
-        axis.set(title=title, xlabel="R", ylabel="percent")
+        axis.set(xlabel="R", ylabel="percent")
         axis.margins(x=0.08, y=0.16)
         figure.legend(fontsize=9, ncols=2, loc="outside lower center")
         return _svg(figure)
@@ -152,7 +152,7 @@ def maps(
     panels: Sequence[tuple[str, Sequence[Sequence[float]]]],
     labels: Sequence[int],
     classes: Sequence[str],
-) -> str:
+) -> Html:
     """Scatter plots side by side of (title, points (N, 2)); classes by colour and marker."""
     kinds = [(PALETTE[i % 5], "o^"[i // 5 % 2]) for i in range(len(classes))]
     with plt.rc_context({**STYLE, "axes.grid": False}):

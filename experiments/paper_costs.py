@@ -1,20 +1,29 @@
-"""The paper's arithmetic, counted again: appendix D.2, Figure 1(b) and Table 1's costs.
+"""``python -m experiments.paper_costs``: the paper's arithmetic, counted again.
 
-Settings that the paper does not print are inferred; docs/cost.md says which and why.
+Appendix D.2, Figure 1(b) and Table 1's costs. Settings that the paper does not print are inferred;
+docs/cost.md says which and why.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from cifd_clip import RDMBank
 from cifd_clip.classification.models import SIMPLE_CNNS, simple_cnn
-from cifd_clip.classification.rdm import ClassifyingRDMs
+from cifd_clip.files import write_json
 from eval.cost import macs
 from eval.cost.macs import Count
+from eval.cost.report import short, table
 from eval.cost.stages import FROZEN, TRAINED
+from training.engine.environment import environment
+from training.engine.flags import Parser
+from training.errors import cli
 
 #: Appendix D.2's settings.
 IMAGES, RDM_EPOCHS, STUDENT_EPOCHS, KD_EPOCHS = 1_280_000, 30, 88, 100
@@ -56,7 +65,8 @@ def classifier(name: str, size: int) -> Count:
 def classifying_rdm(dim: int, classes: int, form: str) -> Count:
     """One RDM with its classifier: forward MACs per embedding."""
     with torch.device("meta"):
-        module = ClassifyingRDMs([1.0], dim, classes, form).requires_grad_(False)
+        bank = RDMBank({}, [1.0], dim, classes=classes, form=form, scale=1.0)
+        module = bank.image.requires_grad_(False)
         forward = macs.count_macs(module, torch.empty(1, dim), None)
     return Count(forward, macs.parameters(module))
 
@@ -170,3 +180,56 @@ def table_1() -> dict[str, dict[str, float]]:
         "and frozen models cached": chain_macs(models, rdm, 1.0, TRAINED, live=False),
     }
     return {way: {m: v / found["cifd"] for m, v in found.items()} for way, found in ways.items()}
+
+
+def report() -> tuple[str, dict[str, Any]]:
+    """Appendix D.2, Figure 1(b) and Table 1's costs, printed and counted."""
+    values = {
+        "appendix_d2": appendix_d2(),
+        "figure_1b": figure_1b(),
+        "table_1": table_1(),
+        "assistants": assistants_that_fit(),
+    }
+    head = ["appendix D.2", "counted as", "printed", "counted", "ratio"]
+    rows = [[what, how, si(p), si(c), f"{c / p:.3f}"] for what, how, p, c in values["appendix_d2"]]
+    text = (
+        f"{table(head, rows, words=2)}\n{ways_table('Figure 1(b), × KD', values['figure_1b'])}\n"
+        f"3.5 and 4.5 fit one assistant: {' or '.join(values['assistants'])}.\n\n"
+        f"{ways_table('Table 1, × CIFD', values['table_1'])}"
+    )
+    return text, values
+
+
+def ways_table(title: str, ways: dict[str, dict[str, float]]) -> str:
+    """Methods as rows, ways of counting as columns; the last way has every method."""
+    methods = [*ways.values()][-1]
+    rows = [
+        [method, *(f"{found[method]:.3f}" if method in found else "" for found in ways.values())]
+        for method in methods
+    ]
+    return table([title, *ways], rows)
+
+
+def si(value: float) -> str:
+    """Four significant digits and M, G, T or P."""
+    power = max(2, min(5, int(math.log10(value)) // 3))
+    return f"{short(value / 1000**power)} {' kMGTP'[power]}"
+
+
+def main(argv: list[str]) -> None:
+    """Print the paper's figures beside ours."""
+    parser = Parser(
+        "python -m experiments.paper_costs",
+        "The paper's own costs, counted again: appendix D.2, Figure 1(b) and Table 1.",
+        "python -m experiments.paper_costs [--json FILE]",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything as JSON too")
+    given = parser.given(argv)
+    text, values = report()
+    print(text, end="")
+    if "json" in given:
+        write_json(Path(given["json"]), {**values, "environment": environment()})
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import math
 import shutil
 import signal
 import tarfile
@@ -16,367 +15,36 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+import training.classifier.trainer as classify_trainer
 from PIL import Image
 from safetensors.torch import load_file
-from torch.utils.flop_counter import FlopCounterMode
 
 import training.classifier.run as classify
-import training.classifier.trainer as classify_trainer
 from cifd_clip import World
-from cifd_clip.classification.losses import factor_loss, kd_dropout_mask, kl_per_sample
-from cifd_clip.classification.methods import (
-    Distillation,
-    Paraphraser,
-    RDMTraining,
-    TeacherOutput,
-    Weights,
-)
-from cifd_clip.classification.models import SIMPLE_CNNS, build, simple_cnn, stock_state
-from cifd_clip.classification.rdm import ClassifyingRDMs, rdm_loss, unit_scale
-from cifd_clip.noise import Noise, derive_seed
+from cifd_clip.classification.models import build, simple_cnn
+from cifd_clip.noise import derive_seed
+from classification.small import generator, rdms
 from eval import classifier_bank, report
 from runs import lines
 from test_launch import launch
 from training.classifier.cifar import Batches, Table, load_cifar100, mirrored, normalise, split_rows
-from training.classifier.flags import parse_args, parser, run_config
+from training.classifier.config import parse_args, parser, run_config
 from training.classifier.imagenet import PhotoBatches, check_classes, load_photos
 from training.classifier.teachers import CachedTeachers, LiveTeachers
 from training.engine.control import STOPPED_EXIT
 from training.engine.run import RunDirectory
 from training.errors import UsageError
 
-CIFAR = Path(__file__).parents[2] / "shared" / "data"
+CIFAR = Path(__file__).parents[3] / "shared" / "data"
 needs_cifar = pytest.mark.skipif(
     not (CIFAR / "cifar100_train.npz").is_file(), reason="needs CIFAR-100 in ../shared/data"
 )
-BATCH = 6
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def batch(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    g = generator(seed)
-    return torch.randn(BATCH, 3, 32, 32, generator=g), torch.randint(100, (BATCH,), generator=g)
-
-
-def teacher_outputs(*weights: float) -> list[TeacherOutput]:
-    """A teacher and assistants with spaces of 5, 6, ... dimensions."""
-    g = generator(2)
-    return [
-        TeacherOutput(
-            3 * torch.randn(BATCH, 100, generator=g), torch.randn(BATCH, 5 + i, generator=g), i, w
-        )
-        for i, w in enumerate((1.0, *weights))
-    ]
 
 
 def table(samples: int) -> Table:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (samples, 32, 32, 3), dtype=np.uint8)
     return Table(torch.from_numpy(images), torch.from_numpy(rng.integers(0, 100, samples)), "h")
-
-
-# -- models ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "convolutions", "hidden"),
-    [
-        (
-            "cnn10",
-            [(3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128), (128, 256)]
-            + 3 * [(256, 256)],
-            (256 * 2 * 2, 512),
-        ),
-        (
-            "cnn8",
-            [(3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256)],
-            (256 * 2 * 2, 64),
-        ),
-        (
-            "cnn6",
-            [(3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)],
-            (128 * 8 * 8, 256),
-        ),
-        ("cnn4", [(3, 32), (32, 32), (32, 64), (64, 64)], (64 * 8 * 8, 256)),
-        ("cnn2", [(3, 32), (32, 32)], (32 * 8 * 8, 256)),
-    ],
-)
-def test_the_cnns_are_those_of_table_8(name, convolutions, hidden):
-    model = simple_cnn(name)
-    by_hand = sum(9 * i * o + o for i, o in convolutions)
-    by_hand += hidden[0] * hidden[1] + hidden[1] + hidden[1] * 100 + 100
-    assert sum(p.numel() for p in model.parameters()) == by_hand
-    assert model.width == hidden[1]
-    w = model.features(batch()[0])
-    assert w.shape == (BATCH, hidden[1]) and w.min() == 0, "W is the hidden layer after its ReLU"
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters", "mega_macs"),
-    [
-        # RepDistiller's models with 100 classes
-        ("wrn_40_2", 2255156, None),
-        ("wrn_40_1", 569780, None),
-        ("resnet32x4", 7433860, None),
-        ("resnet8x4", 1233540, None),
-        # torchvision's documentation
-        ("resnet18", 11689512, 1814),
-        ("resnet34", 21797672, 3664),
-        ("resnet50", 25557032, 4089),
-        ("resnet101", 44549160, 7801),
-        ("resnet152", 60192808, 11514),
-        # Howard et al. 2017: 569 M mult-adds, 4.2 M parameters
-        ("mobilenetv1_100", 4231976, 569),
-    ],
-)
-def test_standard_models_have_their_published_size(name, parameters, mega_macs):
-    side, classes = (224, 1000) if mega_macs else (32, 100)
-    with torch.device("meta"):
-        model = build(name, classes, side).eval()
-        assert sum(p.numel() for p in model.parameters()) == parameters
-        with FlopCounterMode(display=False) as counter:
-            assert model.features(torch.empty(1, 3, side, side)).shape == (1, model.width)
-            model(torch.empty(1, 3, side, side))
-    if mega_macs:
-        # the features were computed twice
-        macs = (counter.get_total_flops() / 2e6 + model.width * classes / 1e6) / 2
-        assert macs == pytest.approx(mega_macs, rel=1e-3)
-
-
-def test_a_stock_models_weights_make_the_same_model():
-    stock = torchvision.models.resnet18().eval()
-    model = build("resnet18", 1000, 224)
-    model.load_state_dict(stock_state("resnet18", stock.state_dict()))
-    images = batch()[0]
-    torch.testing.assert_close(model.eval()(images), stock(images))
-
-
-def test_every_depth_starts_with_a_signal_at_its_output():
-    for name in SIMPLE_CNNS:
-        spread = simple_cnn(name, generator=generator())(batch()[0]).std()
-        assert 0.2 < spread < 5, f"{name} starts with logits of spread {spread:.3g}"
-
-
-# -- losses and eq. (9) ----------------------------------------------------------------------------
-
-
-def test_kl_is_tau_squared_times_the_divergence_of_softened_distributions():
-    teacher, student = torch.randn(2, 7, generator=generator()).double()
-    tau = 3.0
-    p, q = (teacher / tau).exp(), (student / tau).exp()
-    p, q = p / p.sum(), q / q.sum()
-    expected = tau**2 * (p * (p / q).log()).sum()
-    assert kl_per_sample(teacher.float(), student.float(), tau).item() == pytest.approx(
-        expected.item(), rel=1e-4
-    )
-
-
-def test_the_cifd_loss_is_equation_9():
-    images, labels = batch()
-    weights = Weights(ce=0.7, kl=0.3, embedding=2.0, information=0.05, tau=2.0)
-    student = simple_cnn("cnn2", generator=generator())
-    task = Distillation(student, [5, 6, 7], weights, ibm=True, generator=generator())
-    teachers = teacher_outputs(0.5, 0.25)
-    noise = Noise(seed=3, step=8)
-    losses, _ = task(images, labels, teachers, noise)
-
-    w = student.features(images)
-    w = w + noise.uniform("ibm", BATCH, 256, w.device)
-    logits = student.classify(w)
-    expected = 0.7 * F.cross_entropy(logits, labels)
-    expected += 0.05 * task.bottleneck.density(w).mean()
-    for i, (teacher, weight) in enumerate(zip(teachers, (1.0, 0.5, 0.25))):
-        p, q = (teacher.logits / 2).softmax(-1), (logits / 2).softmax(-1)
-        expected += 0.3 * weight * 4 * (p * (p.log() - q.log())).sum(-1).mean()
-        u = task.projectors[i](w)
-        expected += 2.0 * weight * (u - teacher.embedding).square().mean()
-    assert sum(losses.values()).item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_kd_is_cifd_without_assistants_bottleneck_and_embedding_terms():
-    images, labels = batch()
-    task = Distillation(simple_cnn("cnn2", generator=generator()), [], Weights())
-    losses, _ = task(images, labels, teacher_outputs()[:1], Noise(0, 0))
-    assert set(losses) == {"ce_loss", "kl_loss"} and not task.needs_embeddings
-
-
-def test_the_bottleneck_is_there_in_training_only():
-    images, labels = batch()
-    student = simple_cnn("cnn2", generator=generator())
-    task = Distillation(student, [], Weights(information=1.0), ibm=True, generator=generator())
-    clean, _ = task(images, labels, [], None)
-    noisy, _ = task(images, labels, [], Noise(0, 0))
-    assert "rate_loss" not in clean and noisy["rate_loss"] > 0
-    assert clean["ce_loss"].item() == pytest.approx(
-        F.cross_entropy(student(images), labels).item(), rel=1e-6
-    )
-    assert noisy["ce_loss"] != clean["ce_loss"]
-    with torch.no_grad():
-        hits = task.measure(images, labels, [])["acc1"]
-        assert torch.equal(hits, (student(images).argmax(-1) == labels).float())
-
-
-def test_kd_dropout_drops_its_share_for_each_teacher_by_itself():
-    kl = torch.ones(3, 20_000)
-    mask = kd_dropout_mask(Noise(0, 5), kl, 0.25)
-    kept = mask.mean(-1)
-    assert torch.all((kept - 0.75).abs() < 0.015), f"kept {kept.tolist()} of three teachers' terms"
-    both = (mask[0] * mask[1]).mean().item()
-    assert both == pytest.approx(0.75**2, abs=0.02), "teachers are not dropped independently"
-    assert torch.equal(mask, kd_dropout_mask(Noise(0, 5), kl, 0.25))
-    assert not torch.equal(mask, kd_dropout_mask(Noise(0, 6), kl, 0.25))
-    assert kd_dropout_mask(None, kl, 0.25) is None, "nothing is dropped in evaluation"
-
-
-def test_dropout_removes_whole_terms_of_the_sum():
-    images, labels = batch()
-    teachers = teacher_outputs(1.0, 1.0)
-    noise = Noise(1, 1)
-    student = simple_cnn("cnn2", generator=generator())
-    task = Distillation(student, [], Weights(kd_dropout=0.5, tau=1.0))
-    losses, _ = task(images, labels, teachers, noise)
-    terms = torch.stack([kl_per_sample(t.logits, student(images), 1.0) for t in teachers])
-    mask = kd_dropout_mask(noise, terms, 0.5)
-    assert 0 < mask.mean() < 1
-    expected = (terms * mask).sum(0).mean().item()
-    assert losses["kl_loss"].item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_factors_are_compared_by_direction():
-    factors = torch.randn(4, 8, generator=generator())
-    assert factor_loss(factors, 3 * factors).item() == pytest.approx(0, abs=1e-7)
-    assert factor_loss(factors, -factors) > 0.3
-
-
-def test_factor_transfer_trains_the_translator_and_not_the_paraphraser():
-    images, labels = batch()
-    paraphraser = Paraphraser(5, 3, 1.0, generator()).requires_grad_(False)
-    student = simple_cnn("cnn2", generator=generator())
-    task = Distillation(student, [5], Weights(kl=0, factor=10.0), paraphraser=paraphraser)
-    losses, _ = task(images, labels, teacher_outputs(), Noise(0, 0))
-    losses["factor_loss"].backward()
-    assert all(p.grad is not None for p in task.translator.parameters())
-    assert student.body[0].weight.grad.abs().sum() > 0
-    assert all(p.grad is None for p in paraphraser.parameters())
-
-
-# -- RDMs ------------------------------------------------------------------------------------------
-
-
-def rdms(form: str, rates=(1.0, 10.0), **options) -> ClassifyingRDMs:
-    return ClassifyingRDMs(list(rates), 12, 100, form, generator=generator(), **options)
-
-
-def by_hand(modules: ClassifyingRDMs, k: int, x, noise):
-    """One assistant as plain layers: latents after noise or rounding, and what follows."""
-
-    def layer(i, x):
-        return x @ modules.weights[i][k] + modules.biases[i][k]
-
-    y = layer(1, F.relu(layer(0, x * modules.scale)))
-    noisy = y.round() if noise is None else y + noise[:, k * y.shape[1] : (k + 1) * y.shape[1]]
-    third = F.relu(layer(2, noisy))
-    if modules.form == "classify":
-        return noisy, third, layer(3, third)
-    reconstruction = layer(3, third)
-    return noisy, reconstruction / modules.scale, layer(4, reconstruction)
-
-
-@pytest.mark.parametrize("form", ["classify", "reconstruct"])
-@pytest.mark.parametrize("rounds", [True, False], ids=["rounding", "noise"])
-def test_an_assistant_is_its_layers_and_no_other_assistants(form, rounds):
-    modules = rdms(form, scale=0.5)
-    x = 3 * torch.randn(BATCH, 12, generator=generator())
-    width = 2 * modules.channels
-    noise = None if rounds else Noise(0, 0).uniform("rdm", BATCH, width, x.device)
-    output = modules(x, noise)
-    latents = []
-    for k in range(2):
-        noisy, embedding, logits = by_hand(modules, k, x, noise)
-        torch.testing.assert_close(output.embedding[k], embedding, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(output.logits[k], logits, rtol=1e-4, atol=1e-4)
-        latents.append(noisy)
-    if rounds:
-        assert all(torch.equal(noisy, noisy.round()) for noisy in latents)
-    nats = modules.density(torch.cat(latents, 1)).view(BATCH, 2, -1).sum(-1).t()
-    torch.testing.assert_close(output.nats, nats, rtol=1e-4, atol=1e-2)
-
-
-def test_the_simple_form_has_the_layers_of_appendix_a11():
-    modules = ClassifyingRDMs([1.0], 512, 100, "classify")
-    shapes = [tuple(w.shape[1:]) for w in modules.weights]
-    assert shapes == [(512, 512), (512, 306), (306, 100), (100, 100)]
-    assert modules.channels == 306 and modules.embedding_dim == 100
-
-
-@pytest.mark.parametrize("form", ["classify", "reconstruct"])
-def test_the_rdm_loss_is_equation_22(form):
-    modules = rdms(form)
-    x = torch.randn(BATCH, 12, generator=generator())
-    teacher = torch.randn(BATCH, 100, generator=generator(5))
-    labels = batch()[1]
-    noise = Noise(0, 1).uniform("rdm", BATCH, 2 * modules.channels, x.device)
-    output = modules(x, noise)
-    terms = rdm_loss(modules, output, x, teacher, labels, lambda_ce=0.9, lambda_kl=0.4, tau=2.0)
-    for k, rate in enumerate(modules.rates):
-        ce = F.cross_entropy(output.logits[k], labels)
-        p, q = (teacher / 2).softmax(-1), (output.logits[k] / 2).softmax(-1)
-        supervised = 0.9 * ce + 0.4 * 4 * (p * (p.log() - q.log())).sum(-1).mean()
-        expected = output.nats[k].mean()
-        if form == "classify":
-            expected = expected + rate * supervised
-        else:
-            distortion = (x - output.embedding[k]).square().sum(-1).mean()
-            expected = expected + supervised + rate * distortion
-        assert sum(t[k] for t in terms.values()).item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_rounding_keeps_the_signal_at_the_start():
-    x = 7 * torch.randn(64, 12, generator=generator())
-    modules = rdms("classify", scale=unit_scale(x))
-    output = modules(x, None)
-    distance = (output.logits[:, 1:] - output.logits[:, :-1]).norm(dim=-1)
-    assert distance.min() > 0.1, "rounding makes different embeddings one"
-
-
-def test_rdms_come_back_from_disk_and_refuse_another_teacher(tmp_path):
-    modules = rdms("classify", teacher="a" * 64)
-    modules.save(tmp_path)
-    x = torch.randn(4, 12, generator=generator())
-    again = ClassifyingRDMs.load(tmp_path, "a" * 64)
-    assert torch.equal(again(x, None).logits, modules(x, None).logits)
-    with pytest.raises(ValueError, match="aaaaaaaaaaaa, but the teacher has weights bbbbbbbbbbbb"):
-        ClassifyingRDMs.load(tmp_path, "b" * 64)
-
-
-def test_more_rate_buys_more_accuracy():
-    """Figure 5 in small: separable clusters, a few hundred steps."""
-    g = generator()
-    centres = 2 * torch.randn(20, 12, generator=g)
-    labels = torch.randint(20, (128,), generator=g)
-    x = centres[labels] + 0.3 * torch.randn(128, 12, generator=g)
-    modules = ClassifyingRDMs(
-        [0.01, 100.0], 12, 20, "classify", [32, 8, 32], unit_scale(x), generator=generator()
-    )
-    task = RDMTraining(modules, Weights(kl=0.0))
-    density = {id(p) for p in modules.density.parameters()}
-    rest = [p for p in task.parameters() if id(p) not in density]
-    optimizer = torch.optim.Adam(
-        [{"params": rest, "lr": 6e-3}, {"params": modules.density.parameters(), "lr": 6e-2}]
-    )
-    teachers = [TeacherOutput(F.one_hot(labels, 20).float(), x)]
-    for step in range(120):
-        losses, _ = task(None, labels, teachers, Noise(0, step))
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-    measured = {k: v.mean(-1) for k, v in task.measure(None, labels, teachers).items()}
-    poor, rich = measured["acc1"].tolist()
-    assert rich > 0.9 > 0.5 > poor
-    assert measured["bits"][0] < measured["bits"][1]
 
 
 # -- data and teachers -----------------------------------------------------------------------------
@@ -421,7 +89,7 @@ def test_a_flip_mirrors_and_a_crop_is_a_shifted_window():
 @pytest.mark.parametrize("form", ["classify", "reconstruct"])
 def test_a_cached_teacher_says_what_the_live_one_says(form):
     model = simple_cnn("cnn2", generator=generator()).eval()
-    modules = ClassifyingRDMs([1.0, 5.0, 9.0], 256, 100, form, generator=generator())
+    modules = rdms(form, [1.0, 5.0, 9.0], 256)
     live = LiveTeachers([model], modules, [2, 0], [0.5, 0.25])
     data = table(24)
     cached = CachedTeachers(live, data, "flip", ["hash"])
@@ -820,7 +488,7 @@ def logs_open_in(folder: Path) -> list[Path]:
         (["--lambda-n", "1", "1", "1"], "--lambda-n has 3 values for 2 assistants"),
         (["--rates", "7"], "--rates 7: the bank .* has 10, 300"),
         (["--teacher-cache=answers"], "--teacher-cache keeps what teachers say about each view"),
-        (["--teacher={other}"], "--rdm-bank: .* but the teacher has weights"),
+        (["--teacher={other}"], "--rdm-bank: .* but the teacher is cnn4 with weights"),
     ],
 )
 def test_a_refused_command_leaves_its_name_to_the_corrected_one(
@@ -1106,19 +774,9 @@ def test_stock_weights_of_another_size_are_refused(folder, tmp_path):
         run_folder(folder, "wrong", *flags[:2], f"--teacher=resnet34:{weights}")
 
 
-def test_bits_are_nats_in_another_unit():
-    modules = rdms("classify")
-    x = torch.randn(BATCH, 12, generator=generator())
-    measured = RDMTraining(modules, Weights()).measure(
-        None, batch()[1], [TeacherOutput(torch.zeros(BATCH, 100), x)]
-    )
-    nats = modules(x, None).nats
-    torch.testing.assert_close(measured["bits"], nats / math.log(2))
+# -- recipes and tuning ----------------------------------------------------------------------------
 
-
-# -- recipes ---------------------------------------------------------------------------------------
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MISSING = {
     "cifar100_teacher": "--model wrn_40_2",
     "cifar100_rdm": "--teacher t",

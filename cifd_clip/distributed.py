@@ -1,0 +1,77 @@
+"""The processes that share a global batch, and the gather that contrastive losses need.
+
+Shapes: b rows of this rank, B rows of the global batch, D embedding dimension.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cifd_clip.losses import Features, Logits
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among those that share a global batch.
+
+    Contrastive terms compare local rows with gathered columns and send gradients back through
+    the gather (OpenCLIP's ``--local-loss --gather-with-grad``): the mean over ranks of the
+    gradients is then the gradient of the whole batch.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(b, D) of every rank, concatenated in rank order: (B, D)."""
+        if self.size == 1:
+            return rows
+        return _Gather.apply(rows, self.rank, self.size)
+
+    def columns(self, features: Features) -> Features:
+        """The same features with the rows of every rank."""
+        return features._replace(image=self.gather(features.image), text=self.gather(features.text))
+
+    def logits(self, features: Features, columns: Features | None = None) -> Logits:
+        """Similarities of the local rows with the global batch, scaled and biased.
+
+        Args:
+            features: the rows, their scale and bias.
+            columns: what they are compared with, gathered; by default the features' own.
+        """
+        columns = self.columns(features) if columns is None else columns
+        bias = 0.0 if features.logit_bias is None else features.logit_bias
+        return Logits(
+            features.logit_scale * features.image @ columns.text.t() + bias,
+            features.logit_scale * features.text @ columns.image.t() + bias,
+        )
+
+    def labels(self, logits: Logits) -> Tensor:
+        """(b,) column of each local row's own pair."""
+        rows = len(logits.image_to_text)
+        device = logits.image_to_text.device
+        return torch.arange(rows, device=device) + rows * self.rank
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows; backward gives each rank the sum of all ranks' gradients of its rows."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, rank: int, size: int) -> Tensor:
+        ctx.rank, ctx.rows = rank, len(rows)
+        gathered = rows.new_empty(size * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        if dist.get_backend() == "nccl":
+            mine = grad.new_empty(ctx.rows, *grad.shape[1:])
+            dist.reduce_scatter_tensor(mine, grad.contiguous())
+        else:  # gloo has no reduce-scatter in the older versions of torch
+            whole = grad.contiguous().clone()
+            dist.all_reduce(whole)
+            mine = whole.narrow(0, ctx.rank * ctx.rows, ctx.rows)
+        return mine, None, None

@@ -1,0 +1,211 @@
+"""What a report says, as one list of blocks, from what the sources bring."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from eval.report import banks, paper, plots
+from eval.report.blocks import Block, Heading, Paragraph, Plot, Retrieval
+from eval.report.rows import (
+    Row,
+    colour_of,
+    figures,
+    millions,
+    notes,
+    results_table,
+    rows,
+    several,
+)
+from eval.report.runs import Source
+from eval.report.table import Column, Table
+from training.engine.result import BankResult, Result
+
+Colours = dict[str, str]  # a run's name → its colour in every plot
+BARS = 32  # more than these are no picture
+
+
+def blocks(sources: list[Source]) -> list[Block]:
+    """The whole report."""
+    colours, of_banks = run_colours(sources), banks.blocks(sources)
+    return [
+        *paper_section(sources),
+        *results_section(sources, colours),
+        *([Heading("The bank"), *of_banks] if of_banks else []),
+        *training_section(sources, colours),
+        *examples_section(sources, colours),
+        *provenance_section(sources),
+    ]
+
+
+def run_colours(sources: list[Source]) -> Colours:
+    """A colour for each run with a student; the teacher of the others is grey."""
+    students = [s for s in sources if s.config and s.method != "rdm"]
+    teachers = {Path(teacher).name for s in students for teacher in s.teachers}
+    rest = iter(plots.PALETTE * len(students))
+    return {s.name: plots.NEUTRAL if s.name in teachers else next(rest) for s in students}
+
+
+def paper_section(sources: list[Source]) -> list[Block]:
+    """The paper's tables that some result belongs to."""
+    found = rows(sources)
+    placed = paper.place(found)
+    if not placed:
+        return []
+    note = (
+        "Percent; grey is printed. Ours beneath is the mean over n seeds ± their sample standard "
+        "deviation; the signed figure is ours minus the printed one. A run finds its row by its "
+        "configuration."
+    )
+    outside = paper.unplaced(found, placed)
+    rest = [Paragraph(f"In none of these rows: {', '.join(outside)}.")] if outside else []
+    tables = [block for table in placed for block in paper.blocks(table)]
+    return [Heading("The paper's tables"), Paragraph(note), *tables, *rest]
+
+
+def baseline(sources: list[Source], found: list[Row]) -> Row | None:
+    """The student trained without distillation, if there is one that is nobody's teacher."""
+    teachers = {Path(teacher).name for source in sources for teacher in source.teachers}
+    teachers |= {name for row in found if row.setting for name in row.setting.teachers}
+    plain = (
+        row
+        for row in found
+        if row.method == "none" and not teachers & {row.name, *row.names, row.setting.student}
+    )
+    return next(plain, None)
+
+
+def results_section(sources: list[Source], colours: Colours) -> list[Block]:
+    """The table, and its first-place metrics as bars."""
+    found = rows(sources)
+    if not found:
+        return []
+    plain = baseline(sources, found)
+    section: list[Block] = [Heading("Results")]
+    first = [figure for figure in figures(found) if figure[1].endswith(("top-1", "R@1"))]
+    drawn = [(row, colour) for row in found if (colour := colour_of(row, colours))]
+    if first and drawn and len(first) * len(drawn) <= BARS:
+        models = [
+            (row.name, colour, [row.mean(f) if f in row.values else None for f in first])
+            for row, colour in drawn
+        ]
+        section.append(Plot(plots.bars(["\n".join(figure) for figure in first], models)))
+    section.append(results_table(found, plain, colours))
+    return [*section, Paragraph(" ".join(_explanations(found, plain)))]
+
+
+def _explanations(found: list[Row], plain: Row | None) -> list[str]:
+    """What the table's figures mean."""
+    said = ["Percent."]
+    counts = {r.parameters["token_table"] for r in found if "token_table" in r.parameters}
+    if counts:
+        tables = " and ".join(map(millions, sorted(counts)))
+        said.append(f"Parameters leave out the token table ({tables}).")
+    if several(found):
+        said.append("Of n seeds: mean ± sample standard deviation.")
+    if plain:
+        name = plain.name if plain.method in plain.name else f"{plain.name} ({plain.method})"
+        said.append(f"Signed figures are differences to {name}.")
+    if any("→" in label for _, label in figures(found)):
+        said.append("T→I: the image for a caption; I→T: a caption for the image.")
+    return said + notes(found)
+
+
+def curve(source: Source, kind: str, key: str) -> tuple[list[float], list[float]]:
+    """Samples seen (in thousands) against a metric, where the run logged it."""
+    lines = [line for line in source.metrics if line["kind"] == kind and key in line]
+    batch = source.config["global_batch"] if source.config else 1
+    x = [line.get("samples", line["step"] * batch) / 1000 for line in lines]
+    return plots.finite(x, [line[key] for line in lines])
+
+
+def contrastive_weight(config: dict[str, Any]) -> float:
+    """What multiplies the mean of both directions' cross-entropy in a run's contrastive_loss."""
+    method = config["distill"] if "distill" in config else config["method"]
+    if method == "cifd":
+        return 2 * config["lambda_cl"]
+    if method == "mobileclip":
+        return 1 - config["lambda_kd"]
+    return 2 if method == "tinyclip" else 1
+
+
+def training_section(sources: list[Source], colours: Colours) -> list[Block]:
+    """Loss curves: what each method minimises, and what all can be compared by; and the time."""
+    drawn = [s for s in sources if s.name in colours]
+    objective = [(s.name, colours[s.name], *curve(s, "train", "loss")) for s in drawn]
+    held_out = []
+    for source in drawn:
+        x, y = curve(source, "val", "contrastive_loss")
+        if x and (weight := contrastive_weight(source.config)):
+            held_out.append((source.name, colours[source.name], x, [v / weight for v in y]))
+    panels = [
+        ("Training: each method's own objective", "total loss", objective),
+        ("Held out: contrastive loss, unweighted", "cross-entropy (nats)", held_out),
+    ]
+    panels = [panel for panel in panels if any(line[2] for line in panel[2])]
+    section = []
+    if panels:
+        section.append(Plot(plots.curves(panels, "thousand samples seen", log=True)))
+    if times := [f"{s.name} {s.finished.seconds:.0f} s" for s in sources if s.finished]:
+        section.append(Paragraph(f"Training time: {', '.join(times)}."))
+    return [Heading("Training"), *section] if section else []
+
+
+def examples_section(sources: list[Source], colours: Colours) -> list[Block]:
+    """The same captions, answered by every model that was evaluated on them."""
+    cards: dict[tuple[str, str], list] = {}
+    for source in sources:
+        for examples in source.examples:
+            for query in examples.queries:
+                answer = examples.model, colours.get(examples.model), query
+                cards.setdefault((query.caption, query.image), []).append(answer)
+    if not cards:
+        return []
+    note = (
+        "A caption, the image it was written for, and the five images each model finds nearest to "
+        "it. A frame marks the right one."
+    )
+    return [Heading("Retrieved images"), Paragraph(note), Retrieval(list(cards.values()))]
+
+
+def provenance_section(sources: list[Source]) -> list[Block]:
+    """What the figures are figures of."""
+    results = [result for source in sources for result in [*source.results, *source.banks]]
+    if not results:
+        return []
+    heads = (
+        "data set",
+        "split",
+        "seed",
+        "held",
+        "protocol",
+        "precision",
+        "weights",
+        "data",
+        "commit",
+    )
+    columns = [Column("model", words=True), *(Column(head, words=True) for head in heads)]
+    versions = {json.dumps(r.provenance.versions, sort_keys=True) for r in results}
+    return [
+        Heading("Provenance", folded=True),
+        Table(columns, [_provenance(result) for result in results], "small"),
+        *(
+            Paragraph("Versions: " + ", ".join(f"{k} {v}" for k, v in json.loads(each).items()))
+            for each in sorted(versions - {"{}"})
+        ),
+    ]
+
+
+def _provenance(result: Result | BankResult) -> list[str]:
+    p, training = result.provenance, isinstance(result, Result) and result.training
+    rate = f", R = {training.rate:g}" if training and training.rate is not None else ""
+    data = p.data.get(result.split) or next(iter(p.data.values()), "")
+    return [
+        result.model + rate,
+        result.dataset,
+        result.split,
+        "" if p.seed is None else str(p.seed),
+        ", ".join(f"{v:,} {k}" for k, v in p.held.items()),
+        p.protocol,
+        p.precision,
+        *(text[:12] for text in (p.weights or "", data, p.commit or "")),
+    ]

@@ -1,0 +1,304 @@
+"""The paper's tables, as printed, with our figures in the places they belong to.
+
+``paper_tables.json`` holds the printed figures and says of every cell which setting it is of; a run
+finds its row by its own configuration (`eval.report.runs.Setting`), never by its name. A table
+appears when one of our results belongs to it. Rows and figures that we lack are named.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from eval.report.blocks import Block, Heading, Notes
+from eval.report.rows import MARK, Figure, Row
+from eval.report.runs import Setting
+from eval.report.table import Cell, Column, Table
+
+
+@dataclass(frozen=True)
+class Ours:
+    """Our figure for a cell, in percent.
+
+    Attributes:
+        mean, deviation: over the runs; no deviation of one run.
+        runs: how many.
+        printed: the paper's figure.
+        notes: what sets ours apart from the printed one besides the method.
+    """
+
+    mean: float
+    deviation: float | None
+    runs: int
+    printed: float | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the printed figure, in points."""
+        return None if self.printed is None else self.mean - self.printed
+
+    @property
+    def cell(self) -> Cell:
+        """``47.00† ± 0.20``, with the difference to the printed figure."""
+        return Cell(
+            f"{self.mean:.2f}{MARK if self.notes else ''}",
+            "" if self.deviation is None else f"± {self.deviation:.2f}",
+            "" if self.difference is None else f"{self.difference:+.2f}",
+            style="ours",
+        )
+
+
+@dataclass
+class Line:
+    """One line of a table: a printed row, or ours beneath it; text where there is no figure."""
+
+    label: str
+    model: str
+    who: str
+    cells: list[float | Ours | str | None]
+
+    @property
+    def ours(self) -> bool:
+        """Whether some figure is ours."""
+        return any(isinstance(cell, Ours) for cell in self.cells)
+
+
+@dataclass
+class PaperTable:
+    """One of the paper's tables with our lines in it.
+
+    Attributes:
+        runs: whose figures ours are.
+    """
+
+    number: str
+    title: str
+    columns: list[str]
+    lines: list[Line] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
+
+
+@cache
+def printed() -> dict[str, Any]:
+    """The paper's tables and where they are from."""
+    return json.loads((files("eval.report") / "paper_tables.json").read_text())
+
+
+def place(rows: list[Row]) -> list[PaperTable]:
+    """The tables that some of these rows belong to."""
+    tables = [_filled(table, rows) for table in printed()["tables"]]
+    return [table for table in tables if any(line.ours for line in table.lines)]
+
+
+def unplaced(rows: Iterable[Row], tables: list[PaperTable]) -> list[str]:
+    """Rows of ours that are in none of the tables."""
+    placed = {run for table in tables for run in table.runs}
+    return [row.name for row in rows if row.setting and _description(row) not in placed]
+
+
+def _filled(table: dict[str, Any], rows: list[Row]) -> PaperTable:
+    """A table with our lines, and notes on what we lack."""
+    filled = PaperTable(table["number"], table["title"], [c["label"] for c in table["columns"]])
+    ours: list[list[Line]] = []
+    used: dict[int, Row] = {}
+    for row in table["rows"]:
+        row = {"model": "", **row}
+        filled.lines.append(Line(row["label"], row["model"], "printed", row["printed"]))
+        if "delta" in row:
+            lines = _differences(row, *(ours[i] for i in row["delta"]))
+        else:
+            lines, matching = _our_lines(table, row, rows)
+            used |= {id(one): one for one in matching}
+        ours.append(lines)
+        filled.lines += lines
+    lacking = [
+        f"{row['label']} {row.get('model', '')}".strip()
+        for row, lines in zip(table["rows"], ours)
+        if not lines and "delta" not in row and _settings(table, row)
+    ]
+    cells = (cell for line in filled.lines for cell in line.cells if isinstance(cell, Ours))
+    apart = dict.fromkeys(note for cell in cells for note in cell.notes)
+    filled.notes = [*table["notes"], *(f"{MARK} {note}." for note in apart)]
+    if lacking:
+        filled.notes.append("No result of ours: " + "; ".join(dict.fromkeys(lacking)) + ".")
+    filled.runs = [_description(row) for row in used.values()]
+    return filled
+
+
+def _settings(table: dict[str, Any], row: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Column number → the setting a printed cell is of, where it is one of a method we have."""
+    return {
+        i: _resolved({**table["is"], **column["is"], **row["is"]})
+        for i, column in enumerate(table["columns"])
+        if "is" in column and "is" in row
+    }
+
+
+def _resolved(cell: dict[str, Any]) -> dict[str, Any]:
+    """A cell ``of`` the teacher or the student of its column is of a model that trained alone."""
+    if "of" not in cell:
+        return cell
+    alone = {k: v for k, v in cell.items() if k not in ("of", "teachers")}
+    of = cell["teachers"][0] if cell["of"] == "teacher" else cell["student"]
+    return {**alone, "method": "none", "student": of}
+
+
+def _our_lines(
+    table: dict[str, Any], row: dict[str, Any], rows: list[Row]
+) -> tuple[list[Line], list[Row]]:
+    """Our lines under a printed row, one for each setting of ours that is this row's."""
+    settings = _settings(table, row)
+    of_cell = {i: [r for r in rows if _matches(r.setting, s)] for i, s in settings.items()}
+    lines, used = [], []
+    for place_ in range(max(map(len, of_cell.values()), default=0)):
+        line = Line(row["label"], row["model"], "", [None] * len(table["columns"]))
+        matching = []
+        for i, candidates in of_cell.items():
+            if place_ < len(candidates):
+                figure = settings[i]["dataset"], settings[i]["metric"]
+                line.cells[i] = _figure(candidates[place_], figure, row["printed"][i])
+                matching.append(candidates[place_])
+        if line.ours:
+            line.who = _who(line.cells, matching)
+            lines.append(line)
+            used += matching
+    return lines, used
+
+
+def _figure(row: Row, figure: Figure, beside: float | None) -> Ours | str:
+    values = row.values.get(figure)
+    if not values:
+        return row.gap(figure[0]).text or "gap: not evaluated"
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    subset = row.setting.subset
+    few = [f"Trained on {subset:,} of the training images"] if subset else []
+    notes = *few, *row.notes(figure[0])
+    return Ours(row.mean(figure), deviation, len(values), beside, notes)
+
+
+def _who(cells: list, rows: list[Row]) -> str:
+    """``ours, n = 3``; the least and the most where cells differ."""
+    counts = sorted({cell.runs for cell in cells if isinstance(cell, Ours)})
+    names = list(dict.fromkeys(row.name for row in rows))
+    named = f": {names[0]}" if len(names) == 1 else ""
+    return f"ours, n = {'–'.join(map(str, counts[:: len(counts) - 1 or 1]))}{named}"
+
+
+def _differences(row: dict[str, Any], of: list[Line], to: list[Line]) -> list[Line]:
+    """Our difference of two rows, where both have lines of ours."""
+    lines = []
+    for a, b in zip(of, to):
+        cells = [
+            Ours(x.mean - y.mean, None, min(x.runs, y.runs), beside, (*x.notes, *y.notes))
+            if isinstance(x, Ours) and isinstance(y, Ours)
+            else None
+            for x, y, beside in zip(a.cells, b.cells, row["printed"])
+        ]
+        lines.append(Line(row["label"], row["model"], _who(cells, []), cells))
+    return [line for line in lines if line.ours]
+
+
+def _matches(setting: Setting | None, cell: dict[str, Any]) -> bool:
+    """Whether a setting is what a cell is of.
+
+    A cell is silent about what may be anything; about RDMs and IBM it is where there are none.
+    """
+    if setting is None or setting.dataset not in (None, cell["dataset"]):
+        return False
+    silent = {} if setting.method == "cifd" else {"rdms": 0, "ibm": False}
+    cell = {**silent, **cell}
+    for name in cell.keys() & {"method", "student", "rdms", "ibm"}:
+        options = cell[name] if isinstance(cell[name], list) else [cell[name]]
+        if _spelling(getattr(setting, name)) not in map(_spelling, options):
+            return False
+    teachers = cell.get("teachers")
+    return teachers is None or (
+        len(teachers) == len(setting.teachers)
+        and all(_same_teacher(a, b) for a, b in zip(setting.teachers, teachers))
+    )
+
+
+def _same_teacher(ours: str, wanted: str) -> bool:
+    """The architecture, and the weights where both sides name them."""
+    (a, _, our_weights), (b, _, weights) = ours.partition(":"), wanted.partition(":")
+    return _spelling(a) == _spelling(b) and (not our_weights or weights in ("", our_weights))
+
+
+def _spelling(name: Any) -> Any:
+    """Spelling apart: ``WRN-40-2`` is ``wrn_40_2``; OpenCLIP names an activation in some names."""
+    if not isinstance(name, str):
+        return name
+    return name.lower().replace("-quickgelu", "").replace("-", "").replace("_", "")
+
+
+def _description(row: Row) -> str:
+    """Whose figures a row's are."""
+    setting, seeds = row.setting, row.seeds
+    parts = [f"{row.name}, {setting}"]
+    if setting.teachers:
+        parts.append(f"teacher {', '.join(setting.teachers)}")
+    if seeds:
+        parts.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
+    if setting.subset:
+        parts.append(f"{setting.subset:,} of the training images")
+    return "; ".join(filter(None, [*parts, row.trained]))
+
+
+def blocks(table: PaperTable) -> list[Block]:
+    """A heading, the table, its notes, and whose figures ours are."""
+    split = [re.fullmatch(r"(.+) (top-\d|R@\d+)", label) for label in table.columns]
+    columns = [
+        Column(match[2], match[1]) if match else Column(label)
+        for match, label in zip(split, table.columns)
+    ]
+    return [
+        Heading(f"Table {table.number}. {table.title}", 3),
+        Table([Column("method", words=True), *columns], list(map(_cells, table.lines)), "paper"),
+        *([Notes(table.notes)] if table.notes else []),
+        Notes(table.runs, "Our runs"),
+    ]
+
+
+def _cells(line: Line) -> list[Cell]:
+    """A line's cells; one that is not printed is a dash, one that we have no setting of empty."""
+    own = line.who != "printed"
+    style = "ours" if own else "printed"
+    model = f"· {line.model}" if line.model else ""
+    first = Cell(line.who, style=style) if own else Cell(line.label, model, style=style)
+    cells = [first]
+    for cell in line.cells:
+        if isinstance(cell, Ours):
+            cells.append(cell.cell)
+        elif isinstance(cell, str):
+            cells.append(Cell(cell, style="gap"))
+        else:
+            missing = "" if own else "—"
+            cells.append(Cell(missing if cell is None else f"{cell:.2f}", style=style))
+    return cells
+
+
+def records(tables: list[PaperTable]) -> Table:
+    """Every cell with a figure of ours or of the paper, one a line, for CSV."""
+    head = "table method model column printed ours sd n difference notes".split()
+    lines = []
+    for table in tables:
+        for line in table.lines:
+            for column, cell in zip(table.columns, line.cells):
+                where = [table.number, line.label, line.model, column]
+                if isinstance(cell, Ours):
+                    paper = "" if cell.printed is None else str(cell.printed)
+                    figures = cell.mean, cell.deviation, cell.difference
+                    mean, spread, apart = ("" if v is None else f"{v:.4f}" for v in figures)
+                    notes = "; ".join(dict.fromkeys(cell.notes))
+                    lines.append([*where, paper, mean, spread, str(cell.runs), apart, notes])
+                elif isinstance(cell, str):
+                    lines.append([*where, "", cell, "", "", "", ""])
+                elif line.who == "printed" and cell is not None:
+                    lines.append([*where, str(cell), "", "", "", "", ""])
+    return Table([*map(Column, head)], lines)

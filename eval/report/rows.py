@@ -1,0 +1,303 @@
+"""Results as rows: one for each setting over its seeds, or one for each run."""
+
+import re
+import statistics
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from eval.report.runs import Setting, Source, setting_of
+from eval.report.table import Cell, Column, Table
+from training.engine.result import Metrics, Provenance, Result
+from training.errors import UsageError
+
+TASKS = {
+    "classification": {"acc1": "top-1", "acc5": "top-5"},
+    "zeroshot_classification": {"acc1": "top-1", "acc5": "top-5"},
+    "zeroshot_retrieval": {
+        f"{way}_retrieval_recall@{k}": f"{sign} R@{k}"
+        for way, sign in (("image", "T→I"), ("text", "I→T"))
+        for k in (1, 5, 10)
+    },
+}
+SIZES = {"image": "image tower", "text": "text tower", "model": "parameters"}
+MARK = "†"  # of a figure that is not of what its name promises: a note below says why
+#: Of classifiers, in the order of their rows.
+METHODS = ("none", "kd", "ft", "takd", "dgkd", "cifd")
+Figure = tuple[str, str]  # data set (with its split where that is not "test"), metric's label
+
+
+class RunKey(NamedTuple):
+    """One of the runs of a row."""
+
+    name: str
+    seed: int | None
+    weights: str | None
+
+
+@dataclass
+class Row:
+    """One setting: its figures in percent over its runs, and the reasons of its gaps.
+
+    Attributes:
+        setting: what the runs are runs of, where that is known.
+        precision: of the evaluation.
+        runs: whose figures these are.
+        values: the runs' figures, in the order of the runs that have them.
+        gaps: reasons by data set.
+        shortfalls: how data sets differ from the published ones: ``5 images of 50000``.
+        trained: how long and on what, in words.
+    """
+
+    name: str
+    method: str = ""
+    setting: Setting | None = None
+    precision: str = ""
+    parameters: dict[str, int] = field(default_factory=dict)
+    runs: list[RunKey] = field(default_factory=list)
+    values: dict[Figure, list[float]] = field(default_factory=dict)
+    gaps: dict[str, str] = field(default_factory=dict)
+    shortfalls: dict[str, str] = field(default_factory=dict)
+    trained: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the runs, each once."""
+        return list(dict.fromkeys(run.name for run in self.runs))
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the runs that have one."""
+        return sorted(run.seed for run in self.runs if run.seed is not None)
+
+    def mean(self, figure: Figure) -> float:
+        """The mean over runs."""
+        return statistics.fmean(self.values[figure])
+
+    def cell(self, figure: Figure, baseline: "Row | None" = None) -> Cell:
+        """``46.7``, with ``± 0.2`` of several runs; the reason of a gap, or nothing.
+
+        Where only some of the row's runs have the figure, it says how many.
+
+        Args:
+            figure: one of `figures`.
+            baseline: the row that the figure's difference is taken to.
+        """
+        values = self.values.get(figure)
+        if values is None:
+            return self.gap(figure[0])
+        mark = MARK if figure[0] in self.shortfalls else ""
+        small = [f"± {statistics.stdev(values):.1f}"] if len(values) > 1 else []
+        small += [f"(n = {len(values)})"] if len(values) < len(self.runs) else []
+        compared = baseline and baseline.same_student(self) and figure in baseline.values
+        difference = f"{self.mean(figure) - baseline.mean(figure):+.1f}" if compared else ""
+        return Cell(f"{self.mean(figure):.1f}{mark}", " ".join(small), difference)
+
+    def gap(self, dataset: str) -> Cell:
+        """The reason of a gap, or nothing."""
+        reason = self.gaps.get(dataset)
+        return Cell(f"gap: {reason}" if reason else "", style="gap")
+
+    def same_student(self, other: "Row") -> bool:
+        """Whether another row has a student of the same architecture."""
+        students = [row.setting.student if row.setting else row.name for row in (self, other)]
+        return (
+            self is not other
+            and students[0] == students[1]
+            and (self.parameters == other.parameters)
+        )
+
+    def notes(self, dataset: str | None = None) -> list[str]:
+        """What is to be said below a table of the figures on this data set, or on all."""
+        return [
+            f"Not the published {name}: {reason}"
+            for name, reason in self.shortfalls.items()
+            if dataset in (None, name)
+        ]
+
+    def add(self, result: Result, run: RunKey) -> None:
+        """Add a result's metrics, as those of a run of this setting."""
+        self.runs += [] if run in self.runs else [run]
+        name = result.dataset
+        dataset = name if result.split == "test" else f"{name} ({result.split})"
+        self._add(dataset, result.task, result.metrics)
+        self._add(f"{name} (held out)", result.task, result.holdout_metrics)
+        self._add(f"{name} (train)", result.task, result.train_metrics)
+        if shortfall := result.provenance.shortfall:
+            self.shortfalls[dataset] = shortfall
+        if not result.metrics:
+            self.gaps[name] = "the test split was not looked at"
+        self.parameters = result.provenance.parameters or self.parameters
+
+    def _add(self, dataset: str, task: str, metrics: Metrics | None) -> None:
+        for metric, label in TASKS[task].items():
+            if metrics and metrics.get(metric) is not None:
+                self.values.setdefault((dataset, label), []).append(100 * metrics[metric])
+
+
+def rows(sources: list[Source], pooled: bool = True) -> list[Row]:
+    """The students' and teachers' figures, in the order of the sources.
+
+    Args:
+        sources: see `eval.report.runs.read_sources`.
+        pooled: one row for each setting and precision, over its seeds; otherwise one row for each
+            set of weights.
+
+    Raises:
+        UsageError: two results that one row would hold are of different data. Rows of their own
+            would tear the runs apart on all other data sets too.
+    """
+    found: list[Row] = []
+    first: dict[tuple, tuple[str, str]] = {}
+    counted = set()
+    for source in sources:
+        for result in source.results:
+            if result.training and result.training.role != "student":
+                continue
+            row, run = _row_of(found, source, result, pooled)
+            key = id(row), result.dataset, result.split, result.task
+            data = _tested_on(result.provenance)
+            other, others_data = first.setdefault(key, (run.name, data))
+            if others_data != data:
+                whose = " and ".join(dict.fromkeys((other, run.name)))
+                raise UsageError(
+                    f"'{source.path}': results of {whose} on {result.dataset} are of different "
+                    f"data, {others_data} and {data}; move one of them away"
+                )
+            if (key, run) not in counted:  # else a copy
+                row.add(result, run)
+            counted.add((key, run))
+            row.trained = source.trained or row.trained
+    for gap in (gap for source in sources for gap in source.gaps):
+        of_model = [row for row in found if gap.model in row.names]
+        if not of_model:
+            of_model = [Row(gap.model)]
+            found += of_model
+        for row in of_model:
+            row.gaps[gap.dataset] = gap.gap
+    for row in found:
+        row.name = _common_name(row.names) or row.name
+    return sorted(found, key=_place)
+
+
+def _row_of(found: list[Row], source: Source, result: Result, pooled: bool) -> tuple[Row, RunKey]:
+    """The row a result belongs to, made where it is the first, and its run.
+
+    Runs pool when they differ by their seed alone: a seed's second run is no further sample.
+    """
+    setting, seed = setting_of(source, result)
+    precision = result.provenance.precision
+    run = RunKey(result.model, seed, result.provenance.weights)
+    for row in found:
+        same = run in row.runs
+        pools = pooled and setting and setting.rest and seed not in (None, *row.seeds)
+        if (row.setting, row.precision) == (setting, precision) and (same or pools):
+            return row, run
+    method = str(setting) if setting else ""
+    found.append(Row(result.model, method, setting, precision))
+    return found[-1], run
+
+
+def _tested_on(provenance: Provenance) -> str:
+    """Fingerprints of a result's data, and how its test set differs from the published one."""
+    hashes = (f"{split} {text[:12]}" for split, text in sorted(provenance.data.items()))
+    data = ", ".join(hashes) or "unknown"
+    return f"{data} ({provenance.shortfall})" if provenance.shortfall else data
+
+
+def _common_name(names: list[str]) -> str:
+    """What the names of several seeds' runs share: ``cifd-seed0``, ``cifd-seed1`` → ``cifd``."""
+    if len(names) < 2:
+        return "".join(names)
+    stems = {re.sub(r"[-_. ]*(seed|s)?[-_=]?\d+$", "", name) for name in names}
+    return stems.pop() if len(stems) == 1 else names[0]
+
+
+def _place(row: Row) -> tuple:
+    """Classifiers of a study by method; what else there is stays in the order it was given."""
+    setting = row.setting
+    if setting is None or setting.dataset is None:
+        return (0,)
+    method = METHODS.index(setting.method) if setting.method in METHODS else len(METHODS)
+    return 1, setting.dataset, method, setting.student, setting.rdms or 0, setting.ibm
+
+
+def figures(rows: list[Row]) -> list[Figure]:
+    """Every figure that some row has, data set by data set; a gap alone has a column of its own."""
+    labels = list(dict.fromkeys(label for task in TASKS.values() for label in task.values()))
+    found = {figure for row in rows for figure in row.values}
+    # classification before retrieval, then by name
+    first = {d: min(labels.index(m) for e, m in found if e == d) for d, _ in found}
+    ordered = sorted(found, key=lambda f: (first[f[0]], f[0], labels.index(f[1])))
+    return ordered + [(d, "") for d in sorted({d for r in rows for d in r.gaps} - first.keys())]
+
+
+def millions(count: int) -> str:
+    """``0.034 M``, with three significant digits."""
+    return f"{count / 1e6:.3g} M"
+
+
+def several(rows: list[Row]) -> bool:
+    """Whether some row has more than one run."""
+    return any(len(row.runs) > 1 for row in rows)
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """What the marks of these rows' figures mean."""
+    return [f"{MARK} {note}." for note in dict.fromkeys(n for row in rows for n in row.notes())]
+
+
+def results_table(rows: list[Row], baseline: Row | None, colours: dict[str, str]) -> Table:
+    """Percentages, with differences to a baseline beside the figures of the same student.
+
+    Args:
+        rows: one for each setting.
+        baseline: the row of the student that was trained without distillation.
+        colours: a run's name → its colour in the plots.
+    """
+    shown = figures(rows)
+    sizes = [size for size in SIZES if any(size in row.parameters for row in rows)]
+    counts = [Column("n")] if several(rows) else []
+    columns = [
+        Column("model", words=True),
+        Column("method", words=True),
+        *counts,
+        *(Column(SIZES[size]) for size in sizes),
+        *(Column(label, dataset) for dataset, label in shown),
+    ]
+    lines = [
+        [
+            Cell(row.name, style="name", colour=colour_of(row, colours)),
+            row.method,
+            *(str(len(row.runs)) for _ in counts),
+            *(millions(row.parameters[s]) if s in row.parameters else "" for s in sizes),
+            *(row.cell(figure, baseline) for figure in shown),
+        ]
+        for row in rows
+    ]
+    return Table(columns, lines, "results")
+
+
+def colour_of(row: Row, colours: dict[str, str]) -> str | None:
+    """That of the first of a row's runs that has one: the row itself goes by what they share."""
+    return next((colours[name] for name in (*row.names, row.name) if name in colours), None)
+
+
+def records(rows: list[Row]) -> Table:
+    """All figures, unrounded, for CSV; meant for one run a row."""
+    shown, noted = figures(rows), bool(notes(rows))
+    of_model = any("model" in row.parameters for row in rows)
+    sizes = ["image", "text", "token_table", *(["model"] if of_model else [])]
+    head = ["model", "method", "seed", *(f"{size}_parameters" for size in sizes)]
+    head += [*(" ".join(figure).strip() for figure in shown), *(["notes"] if noted else [])]
+    lines = [
+        [
+            row.name,
+            row.method,
+            " ".join(map(str, row.seeds)),
+            *(str(row.parameters.get(size, "")) for size in sizes),
+            *(f"{row.mean(f):.4f}" if f in row.values else row.gap(f[0]) for f in shown),
+            *(["; ".join(row.notes())] if noted else []),
+        ]
+        for row in rows
+    ]
+    return Table([*map(Column, head)], lines)

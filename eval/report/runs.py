@@ -1,0 +1,266 @@
+"""What a report is made of: run directories and folders of results, and what each is a run of."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cifd_clip.files import read_json
+from eval.result import Examples, GapRecord
+from training.classifier import config as classifier
+from training.clip import config as clip
+from training.engine.config import free_to_change
+from training.engine.result import BankResult, Result, decode, read
+from training.engine.run import read_run
+from training.errors import UsageError
+
+#: What may differ between the runs of one setting besides what may differ within one run.
+SEEDED = free_to_change(clip.Config) | free_to_change(classifier.Config)
+SEEDED |= {"seed", "view_seed", "name", "rdm_bank", "teacher", "paraphraser"}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is a run of; the runs of one setting differ by their seed alone.
+
+    Attributes:
+        method: a ``--distill`` or ``--method``; ``released``: weights as somebody published them.
+        student: its architecture, with ``:WEIGHTS`` where it began from (or is) published weights.
+        teachers: their architectures, with ``:WEIGHTS`` where a tag names those.
+        rdms: number of assistants per modality; None where the run does not record its bank.
+        ibm: whether the student had an Information Bottleneck Module.
+        dataset: what a classifier was trained on; None for CLIP.
+        subset: how many of its training images, where not all.
+        rest: everything else, as text; empty where it is not known.
+    """
+
+    method: str
+    student: str
+    teachers: tuple[str, ...] = ()
+    rdms: int | None = 0
+    ibm: bool = False
+    dataset: str | None = None
+    subset: int = 0
+    rest: str = ""
+
+    def __str__(self) -> str:
+        cifd, count = self.method == "cifd", "?" if self.rdms is None else self.rdms
+        parts = [f"{count} RDM"] if cifd or self.rdms else []
+        if self.ibm != cifd:
+            parts.append("IBM" if self.ibm else "no IBM")
+        return f"{self.method} ({', '.join(parts)})" if parts else self.method
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of a run."""
+
+    seconds: float
+    samples: int | None = None
+
+
+@dataclass(frozen=True)
+class TaughtBy:
+    """Who taught a CLIP run: its teachers, and the bank of their assistants."""
+
+    teachers: tuple[dict[str, Any], ...] = ()
+    bank: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The training data of a CLIP run."""
+
+    usable: int | None = None
+
+
+@dataclass
+class Source:
+    """What one path brings: a run's configuration and metrics, and results.
+
+    Attributes:
+        config: of a run; None of a folder of results.
+        metrics: the lines of ``metrics.jsonl``.
+    """
+
+    path: Path
+    config: dict[str, Any] | None = None
+    finished: Finished | None = None
+    data: TrainingData = TrainingData()
+    taught_by: TaughtBy | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    banks: list[BankResult] = field(default_factory=list)
+    gaps: list[GapRecord] = field(default_factory=list)
+    examples: list[Examples] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The folder's name, by which results call the run."""
+        path = self.path.resolve()
+        return f"{path.parent.name}/rdm" if path.name == "rdm" else path.name
+
+    @property
+    def method(self) -> str:
+        """How the run trained: ``none`` of a folder of results."""
+        config = self.config or {"distill": "none"}
+        return config["distill"] if "distill" in config else config["method"]
+
+    @property
+    def teachers(self) -> list[str]:
+        """The run directories or names of a CLIP run's teachers."""
+        clip = self.config and "distill" in self.config
+        names = (self.config["distill_model"] or "").split(",") if clip else []
+        return [n.removeprefix("local-dir:").removesuffix("/student") for n in names if n]
+
+    @property
+    def trained(self) -> str:
+        """How long and on what a CLIP run trained, in words."""
+        seen = self.finished and self.finished.samples
+        if not seen:
+            return ""
+        of = f" of {self.data.usable:,}" if self.data.usable else ""
+        return f"{seen:,} samples seen{of}"
+
+
+def read_sources(paths: Iterable[Path]) -> list[Source]:
+    """Run directories, each with its own stage 1 where it has one, and folders of results.
+
+    Raises:
+        UsageError: nothing to report there, or results of a run that was trained again since.
+        BadFile: a result is of another format, or none.
+    """
+    sources = []
+    for path in paths:
+        sources.append(_read(path))
+        if (path / "rdm" / "config.json").is_file():
+            sources.append(_read(path / "rdm"))
+    return sources
+
+
+def _read(path: Path) -> Source:
+    if not path.is_dir():
+        raise UsageError(f"'{path}': no such folder; expected a run directory or a results folder")
+    source = Source(path)
+    if (path / "config.json").is_file():
+        _read_run(source)
+    else:
+        _read_results(source, [*path.glob("*.json"), *path.glob("runs/**/*.json")], path)
+    if not (source.metrics or source.results or source.gaps or source.banks):
+        raise UsageError(
+            f"'{path}': holds neither metrics.jsonl nor results; evaluate the run first"
+        )
+    return source
+
+
+def _read_run(source: Source) -> None:
+    path = source.path
+    source.config = read_run(path)
+    if (path / "finished.json").is_file():
+        source.finished = decode(Finished, read_run(path, "finished.json"))
+    if "distill" in source.config:
+        if (path / "data.json").is_file():
+            source.data = decode(TrainingData, read_run(path, "data.json"))
+        if (path / "teachers.json").is_file():
+            source.taught_by = decode(TaughtBy, read_run(path, "teachers.json"))
+    if (path / "metrics.jsonl").is_file():
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+        source.metrics = [json.loads(line) for line in lines]
+    results = path / "results"
+    _read_results(source, [*path.glob("result*.json"), *results.glob("*.json")], results)
+    _check_one_student(source)
+
+
+def _check_one_student(source: Source) -> None:
+    """Refuse results of a run trained again in its place: both weights go by the run's name.
+
+    Which are the older ones the files don't say, and the mean over seeds would take either. A
+    checkpoint's results, of ``NAME@step``, are their own.
+    """
+    named = [r.provenance.weights for r in source.results if r.model == source.name]
+    weights = sorted({each[:10] for each in named if each})
+    if len(weights) > 1:
+        raise UsageError(
+            f"'{source.path}': results/ holds results of {source.name} with different weights, "
+            f"{' and '.join(weights)} (in the files' names); move those of older ones away"
+        )
+
+
+def _read_results(source: Source, files: Iterable[Path], folder: Path) -> None:
+    """Results have a task; what else lies beside them is of the study that they are from."""
+    for file in sorted(files):
+        content = read_json(file)
+        if isinstance(content, dict) and "task" in content:
+            source.results.append(read(file))
+    source.banks = _read_all(folder / "bank", BankResult)
+    source.gaps = _read_all(folder / "gaps", GapRecord)
+    source.examples = _read_all(folder / "examples", Examples)
+
+
+def _read_all(folder: Path, kind: type[T]) -> list[T]:
+    return [read(path, kind) for path in sorted(folder.glob("*.json"))]
+
+
+def setting_of(source: Source, result: Result) -> tuple[Setting | None, int | None]:
+    """What a result is a result of, and the run's seed; None where nothing says so."""
+    if result.training:
+        return classifier_setting(result), result.provenance.seed
+    if source.config is None:
+        named = result.provenance.source
+        released = ":" in named and not named.startswith(("local-dir:", "hf-hub:"))
+        return (Setting("released", named) if released else None), None
+    if result.model != source.name:  # a checkpoint on the way
+        return Setting(source.method, result.model), source.config["seed"]
+    return _clip_setting(source), source.config["seed"]
+
+
+def classifier_setting(result: Result) -> Setting:
+    """What a run of `training.classify`, or one of its RDMs, is a run of."""
+    training = result.training
+    rest = {k: v for k, v in training.settings.items() if k not in SEEDED}
+    return Setting(
+        method=training.method,
+        student=training.student or "",
+        teachers=(training.teacher,) if training.teacher else (),
+        rdms=len(training.rates) if training.role == "student" else 0,
+        ibm=training.ibm,
+        dataset=result.dataset,
+        subset=training.settings["subset"],
+        rest=json.dumps([training.rates, training.assistants, rest], sort_keys=True),
+    )
+
+
+def _clip_setting(source: Source) -> Setting:
+    config, taught_by = source.config, source.taught_by
+    bank = taught_by and taught_by.bank
+    unknown = source.method == "cifd" and taught_by is None
+    student, pretrained = config["model"], config["pretrained"]
+    # The bank has its own rates, whatever the run's flag said.
+    rest = {k: v for k, v in config.items() if k not in SEEDED and (unknown or k != "rates")}
+    return Setting(
+        method=source.method,
+        student=f"{student}:{pretrained}" if pretrained else student,
+        teachers=_teacher_names(source),
+        rdms=None if unknown else len(bank["rates"]) if bank else 0,
+        ibm="ibm" in config and config["ibm"],
+        rest=json.dumps([bank and {**bank, "teacher": None}, rest], sort_keys=True),
+    )
+
+
+def _teacher_names(source: Source) -> tuple[str, ...]:
+    """``ARCH`` or ``ARCH:WEIGHTS`` of each teacher; of a cache's teacher, its architecture."""
+    config = source.config
+    if not config["distill_model"]:
+        return tuple(t["model"] for t in source.taught_by.teachers) if source.taught_by else ()
+    weights = iter((config["distill_pretrained"] or "").split(","))
+    return tuple(
+        name if name.startswith(("local-dir:", "hf-hub:")) else _with_tag(name, next(weights, ""))
+        for name in config["distill_model"].split(",")
+    )
+
+
+def _with_tag(name: str, weights: str) -> str:
+    """A file of weights has no name that a paper could print."""
+    return f"{name}:{weights}" if weights and "/" not in weights else name
