@@ -48,7 +48,7 @@ class Blocks:
 def main(argv: list[str]) -> None:
     """Measure and print."""
     parser = command_line("cache", __doc__, rounds=6)
-    add_flags(parser, "ViT-B-32", "ViT-S-32-alt", 16)
+    add_flags(parser, "ViT-B-32", "ViT-S-32-alt")
     add = parser.add_argument
     add("--train-data", required=True, metavar="SHARDS", help="as for training.main")
     add("--index-dir", metavar="DIR", help="where shard indexes go [beside the shards]")

@@ -10,13 +10,13 @@ import shlex
 from argparse import Namespace
 from pathlib import Path
 
-from slurm.jobs import Job, Run, Site, read_lines
+from slurm.jobs import Job, Line, Site, read_lines
 from training.clip.config import batch_share, parse_args, teacher_names
 from training.clip.models import add_model_configs, check_weights, model_config
 from training.errors import UsageError
 
 
-def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
+def read_grid(path: Path, site: Site, extra: list[str]) -> list[Line]:
     """The runs of a grid file; `extra` flags win over every line's.
 
     Raises:
@@ -24,16 +24,16 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
             contradict each other. Files of weights may be `missing`.
     """
     logs = Path(site["LOGS"]) / path.stem
-    # said aloud, a node whose GPU can't be seen refuses, instead of training on its CPU
+    # with the flag, a node whose GPU can't be seen refuses, instead of training on its CPU
     device = ["--device", "cuda"] if site["GRES"] else []
     known: dict[str, str] = {}  # the --model-config of every line, by the name it gives
 
-    def read(line: list[str]) -> Run:
+    def read(line: list[str]) -> Line:
         flags = [
             *(*device, "--train-data", site["TRAIN_DATA"], *line, "--logs", str(logs)),
             *("--wandb-project-name", path.stem),  # a W&B run is called by the run's name
         ]
-        run = Run(flags, parse_args(flags))
+        run = Line(flags, parse_args(flags))
         if run.args.global_batch is not None:
             batch_share(run.args, site.ranks)
         check_models(run.args, known)
@@ -86,8 +86,8 @@ def models(args: Namespace) -> list[tuple[str, str, str, str | None]]:
     """(flag, model, flag, its weights) of a run's student and teachers."""
     student = ("--model", args.model, "--pretrained", args.pretrained or None)
     flags = "--distill-model", "--distill-pretrained"
-    taught = ((flags[0], name, flags[1], weights) for name, weights in teacher_names(args))
-    return [student, *taught]
+    teachers = ((flags[0], name, flags[1], weights) for name, weights in teacher_names(args))
+    return [student, *teachers]
 
 
 def weights_file(name: str, weights: str | None) -> Path | None:
@@ -99,7 +99,7 @@ def weights_file(name: str, weights: str | None) -> Path | None:
     return Path(weights)
 
 
-def with_caches(runs: list[Run], site: Site) -> tuple[list[Run], list[list[str]]]:
+def with_caches(runs: list[Line], site: Site) -> tuple[list[Line], list[list[str]]]:
     """Runs that read their teachers' caches under ``TEACHER_CACHE``, where that is set.
 
     All runs then see the same ``VIEWS`` of an image, also those without a teacher, and those that
@@ -119,7 +119,7 @@ def with_caches(runs: list[Run], site: Site) -> tuple[list[Run], list[list[str]]
         flags = ["--view-seed", "0", *run.flags, "--views", str(views)]
         args = parse_args(flags)
         if args.teacher_cache or args.val_data or args.distill == "none":
-            reading.append(Run(flags, args))
+            reading.append(Line(flags, args))
             continue
         folders = []
         for name, weights in teacher_names(args):
@@ -130,7 +130,7 @@ def with_caches(runs: list[Run], site: Site) -> tuple[list[Run], list[list[str]]
             most[folder] = max(views, most.get(folder, 0))
             data.setdefault(folder, {})[args.train_data] = None
         flags += ["--teacher-cache", ",".join(folders)]
-        reading.append(Run(flags, parse_args(flags)))
+        reading.append(Line(flags, parse_args(flags)))
     shares = [f"{i}/{parts}" for i in range(1, parts + 1)]
     written = [
         [*flags, "--train-data", shards, "--views", str(most[folder])]
@@ -153,19 +153,19 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", text.removeprefix("local-dir:")).strip("-")
 
 
-def teachers(runs: list[Run]) -> list[str]:
+def teachers(runs: list[Line]) -> list[str]:
     """The distinct teachers as `eval.benchmark` names models."""
-    named = (t for run in runs for t in teacher_names(run.args) if run.args.distill != "none")
-    return list(dict.fromkeys(f"{name}:{weights}" if weights else name for name, weights in named))
+    pairs = (pair for run in runs if run.args.distill != "none" for pair in teacher_names(run.args))
+    return list(dict.fromkeys(f"{name}:{weights}" if weights else name for name, weights in pairs))
 
 
-def configs(runs: list[Run]) -> list[str]:
+def configs(runs: list[Line]) -> list[str]:
     """The flag that lets another program know the models that OpenCLIP lacks, if there are any."""
     files = dict.fromkeys(file for run in runs for file in run.args.model_config)
     return ["--model-config", *files] if files else []
 
 
-def chain(runs: list[Run], site: Site) -> list[Job]:
+def chain(runs: list[Line], site: Site) -> list[Job]:
     """The jobs of a study, each after those it waits for."""
     runs, caches = with_caches(runs, site)
     banks = [run for run in runs if run.args.distill == "rdm"]
@@ -218,16 +218,16 @@ def cost(job: Job, site: Site) -> tuple[float, float] | str:
             if parse_args(task).train_data == site["TRAIN_DATA"]:
                 options += ["--dataset-samples", site["TRAIN_SAMPLES"]]
         try:
-            found = summary(parse([*task, *options]))
+            counted = summary(parse([*task, *options]))
         except UsageError as error:  # no --train-num-samples: the shards are not counted here
             return f"{parse_args(task).name}: {error}"
         for name in (stage, "rdm") if stage == "student" else (stage,):
-            hours += found["hours"].get(name, 0) / parts
-            disk += found["disk_bytes"].get(name, 0) / parts
+            hours += counted["hours"].get(name, 0) / parts
+            disk += counted["disk_bytes"].get(name, 0) / parts
     return hours, disk
 
 
-def preparation(runs: list[Run], site: Site) -> str:
+def preparation(runs: list[Line], site: Site) -> str:
     """The command that fetches what the study needs, on a machine with a network."""
     from eval import datasets  # takes seconds to import
 
@@ -241,7 +241,7 @@ def preparation(runs: list[Run], site: Site) -> str:
     return f"{line}\nnot there yet: {', '.join(files)}" if (files := missing(runs)) else line
 
 
-def missing(runs: list[Run]) -> list[str]:
+def missing(runs: list[Line]) -> list[str]:
     """Files of weights that are not there and that no job makes; tags' are for prefetch."""
     named = [(name, weights) for run in runs for _, name, _, weights in models(run.args)]
     files = (weights_file(name, weights) for name, weights in dict.fromkeys(named))

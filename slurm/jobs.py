@@ -1,4 +1,4 @@
-"""What a study is made of: the site, runs, jobs, and how they reach SLURM."""
+"""What a study on SLURM is made of: the site, lines of a grid, jobs, and how they get there."""
 
 import shlex
 import string
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.clip.config import flags_of
+from training.engine.flags import expand_files, line_words
 from training.errors import Failure, UsageError
 
 
@@ -55,8 +55,8 @@ class Site(dict[str, str]):
 
 
 @dataclass
-class Run:
-    """One line of a grid: the flags, with its recipes', and as its program understands them."""
+class Line:
+    """A run, as a line of a grid: its flags, recipes included, and as its program reads them."""
 
     flags: list[str]
     args: Namespace
@@ -91,26 +91,9 @@ class Job:
         return f"slurm/{self.name.partition('-')[0]}.sbatch"
 
 
-def expand(words: list[str]) -> list[str]:
-    """Words with the flags of each ``@file`` in its place, as the programs would read them.
-
-    Now and not in the tasks: a recipe that is edited meanwhile changes none that waits.
-    """
-    out: list[str] = []
-    for word in words:
-        if not word.startswith("@"):
-            out.append(word)
-            continue
-        if not Path(word[1:]).is_file():
-            raise UsageError(f"{word}: no such flag file")
-        for line in Path(word[1:]).read_text().splitlines():
-            out += expand(flags_of(line))
-    return out
-
-
 def read_lines(
-    path: Path, site: Site, logs: Path, read: Callable[[list[str]], Run], extra: list[str]
-) -> dict[str, Run]:
+    path: Path, site: Site, logs: Path, read: Callable[[list[str]], Line], extra: list[str]
+) -> dict[str, Line]:
     """The runs of a grid file by name, one per line.
 
     Args:
@@ -123,14 +106,14 @@ def read_lines(
     Raises:
         UsageError: a line is no valid command line, a name comes twice, or there is none.
     """
-    runs: dict[str, Run] = {}
+    runs: dict[str, Line] = {}
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
             text = string.Template(text).substitute(site, LOGS=str(logs))
-            line = flags_of(text)
+            line = line_words(text)
             if not line:
                 continue
-            run = read(expand([*line, *extra]))
+            run = read(expand_files([*line, *extra]))
         except (UsageError, ValueError) as error:
             raise UsageError(f"{path}:{number}: {error}") from error
         if run.args.name in runs:
@@ -171,7 +154,7 @@ def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str
         text = "".join(f"{shlex.join(task)}\n" for task in job.tasks)
         (logs / "plan" / f"{job.name}.lines").write_text(text)
         command = sbatch(job, study, logs, site, submitted)
-        done = _ask(command, site)
+        done = _slurm(command, site)
         if done.returncode:
             if submitted:
                 subprocess.run(["scancel", *submitted.values()], env=dict(site), check=False)
@@ -183,12 +166,12 @@ def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str
 def running(jobs: list[Job], study: str, site: Site) -> list[str]:
     """Numbers of the study's jobs, of these names, that wait or run already."""
     names = {f"{study}-{job.name}" for job in jobs}
-    done = _ask(["squeue", "--noheader", "--me", "--format=%i %j"], site)
-    found = (line.split(maxsplit=1) for line in done.stdout.splitlines())
-    return [number for number, name in found if name in names]
+    done = _slurm(["squeue", "--noheader", "--me", "--format=%i %j"], site)
+    listed = (line.split(maxsplit=1) for line in done.stdout.splitlines())
+    return [number for number, name in listed if name in names]
 
 
-def _ask(command: list[str], site: Site) -> subprocess.CompletedProcess:
+def _slurm(command: list[str], site: Site) -> subprocess.CompletedProcess:
     try:
         return subprocess.run(command, capture_output=True, text=True, env=dict(site), check=False)
     except FileNotFoundError as error:

@@ -14,7 +14,8 @@ from slurm.clip import chain, preparation, read_grid
 from slurm.jobs import Job, Site, running, sbatch
 from slurm.plan import GRIDS, describe, grid_path, main
 from training import prefetch
-from training.clip.config import batch_share, flags_of, parse_args
+from training.clip.config import batch_share, parse_args
+from training.engine.flags import line_words
 from training.errors import UsageError
 
 MILLION = 1_000_000
@@ -350,7 +351,7 @@ def test_a_line_has_the_words_that_a_shell_reads(line):
     shell = ["bash", "-c", f'printf "%s\\0" {line}\n']
     done = subprocess.run(shell, capture_output=True, text=True, check=True)
     words = done.stdout.split("\0")[:-1]
-    assert flags_of(line) == (words if line.partition("#")[0] else [])
+    assert line_words(line) == (words if line.partition("#")[0] else [])
 
 
 def test_a_number_sign_within_a_word_belongs_to_it_in_grids_and_in_recipes(site, tmp_path):
