@@ -26,9 +26,15 @@ from experiments.clip_small.keep import figures, score
 from experiments.clip_small.plan import METHODS, MODELS, SCALES, Plan, Sizes, Tuned
 from experiments.study import Run, Study
 from shards import FLICKR, needs_flickr
-from training.clip import cache_teacher, calibrate
-from training.clip.config import parse_args
+from training.clip.config import (
+    cache_config,
+    calibration_config,
+    parse_args,
+    parse_cache,
+    parse_calibration,
+)
 from training.data.index import index_shards
+from training.engine.config import record
 from training.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -73,8 +79,8 @@ def command(run: Run, logs: Path = Path("l")) -> list[str]:
 
 PARSERS = {
     "training.main": parse_args,
-    "training.cache_teacher": cache_teacher._parse,
-    "training.calibrate": calibrate._parse,
+    "training.cache_teacher": lambda words: cache_config(parse_cache(words)),
+    "training.calibrate": lambda words: calibration_config(parse_calibration(words)),
     "eval.benchmark": benchmark.parse,
 }
 
@@ -93,11 +99,11 @@ def test_every_run_comes_after_those_it_needs_and_its_command_is_valid(tmp_path)
         if run.module == "training.main":
             assert args.name == run.name and args.resume == "latest"
     calibrated = [run for run in plan.by_name.values() if run.name.startswith("bank_calibrated_s0")]
-    assert parse_args(command(calibrated[0], tmp_path)[2:]).rates == [900.0, 90.0]
+    assert parse_args(command(calibrated[0], tmp_path)[2:]).rates == (900.0, 90.0)
 
 
 #: What may differ between the methods of one student and seed.
-OWN = {"distill", "teacher_cache", "rdm_bank", "rates", "no_ibm", "projector", "name"}
+OWN = {"distill", "teacher_cache", "rdm_bank", "rates", "ibm", "projector", "name"}
 OWN |= {row.weight[0].replace("-", "_") for row in METHODS.values() if row.weight}
 
 
@@ -105,9 +111,9 @@ def test_methods_of_one_student_and_seed_differ_in_nothing_but_the_method():
     plan = whole_plan()
     for model in plans.STUDENTS:
         runs = [plan.by_name[f"{method}_{model}_s1"] for method in METHODS]
-        settings = [vars(parse_args(command(run)[2:])) for run in runs]
+        settings = [record(parse_args(command(run)[2:])) for run in runs]
         for run, one in zip(runs, settings):
-            other = {k for k, v in one.items() if v != settings[0][k]} - OWN
+            other = {k for k, v in one.items() if v != settings[0].get(k, v)} - OWN
             assert not other, f"{run.name} differs from plain CLIP in {other}"
 
 

@@ -21,7 +21,7 @@ from demo.scenes import pairs, retrieval
 from experiments.shards import describe, write_shards, write_split
 from runs import CONFIGS, ROOT, assert_bit_equal, final, lines
 from slurm_cluster import cluster, kill_node, why_not
-from training.clip import cache_teacher
+from training import cache_teacher
 from training.main import main
 
 PATIENCE = 900  # seconds for what takes a few on an idle machine

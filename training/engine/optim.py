@@ -85,7 +85,7 @@ def make_schedule(
     """
     total = config.epochs * steps_per_epoch
     if config.warmup_epochs is not None:
-        warmup = round(config.warmup_epochs * steps_per_epoch)
+        warmup = config.warmup_epochs * steps_per_epoch  # not always whole
     else:
         warmup = total // 6 if config.warmup is None else config.warmup
     if warmup >= total:
