@@ -15,8 +15,8 @@ from benchmarks.contestants import add_flags, common_flags, random_teacher
 from benchmarks.harness import command_line, paired, ratios, record, spelled
 from cifd_clip import World
 from training.cache_teacher import main as write_cache
-from training.clip.config import parse_args
-from training.clip.run import adopt_cache, epoch_steps, make_loader
+from training.clip.config import named_files, parse, resolve
+from training.clip.run import epoch_steps, make_loader
 from training.clip.stages import RDMStage, StudentStage
 from training.data.index import index_shards
 from training.engine.trainer import Trainer
@@ -27,16 +27,15 @@ class Blocks:
     """A run of `training.main` that is taken a block of steps at a time."""
 
     def __init__(self, flags: list[str], block: int):
-        args = parse_args(flags)
-        adopt_cache(args)
-        device = torch.device(args.device)
-        sources = index_shards(args.train_data, cache_dir=args.index_dir)
-        stage = (
-            RDMStage(args, device) if args.distill == "rdm" else StudentStage(args, device, World())
-        )
-        steps = epoch_steps(args, sources, args.batch_size)
-        self.trainer = Trainer(args, stage, World(), device, steps)
-        self.loader = make_loader(args, sources, self.trainer, args.batch_size)
+        given = parse(flags)
+        config = resolve(given, **named_files(given))
+        device = torch.device(config.device)
+        sources = index_shards(config.train_data, cache_dir=config.index_dir)
+        rdm = config.distill == "rdm"
+        stage = RDMStage(config, device) if rdm else StudentStage(config, device, World())
+        steps = epoch_steps(config, sources)
+        self.trainer = Trainer(stage, config, steps, None, device, config.precision)
+        self.loader = make_loader(config, sources, self.trainer)
         self.batches = self.loader.batches(0, self.trainer.total_steps)
         self.block = block
 
@@ -49,7 +48,7 @@ class Blocks:
 def main(argv: list[str]) -> None:
     """Measure and print."""
     parser = command_line("cache", __doc__, rounds=6)
-    add_flags(parser, "ViT-B-32", "ViT-S-32-alt", 16)
+    add_flags(parser, "ViT-B-32", "ViT-S-32-alt")
     add = parser.add_argument
     add("--train-data", required=True, metavar="SHARDS", help="as for training.main")
     add("--index-dir", metavar="DIR", help="where shard indexes go [beside the shards]")

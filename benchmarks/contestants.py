@@ -8,26 +8,29 @@ import torch
 from cifd_clip import RDMBank, World
 from training.clip.config import parse_args
 from training.clip.models import add_model_configs, build_student, save_student, student_config
-from training.clip.stages import Inputs, StudentStage, make_teachers
+from training.clip.stages import StudentStage, Transforms, make_teachers
 from training.data.loader import Batch
 from training.engine.trainer import Trainer
 
 RATES = (1000.0, 300.0, 100.0)
 
 
-def add_flags(parser: argparse.ArgumentParser, teacher: str, student: str, batch: int) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, teacher: str, student: str, gpu: bool | None = None
+) -> None:
     """The flags of a student, its teacher and where they run; larger by default on a GPU.
 
     Args:
         parser: where to.
-        teacher, student, batch: the defaults on a CPU.
+        teacher, student: the defaults on a CPU.
+        gpu: whether it runs on one; None: where there is one.
     """
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() if gpu is None else gpu
     add = parser.add_argument
     add("--teacher", default="ViT-L-14" if gpu else teacher, help="architecture, random weights")
     add("--student", default="ViT-B-16" if gpu else student, help="architecture")
     add("--model-config", nargs="+", default=[], metavar="FILE.json", help="of other models")
-    add("--batch-size", type=int, default=256 if gpu else batch, help="of each process")
+    add("--batch-size", type=int, default=256 if gpu else 16, help="of each process")
     add("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
     add("--precision", default="amp_bf16" if gpu else "fp32", help="as for training.main")
 
@@ -45,14 +48,15 @@ def random_teacher(args: argparse.Namespace, folder: Path) -> str:
     """A randomly initialised teacher as a ``local-dir:`` model: its speed is that of a real one."""
     add_model_configs(args.model_config)
     config = parse_args(["--train-data=-", f"--model={args.teacher}", f"--seed={args.seed}"])
-    save_student(build_student(config), student_config(config), folder / "teacher")
+    save_student(build_student(config, config.seed), student_config(config), folder / "teacher")
     return f"local-dir:{folder / 'teacher'}"
 
 
 def untrained_bank(flags: list[str], count: int, folder: Path) -> Path:
     """A bank of `count` RDMs for the teacher that flags of a feature distillation name."""
     config = parse_args(["--train-data=-", *flags])
-    teachers = make_teachers(config, torch.device(config.device), Inputs(config.aug_cfg))
+    device, transforms = torch.device(config.device), Transforms(config.aug_cfg)
+    teachers = make_teachers(config, config, config.cache_dir, device, transforms)
     generator = torch.Generator().manual_seed(config.seed)
     bank = RDMBank(
         teachers.identities[0], list(RATES[:count]), teachers.dims[0], generator=generator
@@ -85,10 +89,12 @@ class Contestant:
         world, config = world or World(), parse_args(["--train-data=-", *flags])
         add_model_configs(config.model_config)
         device = torch.device(config.device)
-        self.stage = StudentStage(config, device, world)
+        bank = Path(config.rdm_bank) if config.rdm_bank else None
+        self.stage = StudentStage(config, device, world, bank)
         self.stage.task.train()
-        self.trainer = Trainer(config, self.stage, world, device, 1000)
-        self.batch = random_batch(self.stage.inputs, config.batch_size, config.seed + world.rank)
+        self.trainer = Trainer(self.stage, config, 1000, world, device, config.precision)
+        seed = config.seed + world.rank
+        self.batch = random_batch(self.stage.transforms, config.batch_size, seed)
         self.batch = self.batch.to(device)
         if cached:
             self.stage.source = Remembered(self.stage.source, self.batch)
@@ -98,15 +104,15 @@ class Contestant:
         self.trainer.step(self.batch)
 
 
-def random_batch(inputs: Inputs, rows: int, seed: int) -> Batch:
+def random_batch(transforms: Transforms, rows: int, seed: int) -> Batch:
     """What the loader would deliver: uint8 images and tokens of captions."""
     generator = torch.Generator().manual_seed(seed)
     images = []
-    for spec in inputs.specs:
+    for spec in transforms.specs:
         size = spec.size if isinstance(spec.size, (tuple, list)) else (spec.size, spec.size)
         shape = (rows, 3, *size)
         images.append(torch.randint(256, shape, generator=generator, dtype=torch.uint8))
     captions = [f"a photo of scene number {i}" for i in range(rows)]
-    texts = [tokenizer(captions) for tokenizer in inputs.tokenizers]
+    texts = [tokenizer(captions) for tokenizer in transforms.tokenizers]
     index = torch.arange(rows)
     return Batch(images, texts, index, index, captions)

@@ -8,6 +8,7 @@ library that deals with the operating system.
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
@@ -45,9 +46,31 @@ def writing(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
+@contextmanager
+def writing_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears at ``path``, whole and on disk, when the block ends well.
+
+    Whoever writes into it need not do so durably: libraries with writers of their own, say. What
+    stands at ``path`` already must be an empty folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
+        folder = Path(temporary) / path.name  # the temporary one is private to its user
+        folder.mkdir()
+        yield folder
+        for content in (*folder.rglob("*"), folder):
+            _sync(content)
+        folder.rename(path)
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder (new, renamed, removed) survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -96,10 +119,10 @@ def read_json(path: Path, version: int | None = None) -> Any:
         return content
     if not isinstance(content, dict):
         raise BadFile(f"{path} is damaged: it holds no JSON object")
-    if (found := content.pop("format", None)) != version:
+    if (format := content.pop("format", None)) != version:
         raise BadFile(
-            f"{path} has format {found}, this version of cifd_clip reads format {version}: make it "
-            "again, or read it with the version that made it"
+            f"{path} has format {format}, this version of cifd_clip reads format {version}: make "
+            "it again, or read it with the version that made it"
         )
     return content
 

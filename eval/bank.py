@@ -65,7 +65,7 @@ def parse(argv: Sequence[str]) -> Config:
         UsageError: a flag is wrong.
     """
     usage = "RUN [...] [--data-root DIR --datasets NAME [...]] [--data DIR] [flags]"
-    parser = Parser("python -m eval.bank", DESCRIPTION, f"python -m eval.bank {usage}", GROUPS)
+    parser = Parser("eval.bank", DESCRIPTION, f"python -m eval.bank {usage}", GROUPS)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="runs with banks, or banks")
     config = construct(Config, parser.given(argv))
     check_ranges(config)

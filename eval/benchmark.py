@@ -74,9 +74,9 @@ def parse(argv: Sequence[str]) -> Config:
     """
     groups = (("models", ModelConfig), ("data", DataConfig), ("computation", ForwardConfig))
     parser = Parser(
-        "python -m eval.benchmark",
+        "eval.benchmark",
         DESCRIPTION,
-        "python -m eval.benchmark MODEL [...] --data-root DIR --datasets NAME [...] [flags]",
+        "eval.benchmark MODEL [...] --data-root DIR --datasets NAME [...] [flags]",
         (*groups, ("results", OutConfig)),
     )
     help = "a run, a checkpoint, a model folder, or NAME[:PRETRAINED] of OpenCLIP"

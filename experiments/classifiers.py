@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from experiments.study import Run
 
 #: The student in bfloat16.
-BF16 = "--precision bf16"
+BF16 = "--precision amp_bf16"
 #: What tuning varies: flag → (lowest, highest, whether on a logarithmic scale).
 SPACE = {
     "lr": (3e-3, 0.2, True),
@@ -17,10 +17,10 @@ SPACE = {
     "lambda-emb": (1e-3, 100.0, True),
     "lambda-i": (1e-4, 1.0, True),
     "lambda-ft": (1.0, 1000.0, True),
-    "density-lr": (1e-3, 0.1, True),
+    "density-lr": (0.05, 5.0, True),  # in multiples of the learning rate
 }
 #: The decay of the learning rate is tuned too: flag → choices.
-CHOICES = {"lr-schedule": ("cosine", "linear", "const")}
+CHOICES = {"lr-scheduler": ("cosine", "linear", "const")}
 
 
 def classifier(

@@ -4,7 +4,6 @@ Of a run of training.main: the norm of each term's gradient on the student's ima
 relative to the gradient of the whole loss, before its first step and after its last.
 """
 
-import argparse
 from pathlib import Path
 from statistics import fmean
 
@@ -12,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from cifd_clip import Noise, World
-from cifd_clip.files import read_json
 from experiments.seeds import table
 from experiments.study import command_line
+from training.clip.config import recorded
 from training.clip.models import add_model_configs
 from training.clip.run import epoch_steps, make_loader, open_data
 from training.clip.stages import StudentStage
 from training.engine.checkpoint import Checkpoints
 from training.engine.environment import origin
+from training.engine.run import bank_folder, holds_bank, read_run
 from training.engine.trainer import Trainer
 from training.errors import UsageError, cli
 
@@ -55,28 +55,27 @@ def shares(losses: dict[str, Tensor], model: nn.Module) -> dict[str, dict[str, f
 
 def measure(run: Path, batches: int) -> dict[str, dict[str, dict[str, float]]]:
     """``start`` and ``end`` → term → tower → its relative gradient, the mean over batches."""
-    if not (run / "config.json").is_file():
-        raise UsageError(f"{run} is no run of training.main: config.json is not there")
-    args = argparse.Namespace(**read_json(run / "config.json"))
+    config = recorded(read_run(run))
     trained = Checkpoints(run / "checkpoints").newest()
-    if args.distill == "rdm" or args.lock_image or args.lock_text or trained is None:
+    if config.distill == "rdm" or config.lock_image or config.lock_text or trained is None:
         raise UsageError(f"{run}: expected a student with both towers trained, and a checkpoint")
-    add_model_configs(args.model_config)
+    add_model_configs(config.model_config)
     world, cpu = World(), torch.device("cpu")
-    sources = open_data(args, world)
+    sources = open_data(config, world)
+    bank = Path(config.rdm_bank) if config.rdm_bank else bank_folder(run)
     by_moment = {}
     for moment in ("start", "end"):
-        stage = StudentStage(args, cpu, world)
-        trainer = Trainer(args, stage, world, cpu, epoch_steps(args, sources, args.batch_size))
+        stage = StudentStage(config, cpu, world, bank if holds_bank(bank) else None)
+        trainer = Trainer(stage, config, epoch_steps(config, sources))
         if moment == "end":
             trainer.load(trained[1])
         stage.task.train()
-        loader = make_loader(args, sources, trainer, args.batch_size)
+        loader = make_loader(config, sources, trainer)
         measured, first = [], trainer.progress.step
         for step, batch in enumerate(loader.batches(first, first + batches), first):
-            noise = Noise(args.seed, step)
-            teachers = stage.assisted(stage.teachers(batch), noise)
-            losses, _ = stage.task(*stage.student_inputs(batch), teachers, noise)
+            noise = Noise(config.seed, step)
+            targets = stage.with_assistants(stage.targets(batch), noise)
+            losses, _ = stage.task(*stage.inputs(batch), targets, noise)
             measured.append(shares(losses, stage.task.student.model))
         loader.close()
         by_moment[moment] = {
@@ -98,8 +97,7 @@ def main(argv: list[str]) -> int:
         [term, *(f"{measured[m][term][t]:.3f}" for m in measured for t in TOWERS)]
         for term in measured["end"]
     ]
-    made = origin()
-    print(f"`{made['command']}`, commit {made['commit']}\n\n{table(heads, rows)}")
+    print("`{command}`, commit {commit}\n".format(**origin()), table(heads, rows), sep="\n")
     return 0
 
 

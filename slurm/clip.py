@@ -10,13 +10,13 @@ import shlex
 from pathlib import Path
 
 from eval import cost as estimate
-from slurm.jobs import Job, Run, Site, read_lines
+from slurm.jobs import Job, Line, Site, read_lines
 from training.clip.config import Config, parse, resolve
 from training.clip.models import add_model_configs, check_weights, model_config
 from training.errors import UsageError
 
 
-def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
+def read_grid(path: Path, site: Site, extra: list[str]) -> list[Line]:
     """The runs of a grid file; `extra` flags win over every line's.
 
     Raises:
@@ -24,11 +24,11 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
             contradict each other. Files of weights may be `missing`.
     """
     logs = str(site.logs(path))
-    # said aloud, a node whose GPU can't be seen refuses, instead of training on its CPU
+    # with the flag, a node whose GPU can't be seen refuses, instead of training on its CPU
     device = ["--device", "cuda"] if site["GRES"] else []
     known: dict[str, str] = {}  # the --model-config of every line, by the name it gives
 
-    def read(line: list[str]) -> Run:
+    def read(line: list[str]) -> Line:
         flags = [
             *(*device, "--train-data", site["TRAIN_DATA"], *line, "--logs", logs),
             *("--wandb-project-name", path.stem),  # a W&B run is called by the run's name
@@ -50,9 +50,9 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
     return runs
 
 
-def understood(flags: list[str], site: Site) -> Run:
+def understood(flags: list[str], site: Site) -> Line:
     """A run, as the site's processes understand its flags."""
-    return Run(flags, resolve(parse(flags), site.ranks, device_type="cuda"))
+    return Line(flags, resolve(parse(flags), site.ranks, device_type="cuda"))
 
 
 def check_models(config: Config, known: dict[str, str]) -> None:
@@ -102,7 +102,7 @@ def weights_file(name: str, weights: str | None) -> Path | None:
     return Path(weights)
 
 
-def with_caches(runs: list[Run], site: Site) -> tuple[list[Run], list[list[str]]]:
+def with_caches(runs: list[Line], site: Site) -> tuple[list[Line], list[list[str]]]:
     """Runs that read their teachers' caches under ``TEACHER_CACHE``, where that is set.
 
     All runs then see the same ``VIEWS`` of an image, also those without a teacher, and those that
@@ -157,19 +157,19 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", text.removeprefix("local-dir:")).strip("-")
 
 
-def teachers(runs: list[Run]) -> list[str]:
+def teachers(runs: list[Line]) -> list[str]:
     """The distinct teachers as `eval.benchmark` names models."""
-    named = (teacher for run in runs for teacher in run.config.teachers)
-    return list(dict.fromkeys(f"{name}:{weights}" if weights else name for name, weights in named))
+    pairs = (teacher for run in runs for teacher in run.config.teachers)
+    return list(dict.fromkeys(f"{name}:{weights}" if weights else name for name, weights in pairs))
 
 
-def configs(runs: list[Run]) -> list[str]:
+def configs(runs: list[Line]) -> list[str]:
     """The flag that lets another program know the models that OpenCLIP lacks, if there are any."""
     files = dict.fromkeys(file for run in runs for file in run.config.model_config)
     return ["--model-config", *files] if files else []
 
 
-def chain(runs: list[Run], site: Site) -> list[Job]:
+def chain(runs: list[Line], site: Site) -> list[Job]:
     """The jobs of a study, each after those it waits for."""
     runs, caches = with_caches(runs, site)
     banks = [run for run in runs if run.config.distill == "rdm"]
@@ -221,16 +221,16 @@ def cost(job: Job, site: Site) -> tuple[float, float] | str:
             if parse(task)["train_data"] == site["TRAIN_DATA"]:
                 options += ["--dataset-samples", site["TRAIN_SAMPLES"]]
         try:
-            costs = estimate.summary(estimate.parse([*task, *options]))
+            counted = estimate.summary(estimate.parse([*task, *options]))
         except UsageError as error:  # no --train-num-samples: the shards are not counted here
             return f"{parse(task)['name']}: {error}"
         for name in (stage, "rdm") if stage == "student" else (stage,):
-            hours += costs["hours"].get(name, 0) / parts
-            disk += costs["disk_bytes"].get(name, 0) / parts
+            hours += counted["hours"].get(name, 0) / parts
+            disk += counted["disk_bytes"].get(name, 0) / parts
     return hours, disk
 
 
-def preparation(runs: list[Run], site: Site) -> str:
+def preparation(runs: list[Line], site: Site) -> str:
     """The command that fetches what the study needs, on a machine with a network."""
     from eval import datasets  # takes seconds to import
 
@@ -244,7 +244,7 @@ def preparation(runs: list[Run], site: Site) -> str:
     return f"{line}\nnot there yet: {', '.join(files)}" if (files := missing(runs)) else line
 
 
-def missing(runs: list[Run]) -> list[str]:
+def missing(runs: list[Line]) -> list[str]:
     """Files of weights that are not there and that no job makes; tags' are for prefetch."""
     named = [(name, weights) for run in runs for _, name, _, weights in models(run.config)]
     files = (weights_file(name, weights) for name, weights in dict.fromkeys(named))

@@ -1,4 +1,4 @@
-"""What a study is made of: the site, runs, jobs, and how they reach SLURM."""
+"""What a study on SLURM is made of: the site, lines of a grid, jobs, and how they get there."""
 
 import shlex
 import string
@@ -70,8 +70,8 @@ class Site(dict[str, str]):
 
 
 @dataclass(frozen=True)
-class Run:
-    """One line of a grid: the flags, with its recipes', and what its program makes of them."""
+class Line:
+    """A run, as a line of a grid: its flags, recipes included, and as its program reads them."""
 
     flags: list[str]
     config: Any
@@ -107,8 +107,8 @@ class Job:
 
 
 def read_lines(
-    path: Path, site: Site, read: Callable[[list[str]], Run], extra: list[str]
-) -> list[Run]:
+    path: Path, site: Site, read: Callable[[list[str]], Line], extra: list[str]
+) -> list[Line]:
     """The runs of a grid file, one per line.
 
     Their recipes are read now and not in the tasks: one that is edited meanwhile changes none that
@@ -123,7 +123,7 @@ def read_lines(
     Raises:
         UsageError: a line is no valid command line, a name comes twice, or there is none.
     """
-    logs, runs = site.logs(path), dict[str, Run]()
+    logs, runs = site.logs(path), dict[str, Line]()
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
             text = string.Template(text).substitute(site, LOGS=str(logs))
@@ -136,7 +136,7 @@ def read_lines(
         if name in runs:
             raise UsageError(f"{path}:{number}: a second run '{name}'; give it a --name")
         # said in words, so that its batch script knows the run's directory
-        runs[name] = Run([*run.flags, "--name", name], run.config)
+        runs[name] = Line([*run.flags, "--name", name], run.config)
     if not runs:
         raise UsageError(f"{path} has no runs: every line is one, as flags of its program")
     return list(runs.values())
@@ -177,7 +177,7 @@ def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str
         # for its user alone: a source of shards may hold a password
         write_text(logs / "plan" / f"{job.name}.lines", text, mode=0o600)
         command = sbatch(job, study, logs, site, submitted)
-        done = _ask(command, site)
+        done = _slurm(command, site)
         if done.returncode:
             if submitted:
                 subprocess.run(["scancel", *submitted.values()], env=dict(site), check=False)
@@ -189,12 +189,12 @@ def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str
 def running(jobs: list[Job], study: str, site: Site) -> list[str]:
     """Numbers of the study's jobs, of these names, that wait or run already."""
     names = {f"{study}-{job.name}" for job in jobs}
-    done = _ask(["squeue", "--noheader", "--me", "--format=%i %j"], site)
-    jobs_there = (line.split(maxsplit=1) for line in done.stdout.splitlines())
-    return [number for number, name in jobs_there if name in names]
+    done = _slurm(["squeue", "--noheader", "--me", "--format=%i %j"], site)
+    listed = (line.split(maxsplit=1) for line in done.stdout.splitlines())
+    return [number for number, name in listed if name in names]
 
 
-def _ask(command: list[str], site: Site) -> subprocess.CompletedProcess:
+def _slurm(command: list[str], site: Site) -> subprocess.CompletedProcess:
     try:
         return subprocess.run(command, capture_output=True, text=True, env=dict(site), check=False)
     except FileNotFoundError as error:

@@ -6,7 +6,6 @@ import pickle
 import re
 import shutil
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +84,7 @@ def test_every_run_comes_after_those_it_needs_and_its_command_is_valid(tmp_path)
     rates = tmp_path / "calibration" / "rates.args"
     rates.parent.mkdir()
     rates.write_text("--rates 900 90\n")
-    for run in plan.runs:
+    for run in plan.by_name.values():
         assert seen.issuperset(run.needs), f"{run.name} comes before one of {run.needs}"
         seen.add(run.name)
         words = command(run, tmp_path)
@@ -93,7 +92,7 @@ def test_every_run_comes_after_those_it_needs_and_its_command_is_valid(tmp_path)
         args = PARSERS[run.module](words[2:])
         if run.module == "training.main":
             assert args.name == run.name and args.resume == "latest"
-    calibrated = [run for run in plan.runs if run.name.startswith("bank_calibrated_s0")]
+    calibrated = [run for run in plan.by_name.values() if run.name.startswith("bank_calibrated_s0")]
     assert parse_args(command(calibrated[0], tmp_path)[2:]).rates == [900.0, 90.0]
 
 
@@ -113,7 +112,7 @@ def test_methods_of_one_student_and_seed_differ_in_nothing_but_the_method():
 
 
 def test_nothing_is_tuned_or_chosen_on_test_data():
-    for run in whole_plan().runs:
+    for run in whole_plan().by_name.values():
         if run.module == "eval.benchmark":
             split = "test" if run.about["stage"] == "students" else "val"
             assert f"--split={split}" in run.flags, run.name
@@ -301,7 +300,7 @@ def smaller(monkeypatch):
     """The trial with one student, three methods, one weight to tune and one open choice."""
     for method in METHODS.keys() - set(plans.JUDGES):
         monkeypatch.delitem(METHODS, method)
-    monkeypatch.setitem(METHODS, "clipkd", replace(METHODS["clipkd"], weight=None))
+    monkeypatch.setitem(METHODS, "clipkd", METHODS["clipkd"]._replace(weight=None))
     asked = {plans.DEFAULT: {"gap10": plans.Answer()}, "λ_CL": plans.CHOICES["λ_CL"]}
     monkeypatch.setattr(plans, "CHOICES", asked)
     monkeypatch.setattr(plans, "STUDENTS", ("gap10",))

@@ -2,19 +2,29 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from cifd_clip import Features, RDMBank, with_assistants
-from eval import bank, benchmark, datasets, metrics, models, report
+from eval import bank, benchmark, classifier_bank, datasets, metrics, models, reconstruct, report
 from runs import ROOT
+from training.classify import main as classify
+from training.engine import result
+from training.engine.result import BankResult
 from training.errors import UsageError
 
 CPU = torch.device("cpu")
 SETS = ("digits", "digit_scenes")
+
+
+def results(folder):
+    return [result.read(path, BankResult) for path in sorted((folder / "bank").glob("*.json"))]
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +34,7 @@ def measured(bank_run, scenes, tmp_path_factory):
     command = [str(bank_run), "--data-root", str(scenes / "benchmark"), "--workers=0"]
     command += ["--device=cpu", "--datasets"]
     assert bank.main([*command, *SETS, "--out", str(out)]) == 0
-    found = [json.loads(path.read_text()) for path in sorted((out / "bank").glob("*.json"))]
-    return {result["dataset"]: result for result in found}, out, command
+    return {one.dataset: one for one in results(out)}, out, command
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +47,10 @@ def test_the_teachers_figures_are_those_of_the_benchmark(measured, teacher, scen
     command = [teacher, "--data-root", str(scenes / "benchmark"), "--workers=0", "--device=cpu"]
     assert benchmark.main([*command, "--datasets", *SETS, "--out", str(tmp_path)]) == 0
     for path in tmp_path.glob("*.json"):
-        result = json.loads(path.read_text())
-        assert found[result["dataset"]]["teacher"]["metrics"] == result["metrics"]
+        stock = result.read(path)
+        assert found[stock.dataset].teacher == stock.metrics
+        assert found[stock.dataset].provenance.data == stock.provenance.data
+        assert found[stock.dataset].provenance.teachers == (stock.provenance.weights,)
 
 
 def test_an_assistant_is_measured_as_it_teaches(measured, teacher, bank_run, scenes):
@@ -55,16 +66,16 @@ def test_an_assistant_is_measured_as_it_teaches(measured, teacher, bank_run, sce
     loaded = RDMBank.load(bank_run / "bank", {"model": "", "weights": model.weights})
     _, *of_images = with_assistants(loaded, [Features(images, images, torch.tensor(1.0))])
     _, *of_texts = with_assistants(loaded, [Features(texts, texts, torch.tensor(1.0))])
-    for k, one in enumerate(found["digit_scenes"]["assistants"]):
+    for k, one in enumerate(found["digit_scenes"].assistants):
         wanted = metrics.retrieval_metrics(of_images[k].image, of_texts[k].text, image_of)
-        assert one["metrics"] == pytest.approx(wanted), f"R = {one['rate']}"
-        assert one["rate"] == loaded.rates[k]
+        assert one.metrics == pytest.approx(wanted), f"R = {one.rate}"
+        assert one.rate == loaded.rates[k]
     mean = [
         F.normalize(torch.stack([own, *(getattr(a, kind) for a in helpers)]).mean(0), dim=-1)
         for own, kind, helpers in ((images, "image", of_images), (texts, "text", of_texts))
     ]
     wanted = metrics.retrieval_metrics(*mean, image_of)
-    assert found["digit_scenes"]["mean"]["metrics"] == pytest.approx(wanted)
+    assert found["digit_scenes"].mean == pytest.approx(wanted)
 
 
 def test_bits_are_those_of_the_density(measured, teacher, bank_run, scenes):
@@ -75,17 +86,17 @@ def test_bits_are_those_of_the_density(measured, teacher, bank_run, scenes):
         images = model.encode_image(torch.stack(list(folder.images(model.transform))))
         loaded = RDMBank.load(bank_run / "bank", {"model": "", "weights": model.weights})
         bits = loaded(images, images, None)[1]["image/bits"].tolist()
-    assert [a["bits"]["image"] for a in found["digits"]["assistants"]] == pytest.approx(bits)
+    assert [a.bits["image"] for a in found["digits"].assistants] == pytest.approx(bits)
 
 
 def test_the_map_has_a_point_for_each_image_in_every_space(measured):
     found, _, _ = measured
-    drawn = found["digits"]["map"]
-    assert drawn["points"].keys() == {"teacher", "300", "30"}
-    assert 2 <= len(drawn["classes"]) <= bank.CLASSES
-    assert set(drawn["labels"]) == set(range(len(drawn["classes"])))
-    for points in drawn["points"].values():
-        assert torch.tensor(points).shape == (len(drawn["labels"]), 2)
+    drawn = found["digits"].map
+    assert drawn.points.keys() == {"teacher", "300", "30"}
+    assert 2 <= len(drawn.classes) <= reconstruct.CLASSES
+    assert set(drawn.labels) == set(range(len(drawn.classes)))
+    for points in drawn.points.values():
+        assert torch.tensor(points).shape == (len(drawn.labels), 2)
         assert torch.tensor(points).isfinite().all()
 
 
@@ -116,9 +127,8 @@ def test_a_teacher_that_only_a_config_names_is_the_same_teacher(measured, teache
     weights = Path(teacher.removeprefix("local-dir:")) / "open_clip_model.safetensors"
     own = ["--teacher", f"teacher-by-file:{weights}", "--model-config", str(config)]
     assert bank.main([*command, "digits", *own, "--out", str(tmp_path)]) == 0
-    (path,) = (tmp_path / "bank").glob("*.json")
-    result = json.loads(path.read_text())
-    assert result["assistants"] == found["digits"]["assistants"]
+    (again,) = results(tmp_path)
+    assert again.assistants == found["digits"].assistants
 
 
 def test_another_teacher_is_refused(measured, teacher, flags, tmp_path):
@@ -135,7 +145,8 @@ def test_a_bank_that_names_no_teacher_asks_for_one(bank_run, tmp_path, scenes):
     run = tmp_path / "run"
     run.mkdir()
     (run / "bank").symlink_to(bank_run / "bank")
-    (run / "config.json").write_text(json.dumps({"distill": "rdm", "teacher_cache": "c"}))
+    config = json.loads((bank_run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "distill_model": ""}))
     command = [str(run), "--data-root", str(scenes / "benchmark"), "--datasets", "digits"]
     with pytest.raises(UsageError, match="--teacher NAME:WEIGHTS"):
         bank.main([*command, "--device=cpu"])
@@ -147,6 +158,18 @@ def test_a_folder_without_a_bank_is_one_sentence(tmp_path, scenes):
         bank.main([str(tmp_path), *command])
 
 
+def test_each_kind_of_bank_asks_for_its_data_and_the_former_command_for_its_successor(
+    bank_run, classifiers
+):
+    _, _, rdms = classifiers
+    with pytest.raises(UsageError, match="--data-root DIR and --datasets NAME are needed"):
+        bank.main([str(bank_run), "--data=cifar"])
+    with pytest.raises(UsageError, match="is a classifier's bank: say --data DIR"):
+        bank.main([str(rdms), "--data-root=d", "--datasets=digits"])
+    with pytest.raises(UsageError, match=r"python -m eval\.bank rdm --data d"):
+        classifier_bank.main(["rdm", "--data", "d"])
+
+
 def test_the_report_draws_what_the_bank_did_and_twice_the_same(measured, bank_run, tmp_path):
     _, out, _ = measured
     pages = []
@@ -155,6 +178,65 @@ def test_the_report_draws_what_the_bank_did_and_twice_the_same(measured, bank_ru
         pages.append((tmp_path / name / "r.html").read_bytes())
     assert pages[0] == pages[1]
     page = pages[0].decode()
-    assert page.count("what the assistants still know") == 2 and "t-SNE of image embeddings" in page
+    assert page.count("<h3>The bank on ") == 2 and "t-SNE of image embeddings" in page
     text = Path(tmp_path / "a" / "r.md").read_text()
-    assert "## The bank on digits: bank" in text and "| R = 300 |" in text
+    assert "### The bank on digits: bank" in text and "| R = 300 |" in text
+
+
+# -- classifiers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """Three classes of generated photos in ImageNet's layout, their classifier, and its RDMs."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 1)):
+        for name in ("n01440764", "n01443537", "n01484850"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (6, 7 + i, 3), dtype=np.uint8)
+                image = Image.fromarray(pixels).resize((250, 240))
+                image.save(root / split / name / f"{name}_{i}.JPEG")
+
+    def train(name: str, *flags: str) -> Path:
+        where = ["--dataset=imagenet", f"--data={root}", f"--logs={root}/runs", f"--name={name}"]
+        steps = ["--device=cpu", "--batch-size=3", "--epochs=1", "--workers=1", "--lr=0.001"]
+        assert classify([*where, *steps, "--final", *flags]) == 0
+        return root / "runs" / name
+
+    teacher = train("teacher", "--model=cnn4")
+    under = ["--method=rdm", f"--teacher={teacher}", "--rates", "10", "300"]
+    return root, teacher, train("rdm", *under)
+
+
+def test_rdms_of_a_classifier_are_measured_as_after_their_training_and_drawn(
+    classifiers, tmp_path, capsys
+):
+    folder, teacher, rdms = classifiers
+    command = [str(rdms), f"--data={folder}", "--workers=1", "--device=cpu"]
+    assert bank.main(command) == bank.main(command) == 0
+    assert "measured already, skipped" in capsys.readouterr().out.splitlines()[-1]
+    (measured,) = results(rdms / "results")
+    for one in measured.assistants:
+        trained = result.read(rdms / f"result_R{one.rate:g}.json")
+        assert one.metrics["acc1"] == pytest.approx(trained.metrics["acc1"])
+        assert one.bits["image"] == pytest.approx(trained.metrics["bits"], rel=1e-4)
+    plain = result.read(teacher / "result.json")
+    assert measured.teacher["acc1"] == pytest.approx(plain.metrics["acc1"])
+    weights = (plain.provenance.weights,)
+    assert measured.provenance.teachers == trained.provenance.teachers == weights
+    assert measured.map.classes == ("n01440764", "n01443537", "n01484850")
+    report.main([str(teacher), str(rdms), "-o", str(tmp_path / "r.html")])
+    page = (tmp_path / "r.html").read_text()
+    assert "Figure 5" in page and "Figure 9" in page and "with the accuracy on the whole" in page
+
+
+def test_rdms_are_not_measured_on_other_classes_than_their_own(classifiers, tmp_path):
+    folder, _, rdms = classifiers
+    shutil.copytree(folder / "val", tmp_path / "data" / "val")
+    (tmp_path / "data" / "val" / "n01443537").rename(tmp_path / "data" / "val" / "n02")
+    command = [str(rdms), f"--data={tmp_path}/data", "--workers=0", f"--out={tmp_path}/out"]
+    with pytest.raises(UsageError, match=r"it lacks n01443537 and it has n02$"):
+        bank.main([*command, "--device=cpu"])
+    assert not (tmp_path / "out").exists()

@@ -17,8 +17,11 @@ from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from safetensors.torch import load_file, save_file
 
 from demo import scenes
-from eval import benchmark, datasets, models
+from eval import benchmark, datasets, embed, models, zeroshot
 from eval.metrics import RECALL_AT
+from training.clip.config import Config
+from training.engine import result
+from training.engine.config import FORMAT, record
 from training.errors import UsageError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -82,6 +85,12 @@ def student(tmp_path_factory):
     return model_folder(tmp_path_factory.mktemp("run") / "student")
 
 
+def run_config(run, **settings):
+    """The configuration of a run of training.main, as it records it."""
+    content = {"format": FORMAT, **record(Config(**settings))}
+    (run / "config.json").write_text(json.dumps(content))
+
+
 def evaluate(*arguments):
     return benchmark.main([*map(str, arguments), "--workers=0", "--device=cpu"])
 
@@ -127,8 +136,8 @@ def test_a_model_that_only_a_config_names_is_evaluated(student, root, tmp_path):
         evaluate(*command, "--model-config", "nowhere.json")
     assert evaluate(*command, "--model-config", config) == 0
     (path,) = tmp_path.glob("digits_*.json")
-    provenance = json.loads(path.read_text())["provenance"]
-    assert provenance["weights"] == models.load(str(student), CPU).weights
+    provenance = result.read(path).provenance
+    assert provenance.weights == models.load(str(student), CPU).weights
 
 
 @pytest.mark.parametrize("name", ["digits", "digit_scenes"])
@@ -218,9 +227,7 @@ def test_checkpoints_of_one_file_name_with_and_without_a_run_lose_no_result(root
     for parent in ("a", "b"):
         run = tmp_path / parent
         (run / "checkpoints").mkdir(parents=True)
-        (run / "config.json").write_text(
-            json.dumps({"model": "tiny", "model_config": [str(config)]})
-        )
+        run_config(run, model="tiny", model_config=(str(config),))
         checkpoint = run / "checkpoints" / "epoch_1.pt"
         torch.save({"state_dict": open_clip.create_model("tiny").state_dict()}, checkpoint)
         specs += [checkpoint, f"tiny:{checkpoint}"]
@@ -259,9 +266,8 @@ def test_a_runs_results_lie_in_the_run_and_a_checkpoints_beside_them(root, tmp_p
     folder = model_folder(run / "student")
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(CONFIG))
-    settings = {"model": "tiny", "model_config": [str(config)], "image_mean": [0.5] * 3}
-    settings |= {"force_image_size": [32], "force_quick_gelu": False}
-    (run / "config.json").write_text(json.dumps({**settings, "image_std": [0.25] * 3}))
+    settings = {"model": "tiny", "model_config": (str(config),), "force_image_size": (32,)}
+    run_config(run, **settings, image_mean=(0.5,) * 3, image_std=(0.25,) * 3)
     state = open_clip.create_model(f"local-dir:{folder}").state_dict()
     (run / "checkpoints").mkdir()
     checkpoint = run / "checkpoints" / "step_00000010.pt"
@@ -278,7 +284,7 @@ def test_a_checkpoint_is_scored_by_its_own_weights_whatever_its_run_began_with(t
     began = model_folder(tmp_path / "began")
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"model": f"local-dir:{began}"}))
+    run_config(run, model=f"local-dir:{began}")
     state = open_clip.create_model(f"local-dir:{began}").state_dict()
     state["text_projection"] = state["text_projection"] + 1
     checkpoint = run / "checkpoints" / "step_00000010.pt"
@@ -290,8 +296,7 @@ def test_a_checkpoint_is_scored_by_its_own_weights_whatever_its_run_began_with(t
 def test_a_checkpoint_of_a_run_that_began_with_a_tag_gets_the_tags_images(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    began = {"model": "MobileCLIP-S1", "pretrained": "datacompdr", "image_std": [0.5] * 3}
-    (run / "config.json").write_text(json.dumps(began))
+    run_config(run, model="MobileCLIP-S1", pretrained="datacompdr", image_std=(0.5,) * 3)
     state = open_clip.create_model("MobileCLIP-S1").state_dict()
     checkpoint = run / "checkpoints" / "step_00000010.pt"
     torch.save({"state_dict": state}, checkpoint)
@@ -368,7 +373,7 @@ def test_a_set_that_is_not_the_published_one_is_said_to_be_none(student, root, t
 def test_only_a_test_split_has_a_published_protocol(root):
     folder = datasets.open_folder(root, "digits", "test")
     folder.name, folder.split = "imagenet1k", "val"
-    assert benchmark.protocol(folder, {"images": 3}) == "no published protocol"
+    assert zeroshot.protocol(folder, {"images": 3}) == "no published protocol"
 
 
 def test_a_known_set_with_a_wrong_class_count_is_refused(student, tmp_path):
@@ -419,11 +424,11 @@ def test_a_class_shared_by_two_sets_is_embedded_once(student):
     model = models.load(str(student), CPU)
     read, tokenizer = [], model.tokenizer
     model.tokenizer = lambda texts: read.extend(texts) or tokenizer(texts)
-    classifiers = benchmark.Classifiers(model, CPU, "fp32")
+    classifiers = embed.Classifiers(model, embed.Forward(CPU))
     all_three = classifiers(["cat", "dog", "owl"], ["a {c}", "the {c}"])
     two = classifiers(["owl", "cat"], ["a {c}", "the {c}"])
     assert sorted(read) == sorted(f"{a} {c}" for c in ("cat", "dog", "owl") for a in ("a", "the"))
-    assert torch.equal(two, all_three[:, [2, 0]])
+    assert torch.equal(two, all_three[[2, 0]])
 
 
 @pytest.mark.parametrize("custom", [False, True])

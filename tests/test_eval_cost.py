@@ -1,6 +1,7 @@
 """The cost model: models counted as published, stages as training.main runs them."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifd_clip import METHODS, Student, World
 from eval import cost
-from eval.cost import flags as cost_flags
-from eval.cost import macs, methods, paper, stages
+from eval.cost import macs, stages
 from eval.cost.__main__ import main as print_cost
+from experiments import paper_costs
 from training.cache_teacher import main as write_cache
-from training.clip import flags as params
+from training.clip import config as clip
 from training.errors import UsageError
 from training.main import main
 
@@ -47,7 +48,7 @@ def test_clip_models_cost_what_openclip_publishes(name, image, text):
     ],
 )
 def test_classifiers_cost_what_torchvision_publishes(name, published, parameters):
-    found = paper.classifier(name, 224)
+    found = paper_costs.classifier(name, 224)
     assert found.macs / GIGA == pytest.approx(published, abs=0.01)
     assert found.params == parameters
 
@@ -56,24 +57,24 @@ def test_flags_are_read_by_training_itself():
     head = ["--train-num-samples", "9", "--epochs", "5", "--rates", "10"]
     tail = ["--wd=3", "--distill", "kd", "--aug-cfg", "scale=(0.5,1)", "--lr", "1"]
     tail += ["--distill-model", "RN50", "--distill-pretrained", "openai"]
-    counted = vars(cost.parse([*head, "--gpus", "4", "--sweep-views", "1", "2", *tail, "--mfu=.5"]))
-    trained = vars(params.parse_args(["--train-data", "none", *head, *tail]))
-    assert trained.items() <= counted.items()
-    assert (counted["gpus"], counted["sweep_views"], counted["mfu"]) == (4, [1, 2], 0.5)
-    assert counted["teachers"] == ["RN50"]
+    own = ["--gpus", "4", "--sweep-views", "1", "2", "--mfu=.5"]
+    counted = cost.parse([*head, *own, *tail])
+    given = clip.parse(["--train-data", "none", *head, *tail])
+    trained = clip.resolve(given, world_size=4, device_type="cuda")
+    assert vars(trained).items() <= vars(counted).items()
+    assert (counted.gpus, counted.sweep_views, counted.mfu) == (4, (1, 2), 0.5)
+    assert counted.architectures == ("RN50",)
 
 
 def test_no_flag_of_ours_hides_one_of_trainings():
-    ours, theirs = (
-        {flag for action in parser._actions for flag in action.option_strings}
-        for parser in (cost_flags.parser(), params.parser())
-    )
-    assert ours & theirs == {"-h", "--help"}
+    ours, theirs = ({f.name for f in fields(c)} for c in (cost.CostConfig, clip.Config))
+    own = [name for name in vars(cost.CostConfig)["__annotations__"] if name in theirs]
+    assert ours > theirs and not own
 
 
 def test_every_stage_has_its_hours_and_bytes_as_one_json_object(capsys):
     flags = [RECIPE, "--teacher-cache", "none-yet", "--views", "2"]
-    assert print_cost(["--hours", *flags]) == 0
+    print_cost(["--hours", *flags])
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert list(found["hours"]) == list(found["disk_bytes"]) == ["cache", "rdm", "student"]
@@ -109,7 +110,7 @@ def test_training_costs_three_forwards_as_autograd_counts_them():
 
 def test_a_projector_for_each_is_counted():
     def head(projector):
-        return macs.head("fd", "ViT-B-32", (768,), 4, 2, projector)
+        return macs.head("fd", "ViT-B-32", (768,), 4, 2, (("projector", projector),))
 
     one = 512 * 768 + 768
     assert head("separate").params - head("shared").params == one
@@ -182,7 +183,7 @@ def test_an_assistant_is_trained_as_a_student_and_teaches_as_a_teacher():
         "dgkd": seen * (teacher + 3 * middle + teacher + middle + 3 * student),
     }
     for method, macs_ in expected.items():
-        found = methods.method_stages(args, method, cached=False)
+        found = stages.method_stages(args, method, cached=False)
         assert [s.name for s in found] == ["assistant ViT-B-16", "student"]
         assert stages.total(found) == pytest.approx(macs_, rel=1e-3)
         assert stages.total(found) > macs_  # by the heads
@@ -190,9 +191,9 @@ def test_an_assistant_is_trained_as_a_student_and_teaches_as_a_teacher():
 
 def test_assistants_have_to_lie_between_teacher_and_student():
     smaller = cost.parse([RECIPE, "--model", "ViT-B-16"])
-    assert "takd" not in methods.compare(smaller)
+    assert "takd" not in stages.compare(smaller)
     with pytest.raises(UsageError, match="--assistants RN50: expected models that grow smaller"):
-        methods.compare(cost.parse([RECIPE, "--model", "ViT-B-16", "--assistants", "RN50"]))
+        stages.compare(cost.parse([RECIPE, "--model", "ViT-B-16", "--assistants", "RN50"]))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,8 @@ def test_assistants_have_to_lie_between_teacher_and_student():
         (["--train-num-samples", "9", "--model", "RN-50"], "--model 'RN-50' could not be made"),
         ([RECIPE, "--teacher-cache", "x"], "x' is not written yet"),
         ([RECIPE, "--mfu", "0"], "--mfu must be positive"),
-        (["@no.args"], "@no.args: no such flag file"),
+        (["@no.args"], r"@no\.args: no such flag file"),
+        ([RECIPE, "--paper"], r"--paper is not supported: .* experiments\.paper_costs"),
     ],
 )
 def test_wrong_input_ends_in_one_sentence(flags, message):
@@ -219,14 +221,14 @@ def test_a_sweep_over_caches_needs_a_teacher():
 
 def test_a_sweep_over_caches_says_what_each_saves(tmp_path, capsys):
     flags = [RECIPE, "--sweep-views", "1", "39", "--json", str(tmp_path / "views.json")]
-    assert print_cost(flags) == 0
+    print_cost(flags)
     found = json.loads((tmp_path / "views.json").read_text())
     hours = {
         w: sum(s["gpu_hours"] for s in run) for w, run in found["students"]["ViT-S-16"].items()
     }
     # 32 + 7 epochs: as many views as the live teacher sees save nothing
     assert hours["39"] == pytest.approx(hours["live"])
-    spared = stages.Hardware(312, 0.35).hours(38 * 3_000_000 * macs.clip("ViT-L-14").macs)
+    spared = cost.parse(flags).gpu_hours(38 * 3_000_000 * macs.clip("ViT-L-14").macs)
     assert hours["39"] - hours["1"] == pytest.approx(spared)
     row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")]
     assert row[1] == "ViT-S-16" and row[-2] == "1.000"
@@ -235,17 +237,18 @@ def test_a_sweep_over_caches_says_what_each_saves(tmp_path, capsys):
 
 def test_a_chain_of_classifiers_by_hand():
     # teacher 100, assistant 10, student 1; RDMs 2 for half of the epochs
-    assert paper.chain_macs([100, 10, 1], rdm=2, rdm_epochs=0.5, passes=3) == {
+    assert paper_costs.chain_macs([100, 10, 1], rdm=2, rdm_epochs=0.5, passes=3) == {
         "kd": 100 + 3,
         "cifd": 100 + 2 + 3 + 0.5 * (100 + 3 * 2),
         "takd": 100 + 30 + 10 + 3,
         "dgkd": 100 + 30 + 110 + 3,
     }
-    assert paper.chain_macs([100, 10, 1], passes=3, live=False)["dgkd"] == 30 + 3
+    assert paper_costs.chain_macs([100, 10, 1], passes=3, live=False)["dgkd"] == 30 + 3
 
 
 def test_the_papers_forward_counts_come_out_of_the_architectures():
-    ratios = {(what, how): found / printed for what, how, printed, found in paper.appendix_d2()}
+    rows = paper_costs.appendix_d2()
+    ratios = {(what, how): counted / printed for what, how, printed, counted in rows}
     for row in (
         ("three RDMs, stage 1", "those, forward only"),
         ("teacher, stage 1", "30 epochs of 1.28 M images at 224 px"),
@@ -254,8 +257,8 @@ def test_the_papers_forward_counts_come_out_of_the_architectures():
         ("total", "forward only"),
     ):
         assert ratios[row] == pytest.approx(1, abs=0.01), row
-    figure = paper.figure_1b()
+    figure = paper_costs.figure_1b()
     assert round(figure["forward, KD for 100 epochs"]["cifd"], 2) == 1.08
-    assert {m: round(c) for m, c in paper.table_1()["forward"].items()} == {
-        "kd": 1, "cifd": 1, **paper.TABLE_1,
+    assert {m: round(c) for m, c in paper_costs.table_1()["forward"].items()} == {
+        "kd": 1, "cifd": 1, **paper_costs.TABLE_1,
     }  # fmt: skip

@@ -84,13 +84,23 @@ def test_bfloat16_embeddings_are_compared_in_float32():
     assert torch.equal(metrics.similarities(images, texts), expected.float())
 
 
-def test_accuracy_is_clip_benchmarks():
-    logits, labels = torch.randn(300, 12, generator=gen(0)), torch.arange(300) % 12
+@pytest.mark.parametrize("classes", [5, 12, 100])
+@pytest.mark.parametrize("tied", [False, True])
+def test_accuracies_are_clip_benchmarks(classes, tied):
+    logits = torch.randn(300, classes, generator=gen(0))
+    logits = logits.round() if tied else logits
+    labels = torch.randint(0, classes, (300,), generator=gen(1))
+    stock = zeroshot_classification.accuracy(logits, labels, topk=(1, 3, 5))
+    assert metrics.accuracies(logits, labels, (1, 3, 5)) == stock
     found = metrics.classification_metrics(logits, labels)
-    top1, top5 = zeroshot_classification.accuracy(logits, labels, topk=(1, 5))
-    assert (found["acc1"], found["acc5"]) == (top1, top5)
-    # classes are equally frequent here: the mean of their recalls is the accuracy
-    assert found["mean_per_class_recall"] == pytest.approx(top1)
+    assert [found["acc1"], found["acc5"]] == [stock[0], stock[2]]
+
+
+def test_recall_is_the_mean_over_classes_however_frequent_they_are():
+    labels = torch.tensor([0] * 9 + [1])
+    logits = torch.eye(5)[torch.zeros(10, dtype=torch.long)]  # everything is class 0
+    found = metrics.classification_metrics(logits, labels)
+    assert (found["acc1"], found["mean_per_class_recall"]) == (0.9, 0.5)
 
 
 def test_top5_of_fewer_than_five_classes_is_null_in_strict_json():

@@ -1,63 +1,38 @@
 """The paper's tables: printed figures as printed, ours where their configuration puts them."""
 
 import csv
-import json
 import re
+import shutil
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from eval import paper, report, sources
-from training.classifier.config import DATASETS
+import reported
+from eval import report
+from eval.report import paper
+from eval.report.rows import rows
+from eval.report.runs import read_sources
+from eval.result import GapRecord
+from reported import change, classifier, keep
+from training.classifier.config import DataConfig
+from training.engine import result
 from training.errors import UsageError
 
 TEXT = Path(__file__).resolve().parents[2] / "shared/paper/cifd.txt"
-L14 = {"distill_model": "ViT-L-14", "distill_pretrained": "datacomp_xl_s13b_b90k"}
 
 
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-
-
-def clip_run(logs, name, method, acc1, seed=0, student="RN50", rates=(100.0,), **config):
+def clip_run(logs, name, method, acc1, seed=0, student="RN50", rates=(100.0,), **given):
     """A run of training.main with an ImageNet result."""
-    run = logs / name
-    teacher = {} if method == "none" else L14
-    flags = {"distill": method, "model": student, "seed": seed, "name": name, **teacher, **config}
-    write(run / "config.json", {**flags, "rates": list(rates)})
-    bank = {"rates": list(rates), "hidden": 8, "channels": 8} if method == "cifd" else None
-    write(run / "teachers.json", {"teachers": [], "bank": bank})
-    write(run / "finished.json", {"samples": 96_000_000})
-    result = {
-        "dataset": "imagenet1k", "model": name, "task": "zeroshot_classification",
-        "metrics": {"acc1": acc1, "acc5": None},
-        "provenance": {"weights": f"{name}-weights", "split": "test", "precision": "fp32"},
-    }  # fmt: skip
-    write(run / "results" / "r.json", result)
+    given |= {"rates": rates} if method == "cifd" else {}
+    run = reported.clip_run(logs, name, method, seed=seed, model=student, **given)
+    metrics = {"acc1": acc1, "acc5": None}
+    result.write(run / "results" / "r.json", reported.zero_shot(name, "imagenet1k", metrics))
     return run
 
 
-def classifier(student, method, acc1, seed=0, teacher="cnn10", rates=(), ibm=True, **more):
-    """A result of training.classify."""
-    return {
-        "task": "classification", "dataset": "cifar100", "student": student, "method": method,
-        "teacher": None if method == "none" else teacher, "rates": list(rates), "ibm": ibm,
-        "seed": seed, "metrics": {"acc1": acc1, "acc5": 0.9}, "train_metrics": {"acc1": 0.99},
-        "provenance": {"settings": {"seed": seed, "name": f"{method}-{student}-seed{seed}"}},
-        **more,
-    }  # fmt: skip
-
-
-def study(folder, results):
-    for number, result in enumerate(results):
-        write(folder / "runs" / f"{number}.json", result)
-    return folder
-
-
 def tables(*paths):
-    found = [source for path in paths for source in sources.read_source(path)]
-    return {table.number: table for table in paper.place(sources.rows(found))}
+    return {table.number: table for table in paper.place(rows(read_sources(paths)))}
 
 
 def ours(table, label, model=None):
@@ -110,7 +85,7 @@ def test_a_run_finds_its_row_by_its_configuration_not_by_its_name(tmp_path):
         {"distill_model": "ViT-B-16"},
         {"distill_pretrained": "laion2b_s32b_b82k"},
         {"rates": (100.0, 10.0)},
-        {"no_ibm": True},
+        {"ibm": False},
         {"pretrained": "openai"},
         {"student": "RN101"},
     ],
@@ -121,17 +96,17 @@ def test_a_run_of_another_setting_is_in_no_row(tmp_path, other):
 
 
 def test_the_number_of_rdms_is_the_banks_and_not_that_of_an_unused_flag(tmp_path):
-    table5 = {"student": "ViT-S-16", "distill_model": "ViT-B-16"}
-    run = clip_run(tmp_path, "run", "cifd", 0.5, rates=(1.0,), rdm_bank="bank", **table5)
-    write(run / "teachers.json", {"teachers": [], "bank": {"rates": [1.0, 2.0, 3.0]}})
+    table5 = {"student": "ViT-S-16", "distill_model": "ViT-B-16", "distill_pretrained": "a"}
+    run = clip_run(tmp_path, "run", "cifd", 0.5, rates=(1.0,), **table5)
+    change(run / "teachers.json", bank={"rates": [1.0, 2.0, 3.0]})
     found = tables(run)
     assert ours(found["5"], "CIFD (3 RDM)") and not ours(found["5"], "CIFD (1 RDM)")
 
 
 def test_a_run_that_does_not_record_its_bank_is_in_no_row(tmp_path):
-    run = clip_run(tmp_path, "run", "cifd", 0.5, rdm_bank="bank")
+    run = clip_run(tmp_path, "run", "cifd", 0.5)
     (run / "teachers.json").unlink()
-    (row,) = sources.rows(sources.read_source(run))
+    (row,) = rows(read_sources([run]))
     assert row.method == "cifd (? RDM)" and not tables(run)
 
 
@@ -149,7 +124,7 @@ def test_seeds_of_one_setting_are_one_line_with_mean_and_deviation(tmp_path):
     (cells,) = ours(table, "CIFD (1 RDM)", "RN50")
     cell = cells["IN top-1"]
     assert (cell.mean, cell.deviation, cell.runs) == pytest.approx((47.0, 1.0, 3))
-    assert str(cell) == "47.00 ± 1.00"
+    assert str(cell.cell) == "47.00 ± 1.00"
     assert "ours, n = 3: cifd" in [line.who for line in table.lines]
     assert any("seeds 0, 1, 2; 96,000,000 samples seen" in run for run in table.runs)
 
@@ -161,11 +136,23 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_pooled(tmp_path):
     assert [cells["IN top-1"].mean for cells in lines] == pytest.approx([40.0, 50.0])
 
 
-def test_flags_that_a_run_is_older_than_or_has_no_use_for_do_not_set_it_apart(tmp_path):
-    older = clip_run(tmp_path, "clipkd-seed0", "clipkd", 0.46, 0, rates=(1000.0, 100.0))
-    newer = clip_run(tmp_path, "clipkd-seed1", "clipkd", 0.48, 1, projector="separate", ema=None)
-    (cells,) = ours(tables(older, newer)["4"], "CLIPKD", "RN50")
+def test_what_changes_nothing_or_belongs_to_another_method_does_not_set_runs_apart(tmp_path):
+    one = clip_run(tmp_path, "clipkd-seed0", "clipkd", 0.46, 0, workers=1, keep=1)
+    other = clip_run(tmp_path, "clipkd-seed1", "clipkd", 0.48, 1, lambda_cl=3.0, rates=(5.0,))
+    (cells,) = ours(tables(one, other)["4"], "CLIPKD", "RN50")
     assert cells["IN top-1"].runs == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "setting"), [({"ibm": True}, "clipkd (IBM)"), ({"rdms": 2}, "clipkd (2 RDM)")]
+)
+def test_a_method_with_a_part_of_cifd_is_not_the_printed_method(given, setting, tmp_path):
+    rdms = given.pop("rdms", 0)
+    run = clip_run(tmp_path, "run", "clipkd", 0.46, **given)
+    if rdms:
+        change(run / "teachers.json", bank={"rates": [1.0] * rdms})
+    (row,) = rows(read_sources([run]))
+    assert row.method == setting and not tables(run)
 
 
 def test_a_seed_counts_once(tmp_path):
@@ -177,8 +164,8 @@ def test_a_seed_counts_once(tmp_path):
 
 def test_what_is_missing_is_named(tmp_path):
     run = clip_run(tmp_path, "run", "cifd", 0.48)
-    gap = {"dataset": "objectnet", "model": "run", "gap": "no folder"}
-    write(run / "results" / "gaps" / "g.json", gap)
+    gap = GapRecord(dataset="objectnet", model="run", weights="w", gap="no folder")
+    result.write(run / "results" / "gaps" / "g.json", gap)
     table = tables(run)["4"]
     (cells,) = ours(table, "CIFD (1 RDM)", "RN50")
     assert cells["ObjNet top-1"] == "gap: no folder"
@@ -191,11 +178,8 @@ def test_what_is_missing_is_named(tmp_path):
 def test_released_weights_are_the_teachers_row(tmp_path):
     names = ("ViT-L-14:datacomp_xl_s13b_b90k", "ViT-L-14-quickgelu:openai", "RN50-quickgelu:cc12m")
     for name in names:
-        result = {
-            "dataset": "imagenet1k", "model": name, "task": "zeroshot_classification",
-            "metrics": {"acc1": 0.79}, "provenance": {"source": name, "weights": name},
-        }  # fmt: skip
-        write(tmp_path / "results" / f"{name}.json", result)
+        found = reported.zero_shot(name, "imagenet1k", {"acc1": 0.79}, source=name, weights=name)
+        result.write(tmp_path / "results" / f"{name}.json", found)
     table = tables(tmp_path / "results")["14"]
     for label in ("Teacher", "Teacher-2", "Student"):
         assert len(ours(table, label)) == 1, label
@@ -220,18 +204,18 @@ def cifar(tmp_path):
             classifier("cnn10", "none", 0.54 + bump, seed),
             classifier("cnn2", "none", 0.44 + bump, seed),
             classifier("cnn2", "kd", 0.45 + bump, seed),
-            classifier("cnn2", "takd", 0.445, seed, assistants=["cnn8", "cnn6", "cnn4"]),
+            classifier("cnn2", "takd", 0.445, seed, assistants=("cnn8", "cnn6", "cnn4")),
             *(
                 classifier("cnn2", "cifd", 0.46 + k / 100, seed, rates=range(1, k + 1), ibm=ibm)
                 for k in (0, 1, 3)
                 for ibm in (True, False)
             ),
             *(
-                classifier("cnn10", "rdm", 0.5 + r / 1000, seed, role="rdm", rate=float(r))
+                classifier(None, "rdm", 0.5 + r / 1000, seed, role="rdm", rate=float(r))
                 for r in (1, 10)
             ),
         ]
-    return study(tmp_path / "cifar100", results)
+    return keep(tmp_path / "cifar100", results)
 
 
 def test_a_folder_of_classifier_results_makes_tables_1_and_6(cifar):
@@ -247,15 +231,14 @@ def test_a_folder_of_classifier_results_makes_tables_1_and_6(cifar):
 
 
 def test_a_student_of_some_of_the_training_images_is_told_from_one_of_all(tmp_path):
-    few, whole = (classifier("cnn2", m, 0.3) for m in ("kd", "none"))
-    few["provenance"]["settings"]["subset"] = 10_000
-    whole["provenance"]["settings"]["subset"] = 0
+    few = classifier("cnn2", "kd", 0.3, settings={"subset": 10_000})
+    whole = classifier("cnn2", "none", 0.3)
     out = tmp_path / "r.html"
-    report.main([str(study(tmp_path / "s", [few, whole])), "--out", str(out)])
+    report.main([str(keep(tmp_path / "s", [few, whole])), "--out", str(out)])
     page, text = out.read_text(), out.with_suffix(".md").read_text()
     said = "† Trained on 10,000 of the training images."
     assert "| 30.00† (-14.76) |" in text and "| 30.00 (-14.68) |" in text
-    assert f"- {said}" in text and f"<li>{said}</li>" in page and "<td>30.00†<" in page
+    assert f"- {said}" in text and f"<li>{said}</li>" in page and ">30.00†<" in page
     assert "kd; teacher cnn10; seed 0; 10,000 of the training images" in text
     with open(out.with_suffix(".paper.csv")) as file:
         notes = {r["method"]: r["notes"] for r in csv.DictReader(file) if r["ours"]}
@@ -290,38 +273,35 @@ def test_the_report_of_a_study_has_its_tables_and_figure_5_and_the_gap_to_traini
 
 
 def test_a_classifier_whose_test_split_was_not_looked_at_is_a_named_gap(tmp_path):
-    tuned = classifier("cnn2", "kd", 0.5, holdout_metrics={"acc1": 0.44})
-    tuned["metrics"] = None
+    tuned = replace(classifier("cnn2", "kd", None), holdout_metrics={"acc1": 0.44})
     final = classifier("cnn2", "none", 0.5)
     out = tmp_path / "r.html"
-    report.main([str(study(tmp_path / "s", [tuned, final])), "--out", str(out)])
+    report.main([str(keep(tmp_path / "s", [tuned, final])), "--out", str(out)])
     text = out.with_suffix(".md").read_text()
     assert "gap: the test split was not looked at" in text and "cifar100 (held out)" in text
 
 
 def test_a_classifiers_provenance_names_its_images_and_commit(tmp_path):
-    student = classifier("cnn2", "kd", 0.5)
-    student["provenance"] |= {"data": {"train": "a" * 64, "test": "b" * 64}}
-    student["provenance"] |= {"environment": {"commit": "c" * 40}}
-    rdm = classifier(None, "rdm", 0.5, role="rdm", rate=3.0)
+    provenance = {"data": {"train": "a" * 64, "test": "b" * 64}, "commit": "c" * 40}
+    student = classifier("cnn2", "kd", 0.5, name="mine", provenance=provenance)
+    rdm = classifier(None, "rdm", 0.5, role="rdm", rate=3.0, name="bank")
     out = tmp_path / "r.html"
-    report.main([str(study(tmp_path / "s", [student, rdm])), "--out", str(out)])
+    report.main([str(keep(tmp_path / "s", [student, rdm])), "--out", str(out)])
     page = out.read_text()
-    assert "cnn2 kd" in page and "cnn10 rdm R=3" in page
+    assert ">mine</td>" in page and ">bank, R = 3</td>" in page
     assert f">{'b' * 12}<" in page and f">{'c' * 12}<" in page
 
 
 def test_a_copy_of_a_result_is_no_further_sample(tmp_path):
-    result = classifier("cnn2", "kd", 0.5)
-    found = tables(study(tmp_path / "a", [result]), study(tmp_path / "b", [result | {"flags": []}]))
-    assert [line["top-1"].runs for line in ours(found["1"], "KD")] == [1]
+    copies = [keep(tmp_path / name, [classifier("cnn2", "kd", 0.5)]) for name in "ab"]
+    change(copies[1] / "runs" / "0.json", flags=["--lr=1"])
+    assert [line["top-1"].runs for line in ours(tables(*copies)["1"], "KD")] == [1]
 
 
 def test_results_of_one_run_on_two_data_sets_of_one_name_are_refused(tmp_path):
     run = clip_run(tmp_path, "run", "cifd", 0.4)
-    result = json.loads((run / "results" / "r.json").read_text())
-    result["provenance"]["data"] = "other"
-    write(run / "results" / "s.json", result)
+    shutil.copy(run / "results" / "r.json", run / "results" / "s.json")
+    change(run / "results" / "s.json", provenance={"data": {"test": "other"}})
     with pytest.raises(UsageError, match="different data"):
         tables(run)
 
@@ -330,13 +310,12 @@ def test_results_of_one_run_on_two_data_sets_of_one_name_are_refused(tmp_path):
 def test_seeds_on_different_data_have_no_mean(tmp_path, protocol):
     runs = [clip_run(tmp_path, f"cifd-seed{seed}", "cifd", 0.4, seed) for seed in (0, 1)]
     for number, run in enumerate(runs):
-        result = json.loads((run / "results" / "r.json").read_text())
-        result["provenance"] |= {"data": str(number) * 64, "protocol": ("whole", protocol)[number]}
-        write(run / "results" / "r.json", result)
-    second = "1" * 12 + (" (5 images of 50000)" if protocol != "whole" else "")
+        told = {"data": {"test": str(number) * 64}, "protocol": ("whole", protocol)[number]}
+        change(run / "results" / "r.json", provenance=told)
+    second = "test " + "1" * 12 + (" (5 images of 50000)" if protocol != "whole" else "")
     said = (
-        "results of cifd-seed0 and cifd-seed1 on imagenet1k are of different data, 000000000000 "
-        f"and {second}"
+        "results of cifd-seed0 and cifd-seed1 on imagenet1k are of different data, test "
+        f"000000000000 and {second}"
     )
     with pytest.raises(UsageError, match=re.escape(said)):
         tables(*runs)
@@ -345,17 +324,17 @@ def test_seeds_on_different_data_have_no_mean(tmp_path, protocol):
 def test_a_figure_of_a_part_of_the_test_set_is_marked_beside_the_printed_one(tmp_path):
     runs = [clip_run(tmp_path, method, method, 0.4, student="ViT-S-16")
             for method in ("cifd", "clipkd")]  # fmt: skip
-    result = json.loads((runs[0] / "results" / "r.json").read_text())
-    result["provenance"]["protocol"] = "5 images of 50000"
-    write(runs[0] / "results" / "r.json", result)
+    change(runs[0] / "results" / "r.json", provenance={"protocol": "5 images of 50000"})
     table = tables(*runs)["12"]
-    marked = {line.label: str(cell) for line in table.lines if line.who != "printed"
+    marked = {line.label: cell.cell.text for line in table.lines if line.ours
               for cell in line.cells if isinstance(cell, paper.Ours)}  # fmt: skip
     assert marked == {"CIFD (1 RDM)": "40.00†", "CLIPKD": "40.00", "Δ (CIFD − CLIPKD)": "0.00†"}
     note = "Not the published imagenet1k: 5 images of 50000"
-    assert f"- † {note}.\n" in paper.to_markdown(table)
-    assert f"<li>† {note}.</li>" in paper.to_html(table) and "<td>40.00†<" in paper.to_html(table)
-    noted = [row["method"] for row in csv.DictReader(paper.to_csv([table]).splitlines())
+    blocks = paper.blocks(table)
+    text, page = "".join(b.markdown() for b in blocks), "".join(b.html() for b in blocks)
+    assert f"- † {note}.\n" in text
+    assert f"<li>† {note}.</li>" in page and ">40.00†<" in page
+    noted = [row["method"] for row in csv.DictReader(paper.records([table]).csv().splitlines())
              if row["notes"] == note]  # fmt: skip
     assert noted == ["CIFD (1 RDM)", "Δ (CIFD − CLIPKD)"]
 
@@ -364,25 +343,23 @@ def test_results_of_a_run_trained_again_in_its_place_are_refused_and_a_checkpoin
     tmp_path,
 ):
     run = clip_run(tmp_path, "cifd-seed0", "cifd", 0.4)
-    result = json.loads((run / "results" / "r.json").read_text())
-    result["metrics"]["acc1"] = 0.1
-    result["provenance"]["weights"] = "another"
-    checkpoint = {**result, "model": "cifd-seed0@step_10"}
-    write(run / "results" / "a.json", checkpoint)
+    again = reported.zero_shot("cifd-seed0", "imagenet1k", {"acc1": 0.1}, weights="another")
+    result.write(run / "results" / "a.json", replace(again, model="cifd-seed0@step_10"))
     (cells,) = ours(tables(run)["4"], "CIFD (1 RDM)", "RN50")
     assert cells["IN top-1"].mean == pytest.approx(40.0)
-    write(run / "results" / "b.json", result)
+    result.write(run / "results" / "b.json", again)
     with pytest.raises(UsageError, match="different weights, another and cifd-seed0 "):
         tables(run)
 
 
 def test_classifiers_on_imagenet_reach_their_tables(tmp_path):
     """Under the name that training.classify gives the data set."""
-    assert "imagenet" in DATASETS
-    result = classifier(
-        "resnet18", "cifd", 0.72, teacher="resnet34", rates=[3, 2, 1], dataset="imagenet"
+    (dataset,) = (f for f in fields(DataConfig) if f.name == "dataset")
+    assert "imagenet" in dataset.metadata["choices"]
+    found = classifier(
+        "resnet18", "cifd", 0.72, teacher="resnet34", rates=[3, 2, 1], dataset="imagenet", ibm=True
     )
-    placed = tables(study(tmp_path, [result]))
+    placed = tables(keep(tmp_path, [found]))
     for number in ("3", "6", "7"):
         cells = [cell for line in placed[number].lines for cell in map(str, line.cells)]
         assert any("72.0" in cell for cell in cells), f"Table {number}"

@@ -6,40 +6,28 @@ import re
 
 import pytest
 
-from eval import bank_section, plots, report, sections, sources, tables
+import reported
+from eval import report
+from eval.report import banks, blocks, page, plots
+from eval.report.blocks import Heading, Paragraph, Plot
+from eval.report.rows import Row, RunKey, figures, rows
+from eval.report.runs import Source, read_sources
+from eval.report.table import Cell, Column, Html, Table, harmless, plain, tag
+from eval.result import Examples, GapRecord, Query, Retrieved
+from reported import SIZES, change, classifier, zero_shot
+from training.engine import result
 from training.errors import UsageError
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+M8AAQUBAScY42YAAAAASUVORK5CYII="
-SIZES = {"image": 34_304, "text": 15_329, "token_table": 1_581_056}
 
 
-def result(model, dataset, task, metrics, parameters=SIZES):
-    provenance = {
-        "weights": f"{model}-weights", "data": "d" * 64, "split": "test", "precision": "fp32",
-        "parameters": parameters, "held": {"images": 3}, "protocol": "whole",
-        "versions": {"torch": "2.9"},
-    }  # fmt: skip
-    return {
-        "dataset": dataset, "model": model, "pretrained": "w", "task": task, "metrics": metrics,
-        "language": "en", "provenance": provenance,
-    }  # fmt: skip
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-
-
-def student(logs, name, method, acc1, recall, parameters=SIZES):
-    """A finished run with results, as the entry points leave it."""
-    run = logs / name
-    teacher = None if method == "none" else f"local-dir:{logs}/teacher/student"
-    config = {"distill": method, "distill_model": teacher, "batch_size": 10, "lambda_cl": 0.005}
-    config |= {"name": name, "rates": [10.0, 1.0], "seed": 0}
-    config["model"] = "small" if parameters is SIZES else "large"
-    write(run / "config.json", config)
-    write(run / "finished.json", {"seconds": 12.3})
-    write(run / "teachers.json", {"bank": {"rates": [10.0, 1.0]} if method == "cifd" else None})
+def student(logs, name, method, acc1, recall, parameters=SIZES, **given):
+    """A finished run with results, as the commands leave it."""
+    own = {"distill_model": f"local-dir:{logs}/teacher/student", "distill_pretrained": ""}
+    own |= {"rates": (10.0, 1.0)} if method == "cifd" else {}
+    own = {**own, "lambda_cl": 0.005} if method != "none" else {}
+    own["model"] = "small" if parameters is SIZES else "large"
+    run = reported.clip_run(logs, name, method, **own, **given)
     weight = 0.01 if method == "cifd" else 1
     lines = []
     for step in (1, 2, 3):
@@ -48,29 +36,29 @@ def student(logs, name, method, acc1, recall, parameters=SIZES):
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     acc = {"acc1": acc1, "acc5": None, "mean_per_class_recall": acc1}
     recalls = {f"{w}_retrieval_recall@{k}": recall for w in ("image", "text") for k in (1, 5, 10)}
-    for dataset, task, metrics in (
-        ("digits", "zeroshot_classification", acc),
-        ("scenes", "zeroshot_retrieval", recalls),
+    for found in (
+        zero_shot(name, "digits", acc, parameters=parameters),
+        zero_shot(name, "scenes", recalls, "retrieval", parameters=parameters),
     ):
-        found = result(name, dataset, task, metrics, parameters)
-        write(run / "results" / f"{dataset}.json", found)
-    query = {"caption": "a <red> three", "image": PNG, "retrieved": [{"image": PNG, "hit": True}]}
-    write(run / "results" / "examples" / "scenes.json", {"model": name, "queries": [query]})
+        result.write(run / "results" / f"{found.dataset}.json", found)
+    answer = (Retrieved(image=PNG, hit=True),)
+    query = Query(caption="a <red> three", image=PNG, retrieved=answer)
+    examples = Examples(model=name, queries=(query,))
+    result.write(run / "results" / "examples" / "scenes.json", examples)
     return run
 
 
 @pytest.fixture
 def runs(tmp_path):
     logs = tmp_path / "logs"
-    bank = logs / "bank"
-    write(bank / "config.json", {"distill": "rdm", "batch_size": 10})
+    bank = reported.clip_run(logs, "bank", "rdm")
     points = {"1000": (200.0, 0.05, 13.0), "100": (150.0, 0.2, 7.0)}
     line = {"kind": "val", "step": 3}
     for modality in ("image", "text"):
         for rate, values in points.items():
             names = ("bits", "distortion", "snr_db")
             line |= {f"{modality}/R={rate}/{n}": v for n, v in zip(names, values)}
-    write(bank / "metrics.jsonl", line)
+    (bank / "metrics.jsonl").write_text(json.dumps(line))
     larger = {**SIZES, "image": 1_360_664}
     return [
         student(logs, "teacher", "none", 0.95, 0.7, larger),
@@ -112,43 +100,41 @@ def test_every_figure_of_the_tables_is_a_result_files(runs, tmp_path):
     assert float(rows["cifd"]["scenes I→T R@10"]) == 10.0
     assert int(rows["teacher"]["image_parameters"]) == 1_360_664
     assert (
-        "| cifd | cifd (2 RDM) | 0.0343 M | 0.0153 M | 62.5 | 10.0 |"
+        "| cifd | cifd (2 RDM) | 0.0343 M | 0.0153 M | 62.5 (+12.5) | 10.0 (-10.0) |"
         in (tmp_path / "r.md").read_text()
     )
 
 
 def test_students_are_compared_with_the_one_without_distillation_and_the_teacher_is_not(runs):
-    found = [source for path in runs for source in sources.read_source(path)]
-    rows = sources.rows(found)
-    assert sections.baseline(found, rows).name == "none"
-    page = report.page(found, "x")
-    table = page[page.index("<tbody>") : page.index("</tbody>")]
-    spans = re.findall(r'<span class="(\w+)">([^<]+)', table)
+    sources = read_sources(runs)
+    assert page.baseline(sources, rows(sources)).name == "none"
+    (table,) = (b for b in page.results_section(sources, {}) if isinstance(b, Table))
+    spans = re.findall(r'<span class="(\w+)">([^<]+)', table.html())
     assert spans[0] == ("up", "+12.5") and set(spans[1:]) == {("down", "-10.0")}
-    assert sections.colours(found)["teacher"] == plots.NEUTRAL
+    assert "| 62.5 (+12.5) | 10.0 (-10.0) |" in table.markdown()
+    assert page.run_colours(sources)["teacher"] == plots.NEUTRAL
 
 
 def test_a_setting_of_several_seeds_keeps_its_bars_and_its_swatch(tmp_path):
     runs = [
-        student(tmp_path, f"{m}-seed{s}", m, 0.5, 0.2) for m in ("none", "cifd") for s in (0, 1)
+        student(tmp_path, f"{m}-seed{s}", m, 0.5, 0.2, seed=s)
+        for m in ("none", "cifd")
+        for s in (0, 1)
     ]
-    for seed, run in enumerate(runs):
-        config = json.loads((run / "config.json").read_text())
-        write(run / "config.json", {**config, "seed": seed % 2})
-    found = [source for run in runs for source in sources.read_source(run)]
-    colour = sections.colours(found)
-    part = sections.results_section(found, colour)
+    sources = read_sources(runs)
+    colours = page.run_colours(sources)
+    part = "".join(block.html() for block in page.results_section(sources, colours))
     for name in ("none", "cifd"):
-        of_row = colour[f"{name}-seed0"]
+        of_row = colours[f"{name}-seed0"]
         assert f'style="background:{of_row}"></i>{name}</td>' in part
         bars = part[part.index("<svg") : part.index("</svg>")]
         assert f">{name}</text>" in bars and bars.count(f"fill: {of_row}") >= 3
 
 
 def test_a_missing_set_is_named_in_every_table(runs, tmp_path):
-    gap = {"dataset": "objectnet", "model": "cifd", "gap": "no folder"}
-    write(runs[-1] / "results" / "gaps" / "g.json", gap)
-    write(runs[-1] / "results" / "gaps" / "h.json", {**gap, "model": "other", "gap": "no tar"})
+    for model, reason in (("cifd", "no folder"), ("other", "no tar")):
+        gap = GapRecord(dataset="objectnet", model=model, weights="w", gap=reason)
+        result.write(runs[-1] / "results" / "gaps" / f"{model}.json", gap)
     page = make(runs, tmp_path / "r.html")
     for text in (page, (tmp_path / "r.md").read_text(), (tmp_path / "r.csv").read_text()):
         assert "objectnet" in text and "gap: no folder" in text
@@ -156,15 +142,14 @@ def test_a_missing_set_is_named_in_every_table(runs, tmp_path):
 
 
 def test_a_figure_of_another_set_than_the_published_one_is_marked_in_every_table(runs, tmp_path):
-    path = runs[-1] / "results" / "digits.json"
-    found = json.loads(path.read_text())
-    found["provenance"]["protocol"] = "5 images of 50000"
-    write(path, found)
+    told = {"protocol": "5 images of 50000"}
+    change(runs[-1] / "results" / "digits.json", provenance=told)
     page = make(runs, tmp_path / "r.html")
     note = "Not the published digits: 5 images of 50000"
     text = (tmp_path / "r.md").read_text()
-    assert "| 62.5† | 10.0 |" in text and "| 50.0 | 20.0 |" in text and f"\n† {note}.\n" in text
-    assert "<td>62.5†<" in page and "<td>50.0<" in page and f"† {note}." in page
+    assert "| 62.5† (+12.5) | 10.0" in text and "| 50.0 | 20.0 |" in text
+    assert f" † {note}.\n" in text and f" † {note}.<" in page
+    assert "<td>62.5†<" in page and "<td>50.0<" in page
     with open(tmp_path / "r.csv") as file:
         rows = {row["model"]: row for row in csv.DictReader(file)}
     assert {name: row["notes"] for name, row in rows.items()} == {
@@ -176,72 +161,140 @@ def test_a_figure_of_another_set_than_the_published_one_is_marked_in_every_table
 
 
 def test_weighted_contrastive_losses_are_drawn_unweighted(runs):
-    of = {path.name: sources.read_source(path)[0] for path in runs}
+    of = {source.name: source for source in read_sources(runs)}
     drawn = {
-        name: [v / sections.contrastive_weight(of[name].config) for v in y]
+        name: [v / page.contrastive_weight(of[name].config) for v in y]
         for name in ("none", "cifd")
-        for _, y in [sections.curve(of[name], "val", "contrastive_loss")]
+        for _, y in [page.curve(of[name], "val", "contrastive_loss")]
     }
     assert drawn["cifd"] == pytest.approx(drawn["none"]) == [1, 1 / 2, 1 / 3]
 
 
 def test_banks_of_one_teacher_that_differ_in_more_than_their_seed_are_two(tmp_path):
     def of(form, seed, acc1):
-        settings = {"rdm_form": form, "seed": seed, "name": f"{form}-seed{seed}"}
-        return {
-            "task": "classification", "role": "rdm", "method": "rdm", "dataset": "cifar100",
-            "teacher": "cnn10", "student": None, "rate": 10.0, "rates": [10.0], "seed": seed,
-            "metrics": {"acc1": acc1}, "provenance": {"settings": settings},
-        }  # fmt: skip
+        return classifier(
+            None, "rdm", acc1, seed, rates=[10], role="rdm", rate=10.0,
+            name=f"{form}-seed{seed}", settings={"rdm_form": form},
+        )  # fmt: skip
 
     results = [of("classify", 0, 0.5), of("classify", 1, 0.6), of("reconstruct", 0, 0.2)]
-    banks = bank_section.classifier_banks([sources.Source(tmp_path, results=results)])
-    assert {name: dict(bank["rates"]) for name, bank in banks.items()} == {
+    found = banks.classifier_banks([Source(tmp_path, results=results)])
+    assert {name: bank.rates for name, bank in found.items()} == {
         "cnn10 on cifar100 (classify-seed0, classify-seed1)": {10.0: {0: 50.0, 1: 60.0}},
         "cnn10 on cifar100 (reconstruct-seed0)": {10.0: {0: 20.0}},
     }
-    alone = bank_section.classifier_banks([sources.Source(tmp_path, results=results[:2])])
+    alone = banks.classifier_banks([Source(tmp_path, results=results[:2])])
     assert list(alone) == ["cnn10 on cifar100"]
 
 
 def test_the_teacher_of_figure_5_is_the_one_whose_weights_the_bank_encodes(tmp_path):
-    common = {"task": "classification", "dataset": "cifar100", "seed": 0}
-    bank = {
-        **common, "role": "rdm", "method": "rdm", "teacher": "cnn10", "student": None,
-        "rate": 10.0, "rates": [10.0], "metrics": {"acc1": 0.5},
-        "provenance": {"settings": {"name": "bank"}, "teachers": ["theirs"]},
-    }  # fmt: skip
-
-    def plain(weights, acc1):
-        return {
-            **common, "method": "none", "teacher": None, "student": "cnn10", "rates": [],
-            "metrics": {"acc1": acc1}, "provenance": {"settings": {}, "weights": weights},
-        }  # fmt: skip
-
-    results = [bank, plain("theirs", 0.6), plain("others", 0.9)]
-    (drawn,) = bank_section.classifier_banks([sources.Source(tmp_path, results=results)]).values()
-    assert drawn["teacher"] == {0: pytest.approx(60)}
+    results = [
+        classifier(None, "rdm", 0.5, role="rdm", rate=10.0, provenance={"teachers": ("theirs",)}),
+        classifier("cnn10", "none", 0.6, provenance={"weights": "theirs"}),
+        classifier("cnn10", "none", 0.9, provenance={"weights": "others"}),
+    ]
+    (drawn,) = banks.classifier_banks([Source(tmp_path, results=results)]).values()
+    assert drawn.teacher == {0: pytest.approx(60)}
 
 
 def test_the_bank_is_shown_by_its_held_out_rates_where_there_are_any(runs):
-    (bank,) = sources.read_source(runs[1])
+    (bank,) = read_sources(runs[1:2])
     bank.metrics.append({"kind": "train", "step": 9, "image/R=1000/bits": 1.0})
-    assert bank_section.last_rates(bank)["image"][1000.0]["bits"] == 200.0
+    assert banks.last_rates(bank)["image"][1000.0]["bits"] == 200.0
 
 
-def test_captions_and_names_are_escaped(runs, tmp_path):
-    assert "a &lt;red&gt; three" in make(runs, tmp_path / "r.html")
+HOSTILE = '<script>alert("1")</script>|[x](http://e.example)![y](z)`*_&amp;$\\frac{$'
+
+
+def test_what_comes_from_outside_is_shown_and_does_nothing(tmp_path):
+    """Model names, gaps' reasons, captions, images and provenance are not ours."""
+    run = student(tmp_path, "cifd", "cifd", 0.5, 0.2)
+    hostile = zero_shot(
+        HOSTILE, HOSTILE, {"acc1": 0.5}, weights=HOSTILE, protocol=HOSTILE,
+        versions={HOSTILE: HOSTILE}, commit=HOSTILE,
+    )  # fmt: skip
+    result.write(run / "results" / "h.json", hostile)
+    gap = GapRecord(dataset="=HYPERLINK(1)", model="cifd", weights="w", gap=HOSTILE)
+    result.write(run / "results" / "gaps" / "g.json", gap)
+    image = 'x" onerror="alert(1)'
+    answer = (Retrieved(image=image, hit=True),)
+    query = Query(caption=HOSTILE, image=image, retrieved=answer)
+    result.write(run / "results" / "examples" / "h.json", Examples(model="+1-2", queries=(query,)))
+    html = make([run], tmp_path / "r.html")
+    assert "<script" not in html and 'onerror="' not in html and "&lt;script&gt;" in html
+    text = (tmp_path / "r.md").read_text()
+    lines = [line for line in text.splitlines() if "script" in line]
+    assert lines and not re.search(r"(?<!\\)[<`*]|(?<!\\)\[x", "\n".join(lines))
+    (header, *_) = (tmp_path / "r.csv").read_text().splitlines()
+    assert "'=HYPERLINK(1)" in header and ",=" not in header
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1-2", "-1+2", "@SUM(A1)", "\t=1", "\r=1"])
+def test_a_spreadsheet_takes_no_text_for_a_formula(text):
+    assert harmless(text) == f"'{text}"
+    cell = Table([Column("a")], [[text]]).csv().splitlines()[1]
+    assert cell.lstrip('"').startswith("'")
+
+
+@pytest.mark.parametrize("number", ["-14.7600", "+0.5", "1e-05", "-1.5e+10", "0"])
+def test_a_spreadsheets_numbers_stay_numbers(number):
+    assert harmless(number) == number
+
+
+def test_text_is_escaped_once_and_markup_never():
+    assert tag("td", "a < b", tag("b", "&"), title='"') == (
+        '<td title="&quot;">a &lt; b<b>&amp;</b></td>'
+    )
+    assert plain("a_b _c_ | <d>") == r"a_b \_c\_ \| \<d\>"
+    assert plain("two\nlines") == "two lines"
+
+
+def test_one_table_is_the_same_in_every_form():
+    table = Table(
+        [Column("model", words=True), Column("top-1", "digits"), Column("top-5", "digits")],
+        [
+            [Cell("a", style="name", colour="#000000"), Cell("1.0", "± 0.5", "+0.5"), "2.0"],
+            ["b", Cell("gap: gone", style="gap"), Cell("gap: gone", style="gap")],
+        ],
+    )
+    assert table.markdown().splitlines() == [
+        "| model | digits top-1 | digits top-5 |",
+        "| --- | ---: | ---: |",
+        "| a | 1.0 ± 0.5 (+0.5) | 2.0 |",
+        "| b | gap: gone | gap: gone |",
+    ]
+    assert table.csv() == (
+        "model,digits top-1,digits top-5\na,1.0 ± 0.5,2.0\nb,gap: gone,gap: gone\n"
+    )
+    html = table.html()
+    assert '<th class="group" colspan="2">digits</th>' in html
+    assert '<td class="gap" colspan="2">gap: gone</td>' in html
+    assert '1.0<small> ± 0.5</small><span class="up">+0.5</span>' in html
+
+
+def test_page_and_markdown_are_the_same_blocks():
+    table = Table([Column("a")], [["1"]])
+    drawn = [
+        Heading("One"), Paragraph("Words."), Heading("Only a plot", 3), Plot(Html("<svg></svg>")),
+        Heading("Part", 3), Plot(Html("<svg></svg>"), table), Heading("Two", folded=True), table,
+    ]  # fmt: skip
+    assert blocks.markdown(drawn).split("\n\n") == [
+        "## One", "Words.", "### Part", "| a |\n| ---: |\n| 1 |", "## Two",
+        "| a |\n| ---: |\n| 1 |\n",
+    ]  # fmt: skip
+    html = blocks.page("Title", drawn)
+    assert html.count("<section>") == html.count("<details>") == 1 and html.count("<svg>") == 2
+    assert "<summary>Two</summary>" in html and html.count("<table>") == 2
 
 
 def test_the_order_of_columns_does_not_depend_on_the_order_of_results():
-    task, metrics = "zeroshot_classification", {"acc1": 0.1, "acc5": 0.2}
-    rows = []
+    found = []
     for order in (("b", "a"), ("a", "b")):
-        row = tables.Row("m")
+        row = Row("m")
         for dataset in order:
-            tables.add_result(row, result("m", dataset, task, metrics))
-        rows.append(row)
-    assert tables.columns(rows[:1]) == tables.columns(rows[1:])
+            row.add(zero_shot("m", dataset, {"acc1": 0.1, "acc5": 0.2}), RunKey("m", None, ""))
+        found.append(row)
+    assert figures(found[:1]) == figures(found[1:])
 
 
 def test_an_empty_folder_is_one_clear_sentence(tmp_path):

@@ -13,7 +13,7 @@ from experiments import cifar100, every_classifier, every_method, tune_cifar100
 from experiments.study import Run, Study, priorities, write_result
 from runs import ROOT
 from training.classifier.config import METHODS, parse_args
-from training.clip import flags as clip_flags
+from training.clip import config as clip_config
 from training.errors import UsageError
 
 CIFAR = ROOT.parent / "shared" / "data"
@@ -81,7 +81,8 @@ def test_a_method_costs_what_its_whole_chain_took(tmp_path):
     for run in study.runs.values():
         seed = int(run.name[-1])
         for path in study.kept(run).values():
-            write_result(path, {"provenance": {"cpu_seconds": 10.0 + 2 * seed}, "seed": seed})
+            spent = {"training": {"cpu_seconds": 10.0 + 2 * seed}}
+            write_result(path, spent | {"provenance": {"seed": seed}})
     costs = cifar100.costs(tmp_path)
     assert costs == pytest.approx(
         # Students of 11 s on average; assistants, made once, of 10.
@@ -95,7 +96,8 @@ def test_rows_of_the_study_are_compared_seed_by_seed(tmp_path):
     for name, gains in {"kd": (0, 0, 0), "cifd3": (1, 2, 3), "cifd3_noibm": (2, 1, 1)}.items():
         for seed, gain in enumerate(gains):
             metrics = {"acc1": 0.4 + 0.1 * seed + gain / 100}
-            result = {"metrics": metrics, "train_metrics": metrics, "seed": seed}
+            result = {"metrics": metrics, "train_metrics": metrics}
+            result["provenance"] = {"seed": seed}
             write_result(tmp_path / "runs" / f"{name}_s{seed}.json", result)
     rows = {
         line.split("|")[1].strip(): line for line in cifar100.to_markdown(tmp_path).splitlines()
@@ -158,7 +160,7 @@ def test_a_study_goes_on_where_it_was(tmp_path):
 def test_every_method_of_the_registry_meets_real_data_with_the_teachers_it_needs():
     args = Namespace(steps=3, batch_size=4, workers=0, index_dir=None)
     study = Study(every_method.plan(args, "cifar100", "x/{00000..00003}.tar"), Path("l"))
-    parsed = [clip_flags.parse_args(study.command(run)[2:]) for run in study.runs.values()]
+    parsed = [clip_config.parse_args(study.command(run)[2:]) for run in study.runs.values()]
     students = {args.distill: args for args in parsed if args.model == "student"}
     assert students.keys() == CLIP_METHODS.keys()
     assert {args.train_data for args in parsed} == {"x/{00000..00003}.tar"}

@@ -17,10 +17,12 @@ from torch.nn.functional import normalize
 import cifd_clip.export
 from cifd_clip.export import Towers, export, load
 from cifd_clip.export.__main__ import main as command
+from cifd_clip.export.card import RUN_FORMAT
 from cifd_clip.teacher import weights_hash
 from eval.benchmark import main as benchmark
 from runs import word_tokenizer
 from training.clip.models import save_student
+from training.engine.config import FORMAT
 from training.main import main
 
 SMALL_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -439,7 +441,7 @@ def test_a_trained_run_ships_with_a_card_of_what_it_recorded(format, run, teache
     assert f"library_name: {format}" in card
     assert teacher in card
     assert json.loads((run / "data.json").read_text())["hash"] in card
-    (start,) = json.loads((run / "environment.json").read_text())
+    (start,) = json.loads((run / "environment.json").read_text())["starts"]
     assert start["command"] in card
     assert weights_hash(load(str(run)).model) in card
     (path,) = [p for p in (run / "results").glob("*.json") if p.name != "other.json"]
@@ -448,6 +450,16 @@ def test_a_trained_run_ships_with_a_card_of_what_it_recorded(format, run, teache
     assert "0.1235" not in card, "a result of other weights is in the card"
     licences = card[card.index("## Licences to check") :]
     assert "teacher's weights" in licences and "training data" in licences
+
+
+def test_a_damaged_file_of_a_run_is_one_line_and_exit_code_2(run, tmp_path, capsys):
+    copied = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    assert json.loads((copied / "config.json").read_text())["format"] == RUN_FORMAT == FORMAT
+    (copied / "environment.json").write_text('{"format": 2, "starts": []}')
+    assert command([str(copied), "--format", "open_clip"]) == 2
+    (error,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert "environment.json has format 2" in error
+    assert not (copied / "export" / "open_clip").exists()
 
 
 def test_the_card_of_a_bare_folder_claims_nothing(student, tmp_path):

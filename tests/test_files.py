@@ -57,3 +57,36 @@ def test_tensors_can_be_read_by_whoever_may_read_the_folder(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
     assert (tmp_path / "w.safetensors").stat().st_mode == plain.stat().st_mode
+
+
+def test_a_folder_appears_whole_with_everything_in_it_synced(tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (synced.add(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd)),
+    )
+    with files.writing_folder(tmp_path / "runs" / "out") as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "note").write_text("content")
+        assert not (tmp_path / "runs" / "out").exists()
+    assert (tmp_path / "runs" / "out" / "part" / "note").read_text() == "content"
+    assert synced == {"note", "part", "out", "runs"}
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["out"]
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "runs" / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_whose_block_fails_never_appears(tmp_path):
+    with pytest.raises(RuntimeError), files.writing_folder(tmp_path / "out") as folder:
+        (folder / "note").write_text("content")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff" * 64])
+def test_damaged_tensors_are_named(content, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(content)
+    for path in (tmp_path / "w.safetensors", tmp_path / "nowhere.safetensors"):
+        with pytest.raises(files.BadFile, match=rf"{path.name} can't be read: "):
+            files.read_tensors(path, {"w": torch.zeros(2)})

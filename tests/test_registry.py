@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 
 import pytest
 
@@ -74,6 +75,11 @@ def test_the_site_of_the_bottleneck_is_a_site_of_the_student():
 def test_an_option_that_is_not_declared_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         task("kd", clip("tiny-student"), [48], **options)
+
+
+def test_the_readme_names_every_method():
+    (names,) = re.findall(r"  methods/ +(.*): one file each", (ROOT / "README.md").read_text())
+    assert set(names.split(", ")) == set(DECLARED)
 
 
 def test_a_name_that_is_no_method_is_a_key_error():

@@ -8,7 +8,7 @@ import torch
 
 from cifd_clip import Noise, with_assistants
 from cifd_clip.student import Pooled
-from eval.sections import contrastive_weight
+from eval.report.page import contrastive_weight
 from trainers import CASES, SIZE, batch, gradients, prepare, trainer, worst
 from training.clip.stages import Transforms
 from training.data.views import ImageSpec

@@ -8,7 +8,7 @@ import open_clip
 import torch
 from torch import Tensor
 
-from cifd_clip import RDMBank, Teacher, World
+from cifd_clip import DECLARED, RDMBank, Teacher, World
 from training.clip.config import named_files, parse, resolve
 from training.clip.models import add_model_configs
 from training.clip.stages import RDMStage, StudentStage
@@ -19,17 +19,17 @@ MODELS = Path(__file__).parent / "models"
 CPU = torch.device("cpu")
 SIZE = 32
 
-#: Every method, with weights under which every term matters.
+#: Flags of some methods under which every term matters; those of the others are their defaults.
+MATTER = {
+    "clipkd": ["--lambda-fd", "20"],
+    "cifd": ["--lambda-cl", "0.3", "--lambda-i", "0.05"],
+}
+#: Every method, and some in more than one way.
 CASES = {
-    "none": ["none"],
-    "kd": ["kd"],
-    "fd": ["fd"],
-    "clipkd": ["clipkd", "--lambda-fd", "20"],
-    "tinyclip": ["tinyclip"],
+    **{name: [name, *MATTER.get(name, [])] for name in DECLARED if name != "mobileclip"},
     "mobileclip, two teachers": ["mobileclip", "--lambda-kd", "0.7"],
-    "cifd": ["cifd", "--lambda-cl", "0.3", "--lambda-i", "0.05"],
     "cifd, embedding, clean": [
-        *["cifd", "--lambda-cl", "0.3", "--lambda-i", "0.05"],
+        *["cifd", *MATTER["cifd"]],
         *["--ibm-site", "embedding", "--ibm-branch", "distill", "--rdm-output", "noisy"],
     ],
     "rdm": ["rdm", "--rates", "1000", "30"],

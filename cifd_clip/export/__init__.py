@@ -5,7 +5,6 @@ these with the student's on a fixed probe, and captions through the written toke
 through the student's, and lets the folder appear only when they agree.
 """
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from cifd_clip.export.onnx_towers import write_onnx
 from cifd_clip.export.source import Source, Towers, load
 from cifd_clip.export.stock import write_open_clip
 from cifd_clip.export.transformers_clip import write_transformers
+from cifd_clip.files import write_text, writing_folder
 from cifd_clip.noise import Noise
 
 __all__ = ["FORMATS", "Source", "Towers", "export", "load"]
@@ -66,6 +66,7 @@ def export(spec: str, format: str, out: Path | None = None) -> tuple[Path, float
         of what was written, over `BATCHES` and the captions.
 
     Raises:
+        BadFile: a file of its run is damaged or of another format.
         ValueError: no student there, a folder that holds something already, an architecture or a
             tokenizer the format has no place for, a missing package, or features that differ.
     """
@@ -73,22 +74,18 @@ def export(spec: str, format: str, out: Path | None = None) -> tuple[Path, float
     out = out or source.default_out(format)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already: nothing is overwritten; choose another -o")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as temporary:
-        folder = Path(temporary) / "folder"
-        folder.mkdir()
+    with writing_folder(out) as folder:
         written = FORMATS[format](source, folder)
-        found = difference(source.towers(), written, *probe(source))
-        if not found <= TOLERANCE[format]:
+        largest = difference(source.towers(), written, *probe(source))
+        if not largest <= TOLERANCE[format]:
             raise ValueError(
-                f"--format {format}: the features of {source.name} differ by {found:.1e} after "
+                f"--format {format}: the features of {source.name} differ by {largest:.1e} after "
                 f"export, {TOLERANCE[format]:.0e} is allowed; nothing was written"
             )
         if written.tokenizer:
-            found = max(found, _check_captions(source, written, format))
-        (folder / "README.md").write_text(model_card(source, format, found))
-        folder.rename(out)
-    return out, found
+            largest = max(largest, _check_captions(source, written, format))
+        write_text(folder / "README.md", model_card(source, format, largest))
+    return out, largest
 
 
 def _check_captions(source: Source, written: Towers, format: str) -> float:

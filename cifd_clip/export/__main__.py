@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from cifd_clip.export import FORMATS, export
+from cifd_clip.files import BadFile
 
 
 def main(argv: list[str]) -> int:
@@ -18,7 +19,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         out, difference = export(args.run, args.format, args.out)
-    except ValueError as error:
+    except (ValueError, BadFile) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{out}: features differ from the student's by at most {difference:.1e}")

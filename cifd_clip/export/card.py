@@ -1,7 +1,6 @@
 """A model card made from what the run recorded: a figure that is not there is not given."""
 
 import inspect
-import json
 import textwrap
 from pathlib import Path
 from string import Template
@@ -10,8 +9,16 @@ from typing import Any
 from cifd_clip.export.captions import CLEAN
 from cifd_clip.export.source import Source
 from cifd_clip.export.tokenizer import clean_name, pads_with_zeros
+from cifd_clip.files import read_json
 from cifd_clip.teacher import weights_hash
 
+CLEANING = """
+Captions must be cleaned as the student's were, which the files of its tokenizer do not do: with
+`ftfy.fix_text` and `html.unescape` twice, and as below. Without it a curly apostrophe or an `&amp;`
+is another text.
+"""
+#: Of a run's files, which training writes.
+RUN_FORMAT = 1
 USE = {
     "open_clip": """
         ```python
@@ -29,9 +36,7 @@ USE = {
         int64, to `text_features`. Features have unit length: their product is the cosine
         similarity; `preprocess.json` has the scale (and bias) of the logits.
 
-        Captions must be cleaned as the student's were, which the tokenizer's files do not do: with
-        `ftfy.fix_text` and `html.unescape` twice, and as below. Without it a curly apostrophe or
-        an `&amp;` is another text.
+        $cleaning
 
         ```python
         import html
@@ -55,9 +60,7 @@ USE = {
         ```
         """,
     "transformers": """
-        Captions must be cleaned as the student's were, which the processor does not do: with
-        `ftfy.fix_text` and `html.unescape` twice, and as below. Without it a curly apostrophe or
-        an `&amp;` is another text.
+        $cleaning
 
         ```python
         import html
@@ -92,7 +95,7 @@ def model_card(source: Source, format: str, difference: float) -> str:
     """
     weights = weights_hash(source.model)
     parts = [
-        _front_matter(format),
+        FRONT_MATTER.format(format=format),
         f"# {source.name}",
         _summary(source, weights),
         "## Use\n\n" + _use(source, format),
@@ -105,23 +108,18 @@ def model_card(source: Source, format: str, difference: float) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+FRONT_MATTER = """\
+---
+library_name: {format}
+pipeline_tag: zero-shot-image-classification
+license: unknown
+tags:
+- clip
+- distillation
+---"""
 NO_RUN = (
     "Exported from a model folder without a run: teacher, data, recipe and results are unknown."
 )
-
-
-def _front_matter(format: str) -> str:
-    lines = [
-        "---",
-        f"library_name: {format}",
-        "pipeline_tag: zero-shot-image-classification",
-        "license: unknown",
-        "tags:",
-        "- clip",
-        "- distillation",
-        "---",
-    ]
-    return "\n".join(lines)
 
 
 def _use(source: Source, format: str) -> str:
@@ -131,6 +129,7 @@ def _use(source: Source, format: str) -> str:
         ' * tokens["attention_mask"]  # zeros behind the text' if pads_with_zeros(source) else ""
     )
     return Template(textwrap.dedent(USE[format]).strip()).substitute(
+        cleaning=CLEANING.strip(),
         clean=clean.__name__,
         definition=inspect.getsource(clean).strip(),
         ids='tokens["input_ids"]' + zeros,
@@ -164,10 +163,7 @@ def _teacher(config: dict[str, Any]) -> str:
     if config.get("distill") in (None, "none"):
         return "None: trained on the data alone."
     rows = {"method": f"`{config['distill']}`"}
-    flags = ["distill_model", "distill_pretrained", "teacher_cache"]
-    if config["distill"] == "cifd":
-        flags += ["rates", "rdm_bank"]
-    for flag in flags:
+    for flag in ("distill_model", "distill_pretrained", "teacher_cache", "rates", "rdm_bank"):
         if config.get(flag):
             rows[f"`--{flag.replace('_', '-')}`"] = _code(config[flag])
     return _list(rows)
@@ -184,28 +180,25 @@ def _data(config: dict[str, Any], data: dict[str, Any] | None) -> str:
 
 
 def _recipe(config: dict[str, Any], run: Path) -> str:
-    starts = _read(run / "environment.json") or []
-    commands = [start["command"] for start in starts]
     rows = {"student": _code(config.get("model")), "seed": _code(config.get("seed"))}
-    if starts:
-        packages = starts[-1]["packages"]
-        rows["commit"] = _code(starts[-1]["commit"])
-        rows["versions"] = ", ".join(f"{name} {version}" for name, version in packages.items())
-        rows["GPUs"] = ", ".join(starts[-1]["gpus"]) or "none"
-    finished = _read(run / "finished.json")
-    if finished:
+    commands = ["# the run did not record its command"]
+    if environment := _read(run / "environment.json"):
+        commands = [start["command"] for start in environment["starts"]]
+        last = environment["starts"][-1]
+        rows["commit"] = _code(last["commit"])
+        rows["versions"] = ", ".join(f"{name} {v}" for name, v in last["packages"].items())
+        rows["GPUs"] = ", ".join(last["gpus"]) or "none"
+    rows["trained"] = "the run did not record its end"
+    if finished := _read(run / "finished.json"):
         rows["trained"] = f"{finished['step']:,} steps, {finished['samples']:,} samples"
-    else:
-        rows["trained"] = "the run did not record its end"
-    shell = "\n".join(commands) if commands else "# the run did not record its command"
-    return f"```\n{shell}\n```\n\n" + _list(rows)
+    return "```\n" + "\n".join(commands) + "\n```\n\n" + _list(rows)
 
 
 def _results(run: Path, weights: str) -> str:
     """A table of those of the run's results that are of these very weights."""
     rows = []
     for path in sorted((run / "results").glob("*.json")):
-        result = _read(path)
+        result = read_json(path)
         if result.get("provenance", {}).get("weights") != weights:
             continue
         split = result["provenance"].get("split", "")
@@ -244,5 +237,5 @@ def _code(value: Any) -> str:
     return "not recorded" if value is None else " ".join(f"`{v}`" for v in values)
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+def _read(path: Path) -> dict[str, Any] | None:
+    return read_json(path, RUN_FORMAT) if path.is_file() else None

@@ -1,6 +1,5 @@
 """ONNX: one graph per tower, any batch size, unit-norm features."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,28 +9,18 @@ from torch import Tensor, nn
 
 from cifd_clip.export.source import Source, Towers
 from cifd_clip.export.tokenizer import clean_name, pads_with_zeros, read_tokenizer, save_tokenizer
+from cifd_clip.files import write_json
 
 
-class ImageTower(nn.Module):
-    """``images`` (batch, 3, H, W) float32, normalised -> ``image_features`` (batch, D)."""
+class Tower(nn.Module):
+    """One tower: ``encode`` is the name of the model's function to features."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, encode: str):
         super().__init__()
-        self.model = model
+        self.model, self.encode = model, encode
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.encode_image(images, normalize=True)
-
-
-class TextTower(nn.Module):
-    """``tokens`` (batch, context) int64 -> ``text_features`` (batch, D)."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model.encode_text(tokens, normalize=True)
+    def forward(self, inputs: Tensor) -> Tensor:
+        return getattr(self.model, self.encode)(inputs, normalize=True)
 
 
 def write_onnx(source: Source, folder: Path) -> Towers:
@@ -50,11 +39,9 @@ def write_onnx(source: Source, folder: Path) -> Towers:
     # Two rows: a batch of one would be taken for a constant.
     images = torch.zeros(2, 3, *source.image_size)
     tokens = source.tokenizer(["a", "b"])
-    model = source.model
-    _trace(ImageTower(model), images, folder / "image.onnx", "images", "image_features")
-    _trace(TextTower(model), tokens, folder / "text.onnx", "tokens", "text_features")
-    description = json.dumps(describe(source), indent=2)
-    (folder / "preprocess.json").write_text(description + "\n")
+    _trace(Tower(source.model, "encode_image"), images, folder / "image.onnx", "images")
+    _trace(Tower(source.model, "encode_text"), tokens, folder / "text.onnx", "tokens")
+    write_json(folder / "preprocess.json", describe(source))
     save_tokenizer(source, folder)
     return Towers(
         _session(folder / "image.onnx", "images"),
@@ -92,15 +79,15 @@ def describe(source: Source) -> dict[str, Any]:
     }
 
 
-def _trace(tower: nn.Module, example: Tensor, path: Path, input_name: str, output_name: str):
+def _trace(tower: Tower, example: Tensor, path: Path, input_name: str) -> None:
     try:
         torch.onnx.export(
             tower.eval(),
             (example,),
             path,
             input_names=[input_name],
-            output_names=[output_name],
-            dynamic_shapes={input_name: {0: torch.export.Dim("batch")}},
+            output_names=[f"{path.stem}_features"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
             external_data=False,
             verbose=False,

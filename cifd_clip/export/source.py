@@ -1,6 +1,5 @@
 """The student that is exported: a run's, or any OpenCLIP model folder."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ import torch
 from open_clip.tokenizer import HFTokenizer
 from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from cifd_clip.files import BadFile, read_json
 
 CONFIG = "open_clip_config.json"
 
@@ -61,7 +62,11 @@ class Source:
 
     def towers(self) -> Towers:
         """The student itself."""
-        return open_clip_towers(self.model)
+        model = self.model
+        return Towers(
+            torch.no_grad()(lambda images: model.encode_image(images, normalize=True)),
+            torch.no_grad()(lambda tokens: model.encode_text(tokens, normalize=True)),
+        )
 
     def default_out(self, format: str) -> Path:
         """Where an export goes when nothing is said."""
@@ -87,23 +92,23 @@ def load(spec: str) -> Source:
     of_run = folder.name == "student" and (folder.parent / "config.json").is_file()
     run = folder.parent if of_run else None
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = read_json(folder / CONFIG)
         model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         tokenizer = folder_tokenizer(folder, config["model_cfg"]["text_cfg"])
     # Of weights that were cut short safetensors and pickle say it in classes of their own.
-    except (RuntimeError, OSError, ValueError, KeyError, SafetensorError, EOFError) as error:
+    except (
+        BadFile,
+        RuntimeError,
+        OSError,
+        ValueError,
+        KeyError,
+        SafetensorError,
+        EOFError,
+    ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"'{spec}' could not be loaded from {folder}: {reason}") from error
     name = (run or folder).resolve().name
     return Source(folder, run, name, config, model.eval(), tokenizer)
-
-
-def open_clip_towers(model: nn.Module) -> Towers:
-    """The two towers of an OpenCLIP model."""
-    return Towers(
-        torch.no_grad()(lambda images: model.encode_image(images, normalize=True)),
-        torch.no_grad()(lambda tokens: model.encode_text(tokens, normalize=True)),
-    )
 
 
 def folder_tokenizer(folder: Path, config: dict[str, Any]) -> Callable[[list[str]], Tensor]:

@@ -1,12 +1,11 @@
 """OpenCLIP's own format: a folder for ``local-dir:`` and for the Hugging Face hub."""
 
-import json
 from pathlib import Path
 
 from open_clip.tokenizer import HFTokenizer
-from safetensors.torch import save
 
 from cifd_clip.export.source import CONFIG, Source, Towers, load
+from cifd_clip.files import write_json, write_tensors
 
 
 def write_open_clip(source: Source, folder: Path) -> Towers:
@@ -14,11 +13,10 @@ def write_open_clip(source: Source, folder: Path) -> Towers:
 
     OpenCLIP's byte-pair encoding has no files: the package brings it.
     """
-    (folder / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n")
+    write_json(folder / CONFIG, source.config)
     # Copies: safetensors refuses tensors that share memory.
-    tensors = {name: t.detach().clone() for name, t in source.model.state_dict().items()}
-    tensors = {name: t.contiguous() for name, t in tensors.items()}
-    (folder / "open_clip_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+    tensors = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
+    write_tensors(folder / "open_clip_model.safetensors", tensors, {"format": "pt"})
     if isinstance(source.tokenizer, HFTokenizer):
         source.tokenizer.save_pretrained(folder)
     return load(str(folder)).towers()

@@ -17,11 +17,11 @@ from open_clip.transformer import (
     TextTransformer,
     VisionTransformer,
 )
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from cifd_clip.export.source import Source, Towers
 from cifd_clip.export.tokenizer import read_tokenizer, save_tokenizer
+from cifd_clip.files import write_tensors
 
 
 def write_transformers(source: Source, folder: Path) -> Towers:
@@ -38,7 +38,7 @@ def write_transformers(source: Source, folder: Path) -> Towers:
             "use --format open_clip or onnx"
         )
     _config(source).save_pretrained(folder)
-    (folder / "model.safetensors").write_bytes(save(_tensors(source.model), {"format": "pt"}))
+    write_tensors(folder / "model.safetensors", _tensors(source.model), {"format": "pt"})
     _image_processor(source).save_pretrained(folder)
     save_tokenizer(source, folder)
 
@@ -215,7 +215,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     for tower, transformer in (("vision", visual.transformer), ("text", text.transformer)):
         for i, block in enumerate(transformer.resblocks):
             tensors |= _block(f"{tower}_model.encoder.layers.{i}", block)
-    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.clone() for name, tensor in tensors.items()}  # some share memory
 
 
 def _block(name: str, block: ResidualAttentionBlock) -> dict[str, Tensor]:

@@ -55,8 +55,8 @@ def parse(argv: Sequence[str]) -> CostConfig:
     Raises:
         UsageError: a flag is wrong, or one that cost depends on is missing.
     """
-    usage = "python -m eval.cost [@recipe.args] [flags of training.main] [flags]"
-    parser = clip.parser("python -m eval.cost", DESCRIPTION, usage)
+    usage = "eval.cost [@recipe.args] [flags of training.main] [flags]"
+    parser = clip.parser("eval.cost", DESCRIPTION, usage)
     add_flags(parser.add_argument_group("cost"), CostConfig, besides=clip.Config)
     gone = "the paper's own figures are counted by `python -m experiments.paper_costs`"
     parser.unsupported = {**parser.unsupported, gone: "--paper"}

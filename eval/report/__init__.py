@@ -38,8 +38,8 @@ def parse(argv: Sequence[str]) -> Config:
     Raises:
         UsageError: a flag is wrong.
     """
-    usage = "python -m eval.report RUN [...] [-o OUT.html] [--title TEXT]"
-    parser = Parser("python -m eval.report", DESCRIPTION, usage)
+    usage = "eval.report RUN [...] [-o OUT.html] [--title TEXT]"
+    parser = Parser("eval.report", DESCRIPTION, usage)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run directories, and folders of results")
     add("-o", "--out", metavar="OUT.html", help=f"the page [{Config.out}]")

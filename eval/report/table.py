@@ -37,7 +37,7 @@ def plain(text: str) -> str:
 def harmless(text: str) -> str:
     """Text as a spreadsheet shows it: only a number may begin as a formula does."""
     number = re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", text)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) and not number else text
+    return f"'{text}" if re.match(r"\s*[=+\-@]", text) and not number else text
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 from cifd_clip.files import read_json
 from experiments.clip_small.plan import Plan
 from experiments.study import Run, Study, curve, read_result, write_result
+from training.engine.run import read_run
 from training.errors import Failure
 
 
@@ -20,7 +21,7 @@ def keep_result(plan: Plan, study: Study, run: Run) -> None:
         return
     trained = plan.by_name[run.about["run"]]
     directory = study.logs / trained.name
-    environments = read_json(directory / "environment.json")
+    environments = read_run(directory, "environment.json")["starts"]
     finished = {name: study.logs / name / "finished.json" for name in plan.chain(trained.name)}
     content = {
         "flags": run.depends,
@@ -28,8 +29,8 @@ def keep_result(plan: Plan, study: Study, run: Run) -> None:
         "commands": [study.spelled(one) for one in (trained, run)],
         "commits": sorted({str(entry["commit"]) for entry in environments}),
         "environment": environments[-1],
-        "data": read_json(directory / "data.json"),
-        "taught_by": read_json(directory / "teachers.json"),
+        "data": read_run(directory, "data.json"),
+        "taught_by": read_run(directory, "teachers.json"),
         "seconds": {name: read_json(path)["seconds"] for name, path in finished.items()},
         "curve": curve(directory, ("step", "loss")),
         "results": evaluated(directory / "results", run),

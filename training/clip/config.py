@@ -7,7 +7,7 @@ of what the files it names say. Everything below takes the narrow part of `Confi
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -256,13 +256,13 @@ GROUPS = (
 
 
 def parser(
-    prog: str = "python -m training.main",
+    module: str = "training.main",
     description: str = "Train or distil a CLIP model.",
     usage: str = "python -m training.main [@recipe.args] --train-data SHARDS [flags]",
 ) -> Parser:
     """The grouped command line of `training.main`, which other commands extend."""
-    told = "Flags can come from files: @recipe.args; later flags win."
-    p = Parser(prog, f"{description} {told}", usage, GROUPS, UNSUPPORTED)
+    files = "Flags can come from files: @recipe.args; later flags win."
+    p = Parser(module, f"{description} {files}", usage, GROUPS, UNSUPPORTED)
     _add_options(p.add_argument_group("options of the methods"))
     compatible = p.add_argument_group("as OpenCLIP's, without effect")
     for name in ALWAYS_ON:
@@ -321,7 +321,7 @@ def parse(argv: Sequence[str]) -> Given:
 def parse_cache(argv: Sequence[str]) -> Given:
     """What a command line of `training.cache_teacher` gives; see `parse`."""
     p = parser(
-        "python -m training.cache_teacher",
+        "training.cache_teacher",
         "Compute the teachers' embeddings once, one folder per teacher. Takes the flags of "
         "training.main (so a recipe serves both): the data, the teachers, --views, --captions, "
         "--aug-cfg, and --teacher-cache for where to write. Finished shards are skipped.",
@@ -335,7 +335,7 @@ def parse_cache(argv: Sequence[str]) -> Given:
 def parse_calibration(argv: Sequence[str]) -> Given:
     """What a command line of `training.calibrate` gives; see `parse`."""
     p = parser(
-        "python -m training.calibrate",
+        "training.calibrate",
         "Choose the rates R by what their RDMs keep of the teacher: one bank with a sweep of rates "
         "is trained on a teacher cache and asked held-out training pairs; no test split is looked "
         "at. Takes the flags of training.main (a recipe serves both). Written: FILE.json with the "
@@ -488,6 +488,13 @@ def calibration_config(given: Given) -> CalibrationConfig:
         raise UsageError(f"--out '{config.out}': expected a name that ends in .json")
     engine.check(config)
     return config
+
+
+def recorded(values: dict[str, Any]) -> Config:
+    """The configuration that a run's ``config.json`` holds."""
+    names = {f.name for f in fields(Config)}
+    own = {k: v for k, v in values.items() if k in names}
+    return construct(Config, own | {"options": {k: v for k, v in values.items() if k not in own}})
 
 
 def method_options(distill: str, given: Given) -> dict[str, Any]:

@@ -68,38 +68,74 @@ class Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=36, width=100)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        keep = "\n" in text  # a docstring has its own lines
+        return text if keep else argparse.HelpFormatter._fill_text(self, text, width, indent)
+
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return {int: "N", float: "X"}.get(action.type, "NAME")
 
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        unset = (None, "", {}, [], argparse.SUPPRESS)
+        if action.nargs == 0 or action.default in unset or text.endswith("]"):
+            return text
+        values = action.default if isinstance(action.default, list) else [action.default]
+        return f"{text} [{' '.join(map(str, values))}]".strip().replace("%", "%%")
 
-class Parser(argparse.ArgumentParser):
-    """A grouped command line whose errors are `UsageError`.
+
+class CommandLine(argparse.ArgumentParser):
+    """A command line in this project's style, whose errors are `UsageError`.
 
     Args:
-        prog: ``python -m ...``.
-        description: what the command does.
+        module: what ``python -m`` runs.
+        description: what it does; a docstring is read without its backticks.
         usage: its shape in a line.
+    """
+
+    def __init__(self, module: str, description: str, usage: str | None = None, **options: Any):
+        super().__init__(
+            prog=f"python -m {module}",
+            description=description.replace("`", ""),
+            usage=usage,
+            formatter_class=Help,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """As argparse's; an unknown flag is answered with those it may stand for."""
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=2)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return namespace
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see --help)")
+
+
+class Parser(CommandLine):
+    """The flags of dataclasses, of which only those that are given are read.
+
+    Args:
+        module, description, usage: see `CommandLine`.
         groups: (title, dataclass) of each group of flags.
-        unsupported: (reason, flags) of flags that are refused: OpenCLIP's that have no meaning
-            here, and former ones, whose reason names the successor.
+        unsupported: reason → flags that are refused: OpenCLIP's that have no meaning here, and
+            former ones, whose reason names the successor.
     """
 
     def __init__(
         self,
-        prog: str,
+        module: str,
         description: str,
         usage: str,
         groups: Sequence[tuple[str, type]] = (),
         unsupported: Mapping[str, str] | None = None,
     ):
-        super().__init__(
-            prog=prog,
-            description=description,
-            usage=usage,
-            formatter_class=Help,
-            allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,
-        )
+        super().__init__(module, description, usage, argument_default=argparse.SUPPRESS)
         self.unsupported = unsupported or {}
         for title, cls in groups:
             add_flags(self.add_argument_group(title), cls)
@@ -116,16 +152,7 @@ class Parser(argparse.ArgumentParser):
             for reason, names in self.unsupported.items():
                 if name in names.split():
                     raise UsageError(f"{name} is not supported: {reason}")
-        namespace, unknown = self.parse_known_args(words)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=2)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise UsageError(f"unrecognized arguments: {' '.join(unknown)}{hint} (see --help)")
-        return vars(namespace)
-
-    def error(self, message: str):
-        raise UsageError(f"{message} (see --help)")
+        return vars(self.parse_args(words))
 
 
 def add_flags(group, cls: type, besides: type | None = None) -> None:

@@ -146,6 +146,15 @@ class EmbeddingMap:
     labels: tuple[int, ...]
     points: dict[str, tuple[tuple[float, ...], ...]]
 
+    def __post_init__(self):
+        count, classes = len(self.labels), range(len(self.classes))
+        if "teacher" not in self.points or any(
+            [len(point) for point in points] != [2] * count for points in self.points.values()
+        ):
+            raise ValueError("map has other points than expected: (x, y) of each image")
+        if not set(self.labels) <= set(classes):
+            raise ValueError(f"map has labels {set(self.labels)}, expected {classes}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BankResult:
