@@ -176,7 +176,7 @@ def chain(runs: list[Line], site: Site) -> list[Job]:
     students = [run for run in runs if run.config.distill != "rdm"]
     logs = Path(runs[0].config.logs)
     evaluation = ["--data-root", site["DATA_ROOT"], "--datasets", *shlex.split(site["DATASETS"])]
-    results, taught = str(logs / "teachers"), teachers(runs)
+    results, names = str(logs / "teachers"), teachers(runs)
     page = [str(logs / "report.html"), *(str(run.path) for run in runs)]
     shape = {"nodes": site.number("NODES"), "ranks": site.number("RANKS_PER_NODE")}
     ready = (("afterok", "cache"), ("afterok", "rdm"))
@@ -191,13 +191,13 @@ def chain(runs: list[Line], site: Site) -> list[Job]:
         ),
         Job(
             "eval-teachers",
-            [[t, *evaluation, "--out", results, *configs(runs)] for t in taught],
+            [[t, *evaluation, "--out", results, *configs(runs)] for t in names],
         ),
         # Whatever became of them: the page of fourteen runs should not wait for a fifteenth that
         # diverged. The job names those that are missing.
         Job(
             "report",
-            [[*page, results] if taught else page],
+            [[*page, results] if names else page],
             gpus=False,
             after=(("afterany", "eval"), ("afterany", "eval-teachers"), ("afterany", "rdm")),
         ),

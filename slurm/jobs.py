@@ -135,7 +135,7 @@ def read_lines(
         name = run.config.name
         if name in runs:
             raise UsageError(f"{path}:{number}: a second run '{name}'; give it a --name")
-        # said in words, so that its batch script knows the run's directory
+        # always with a --name, by which its batch script knows the run's directory
         runs[name] = Line([*run.flags, "--name", name], run.config)
     if not runs:
         raise UsageError(f"{path} has no runs: every line is one, as flags of its program")
