@@ -11,7 +11,8 @@ from pathlib import Path
 
 from eval import cost as estimate
 from slurm.jobs import Job, Line, Site, read_lines
-from training.clip.config import Config, parse, resolve
+from training.clip.config import Config
+from training.clip.flags import parse, resolve
 from training.clip.models import add_model_configs, check_weights, model_config
 from training.errors import UsageError
 

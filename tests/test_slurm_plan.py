@@ -17,7 +17,8 @@ from slurm.jobs import Job, Site, running, sbatch, submit
 from slurm.plan import GRIDS, describe, grid_path, main
 from training import prefetch
 from training.classifier.config import parse_args as parse_classifier
-from training.clip.config import CacheConfig, cache_config, parse_args, parse_cache
+from training.clip.config import CacheConfig
+from training.clip.flags import cache_config, parse_args, parse_cache
 from training.engine.config import share_batch
 from training.engine.flags import line_words
 from training.errors import UsageError
