@@ -34,7 +34,7 @@ def test_the_plan_trains_every_run_after_those_it_needs():
         seen.add(run.name)
         args = parsed(run)
         assert run.name.endswith(f"_s{args.seed}") and args.final and args.holdout == 2500
-        teachers = {Path(place).name.rpartition("_")[2] for place in args.teacher}
+        teachers = {Path(place).name.rpartition("_")[2] for place in args.teachers}
         assert teachers <= {"s4"}, "the first seed's teachers teach every student"
     every_seed = [{run.name[:-3] for run in runs if run.name.endswith(f"_s{n}")} for n in (4, 5, 6)]
     assert every_seed[1] == every_seed[2] < every_seed[0]
@@ -117,7 +117,7 @@ def test_a_pair_of_networks_meets_every_method_in_order(dataset, teacher, studen
         seen.add(run.name)
         args = parsed(run)
         methods.append(args.method)
-        assert args.model in (None, teacher, student)
+        assert args.model in ("", teacher, student)
     assert set(methods) == set(METHODS)
 
 
