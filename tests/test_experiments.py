@@ -13,7 +13,7 @@ from experiments import cifar100, every_classifier, every_method, tune_cifar100
 from experiments.study import Run, Study, priorities, write_result
 from runs import ROOT
 from training.classifier.config import METHODS, parse_args
-from training.clip import config as clip_config
+from training.clip import flags as clip_flags
 from training.errors import UsageError
 
 CIFAR = ROOT.parent / "shared" / "data"
@@ -160,7 +160,7 @@ def test_a_study_goes_on_where_it_was(tmp_path):
 def test_every_method_of_the_registry_meets_real_data_with_the_teachers_it_needs():
     args = Namespace(steps=3, batch_size=4, workers=0, index_dir=None)
     study = Study(every_method.plan(args, "cifar100", "x/{00000..00003}.tar"), Path("l"))
-    parsed = [clip_config.parse_args(study.command(run)[2:]) for run in study.runs.values()]
+    parsed = [clip_flags.parse_args(study.command(run)[2:]) for run in study.runs.values()]
     students = {args.distill: args for args in parsed if args.model == "student"}
     assert students.keys() == CLIP_METHODS.keys()
     assert {args.train_data for args in parsed} == {"x/{00000..00003}.tar"}

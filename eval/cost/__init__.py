@@ -7,7 +7,8 @@ Models are counted from their architectures (`eval.cost.macs`) and make up stage
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from training.clip import config as clip
+from training.clip import flags
+from training.clip.config import Config, read_cache_config
 from training.engine.flags import add_flags, check_ranges, construct, flag
 from training.errors import UsageError
 
@@ -21,7 +22,7 @@ which --train-data may be left out."""
 
 
 @dataclass(frozen=True)
-class CostConfig(clip.Config):
+class CostConfig(Config):
     """A run's configuration, and what it does not know beforehand."""
 
     gpus: int = flag(1, "processes that share a global batch", least=1)
@@ -56,18 +57,18 @@ def parse(argv: Sequence[str]) -> CostConfig:
         UsageError: a flag is wrong, or one that cost depends on is missing.
     """
     usage = "eval.cost [@recipe.args] [flags of training.main] [flags]"
-    parser = clip.parser("eval.cost", DESCRIPTION, usage)
-    add_flags(parser.add_argument_group("cost"), CostConfig, besides=clip.Config)
+    parser = flags.parser("eval.cost", DESCRIPTION, usage)
+    add_flags(parser.add_argument_group("cost"), CostConfig, besides=Config)
     gone = "the paper's own figures are counted by `python -m experiments.paper_costs`"
     parser.unsupported = {**parser.unsupported, gone: "--paper"}
     # Cost depends on the number of samples, not on where they lie.
     given = {"train_data": "none", **parser.given(argv)}
-    caches = construct(clip.Config, given).caches
-    written = [clip.read_cache_config(c) for c in caches if (c / "config.json").is_file()]
-    files = clip.named_files({k: v for k, v in given.items() if k != "teacher_cache"})
+    caches = construct(Config, given).caches
+    written = [read_cache_config(c) for c in caches if (c / "config.json").is_file()]
+    files = flags.named_files({k: v for k, v in given.items() if k != "teacher_cache"})
     if written:
         files["cache"] = written[0]
-    run = clip.resolve(given, max(1, given.get("gpus", 1)), "cuda", **files)
+    run = flags.resolve(given, max(1, given.get("gpus", 1)), "cuda", **files)
     names = [teacher.model for teacher in run.teachers] or [c["teacher"]["model"] for c in written]
     config = construct(CostConfig, {**given, **vars(run), "architectures": names})
     check_ranges(config)
