@@ -15,7 +15,7 @@ from benchmarks.contestants import add_flags, common_flags, random_teacher
 from benchmarks.harness import command_line, paired, ratios, record, spelled
 from cifd_clip import World
 from training.cache_teacher import main as write_cache
-from training.clip.config import named_files, parse, resolve
+from training.clip.flags import named_files, parse, resolve
 from training.clip.run import epoch_steps, make_loader
 from training.clip.stages import RDMStage, StudentStage
 from training.data.index import index_shards

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from cifd_clip import RDMBank, World
-from training.clip.config import parse_args
+from training.clip.flags import parse_args
 from training.clip.models import add_model_configs, build_student, save_student, student_config
 from training.clip.stages import StudentStage, Transforms, make_teachers
 from training.data.loader import Batch

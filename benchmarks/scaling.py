@@ -35,7 +35,7 @@ from benchmarks.harness import command_line, paired, ratios, record
 from cifd_clip import METHODS, DistillationTask, Features, World
 from cifd_clip.student import Pooled
 from experiments.seeds import table
-from training.clip.config import parse_args
+from training.clip.flags import parse_args
 from training.clip.stages import make_task
 from training.engine.control import StopFlag
 from training.errors import cli

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cifd_clip.classification.models import STOCK
 from slurm.jobs import Job, Line, Site, read_lines
-from training.classifier.config import parse_args
+from training.classifier.config import parse, resolve
 from training.errors import UsageError
 
 
@@ -22,32 +22,33 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Line]:
         UsageError: a line is no valid command line, or needs a run that neither an earlier line
             nor the disk has. Files of weights may be `missing`.
     """
-    logs = Path(site["LOGS"]) / path.stem
+    logs = str(site.logs(path))
     device = "cuda" if site["GRES"] else "cpu"
     earlier: set[Path] = set()
 
     def read(line: list[str]) -> Line:
-        flags = ["--device", device, *line, "--logs", str(logs)]
-        run = Line(flags, parse_args(flags))
+        flags = ["--device", device, *line, "--logs", logs]
+        given = parse(flags)
+        run = Line(flags, resolve(given, site.ranks if given.get("dataset") == "imagenet" else 1))
         for needed in needs(run):
             if not (needed in earlier or needed in weights([run]) or needed.exists()):
                 raise UsageError(f"'{needed}' neither exists nor is trained by an earlier line")
         earlier.add(run.path)
         return run
 
-    return list(read_lines(path, site, logs, read, extra).values())
+    return read_lines(path, site, read, extra)
 
 
 def needs(run: Line) -> list[Path]:
     """The runs, or files of weights, that a run reads."""
-    args = run.args
-    places = [*args.teacher, args.rdm_bank, args.paraphraser]
+    config = run.config
+    places = [*config.teachers, config.rdm_bank, config.paraphraser]
     return [Path(place.partition(":")[2] or place) for place in places if place]
 
 
 def weights(runs: list[Line]) -> dict[Path, str]:
     """The files of stock models' weights that runs read, and whose they are."""
-    places = (place.partition(":") for run in runs for place in run.args.teacher)
+    places = (place.partition(":") for run in runs for place in run.config.teachers)
     return {Path(file): name for name, _, file in places if file and name in STOCK}
 
 
@@ -82,7 +83,7 @@ def chain(runs: list[Line], site: Site) -> list[Job]:
     its job does not suffer.
     """
     jobs: list[Job] = []
-    large = any(run.args.dataset == "imagenet" for run in runs)
+    large = any(run.config.dataset == "imagenet" for run in runs)
     shape = (site.number("NODES"), site.number("RANKS_PER_NODE")) if large else (1, 1)
     for number, level in enumerate(levels(runs), 1):
         after = (("afterany", jobs[-1].name),) if jobs else ()
@@ -98,7 +99,7 @@ def cost(job: Job, site: Site) -> tuple[float, float] | str:
 
 def preparation(runs: list[Line], site: Site) -> str:
     """What has to be there before; of what is missing, where it comes from."""
-    given = {str(run.args.data): None for run in runs}
+    given = {str(run.config.data): None for run in runs}
     trained = {run.path for run in runs}
     given |= {str(path): None for run in runs for path in needs(run) if path not in trained}
     not_there = f"; not there yet: {', '.join(files)}" if (files := missing(runs)) else ""

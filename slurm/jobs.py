@@ -3,11 +3,12 @@
 import shlex
 import string
 import subprocess
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from cifd_clip.files import write_text
 from training.engine.flags import expand_files, line_words
 from training.errors import Failure, UsageError
 
@@ -53,18 +54,32 @@ class Site(dict[str, str]):
         """Processes of a training run."""
         return self.number("NODES") * self.number("RANKS_PER_NODE")
 
+    def logs(self, grid: Path) -> Path:
+        """Where a study's runs, its page and the logs of its jobs go.
 
-@dataclass
+        Raises:
+            UsageError: SLURM would take a part of the path for a pattern of its own.
+        """
+        logs = Path(self["LOGS"]) / grid.stem
+        if "%" in str(logs):
+            raise UsageError(
+                f"'{logs}' (LOGS of {self.file}, and the study's name): SLURM reads a % in the "
+                "name of a log as a pattern; choose a path without"
+            )
+        return logs
+
+
+@dataclass(frozen=True)
 class Line:
     """A run, as a line of a grid: its flags, recipes included, and as its program reads them."""
 
     flags: list[str]
-    args: Namespace
+    config: Any
 
     @property
     def path(self) -> Path:
         """The run directory."""
-        return Path(self.args.logs) / self.args.name
+        return Path(self.config.logs) / self.config.name
 
 
 @dataclass
@@ -92,36 +107,39 @@ class Job:
 
 
 def read_lines(
-    path: Path, site: Site, logs: Path, read: Callable[[list[str]], Line], extra: list[str]
-) -> dict[str, Line]:
-    """The runs of a grid file by name, one per line.
+    path: Path, site: Site, read: Callable[[list[str]], Line], extra: list[str]
+) -> list[Line]:
+    """The runs of a grid file, one per line.
+
+    Their recipes are read now and not in the tasks: one that is edited meanwhile changes none that
+    waits.
 
     Args:
         path: the file; ``$VARIABLES`` are the site's, ``$LOGS`` the study's folder.
         site: of the cluster.
-        logs: where the study's runs go.
         read: makes a run of a line's words, without an ``@file`` among them.
         extra: words after those of every line.
 
     Raises:
         UsageError: a line is no valid command line, a name comes twice, or there is none.
     """
-    runs: dict[str, Line] = {}
+    logs, runs = site.logs(path), dict[str, Line]()
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
             text = string.Template(text).substitute(site, LOGS=str(logs))
-            line = line_words(text)
-            if not line:
+            if not (line := line_words(text)):
                 continue
             run = read(expand_files([*line, *extra]))
         except (UsageError, ValueError) as error:
             raise UsageError(f"{path}:{number}: {error}") from error
-        if run.args.name in runs:
-            raise UsageError(f"{path}:{number}: a second run '{run.args.name}'; give it a --name")
-        runs[run.args.name] = run
+        name = run.config.name
+        if name in runs:
+            raise UsageError(f"{path}:{number}: a second run '{name}'; give it a --name")
+        # always with a --name, by which its batch script knows the run's directory
+        runs[name] = Line([*run.flags, "--name", name], run.config)
     if not runs:
         raise UsageError(f"{path} has no runs: every line is one, as flags of its program")
-    return runs
+    return list(runs.values())
 
 
 def sbatch(job: Job, study: str, logs: Path, site: Site, submitted: dict[str, str]) -> list[str]:
@@ -141,6 +159,11 @@ def sbatch(job: Job, study: str, logs: Path, site: Site, submitted: dict[str, st
     return [*command, job.script, str(lines)]
 
 
+def shell_line(words: list[str]) -> str:
+    """Words as bash reads them back, on one line whatever is in them."""
+    return shlex.join(words).replace("\n", "'$'\\n''")  # a line's end stands within '...'
+
+
 def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str]:
     """Write the lines and submit the chain; all of it or, if SLURM refuses a job, nothing.
 
@@ -148,11 +171,11 @@ def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str
         Job numbers by name.
     """
     (logs / "slurm").mkdir(parents=True, exist_ok=True)
-    (logs / "plan").mkdir(exist_ok=True)
     submitted: dict[str, str] = {}
     for job in jobs:
-        text = "".join(f"{shlex.join(task)}\n" for task in job.tasks)
-        (logs / "plan" / f"{job.name}.lines").write_text(text)
+        text = "".join(f"{shell_line(task)}\n" for task in job.tasks)
+        # for its user alone: a source of shards may hold a password
+        write_text(logs / "plan" / f"{job.name}.lines", text, mode=0o600)
         command = sbatch(job, study, logs, site, submitted)
         done = _slurm(command, site)
         if done.returncode:

@@ -43,7 +43,7 @@ def describe(study: ModuleType, jobs: list[Job], runs: list[Line], site: Site) -
         out.append(f"{job.name:14} {len(job.tasks):5}  {each:18} {' '.join(cells)}  {after}")
     out.append(f"{'total':39} {total_hours:9,.1f} {total_disk / 2**30:6,.1f} GiB  (without '?')")
     out += [f"? of {', '.join(these)}: {reason}" for reason, these in reasons.items()]
-    finished = [run.args.name for run in runs if (run.path / "finished.json").is_file()]
+    finished = [run.config.name for run in runs if (run.path / "finished.json").is_file()]
     if finished:
         out.append(f"finished already, end at once: {', '.join(finished)}")
     out.append(f"before: {study.preparation(runs, site)}")
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     if missing and not args.dry_run:
         raise UsageError(f"not there yet: {', '.join(dict.fromkeys(missing))}")
     for path, study, runs in plans:
-        jobs, logs = study.chain(runs, site), Path(site["LOGS"]) / path.stem
+        jobs, logs = study.chain(runs, site), site.logs(path)
         if args.dry_run:
             print(f"{path} -> {logs}\n{describe(study, jobs, runs, site)}\n")
             continue

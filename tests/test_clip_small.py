@@ -26,7 +26,7 @@ from experiments.clip_small.keep import figures, score
 from experiments.clip_small.plan import METHODS, MODELS, SCALES, Plan, Sizes, Tuned
 from experiments.study import Run, Study
 from shards import FLICKR, needs_flickr
-from training.clip.config import (
+from training.clip.flags import (
     cache_config,
     calibration_config,
     parse_args,

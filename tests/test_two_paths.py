@@ -11,7 +11,7 @@ from training.classifier.config import resolve as resolve_classifier
 from training.classifier.run import open_images, training_batches
 from training.classifier.stage import ClassifierStage, EpochLoader, assemble
 from training.classifier.teachers import load_teacher
-from training.clip.config import named_files, resolve
+from training.clip.flags import named_files, resolve
 from training.clip.models import add_model_configs
 from training.clip.run import make_loader, open_data
 from training.clip.stages import StudentStage
