@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clip_benchmark.datasets.builder import build_wds_dataset
 
 from classification.command import CLASSES, content, copied, run_photos
+from eval.datasets import open_folder
 from training.classifier.imagenet import PhotoBatches, check_classes, load_photos
 from training.errors import UsageError
 
@@ -61,10 +63,15 @@ def test_tars_hold_what_folders_hold(photos, tmp_path):
         load_photos(tmp_path, "train", 0)
 
 
-def test_a_blank_line_among_the_class_names_keeps_its_place(photos, tmp_path):
-    write_tars(photos, tmp_path / "train", "train")
+def test_a_blank_line_among_the_class_names_keeps_its_place_as_in_clip_benchmark(photos, tmp_path):
+    write_tars(photos, tmp_path / "train", "train", shards=1)
+    (tmp_path / "train" / "nshards.txt").write_text("1\n")
     (tmp_path / "classnames.txt").write_text("tench\n\n great white shark \n")
-    assert load_photos(tmp_path, "train", 0).class_names == ("tench", "", "great white shark")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}\n\n")
+    stock = build_wds_dataset("any", None, "train", str(tmp_path)).classes
+    assert stock == ["tench", "", "great white shark"]
+    assert list(load_photos(tmp_path, "train", 0).class_names) == stock
+    assert open_folder(tmp_path.parent, tmp_path.name, "train").classnames == stock
 
 
 def test_a_label_is_not_cut_and_makes_no_more_classes_than_there_may_be(photos, tmp_path):

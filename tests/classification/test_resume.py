@@ -40,12 +40,17 @@ def straight(photos, known, tmp_path_factory) -> tuple[Path, list[str]]:
     """CIFD with its average of weights, two epochs of three steps; and its flags."""
     teacher, bank = known
     logs = tmp_path_factory.mktemp("straight")
-    flags = ["--method=cifd", "--model=resnet8x4", f"--teacher={teacher}", f"--rdm-bank={bank}"]
+    flags = [
+        "--method=cifd",
+        "--model=mobilenetv1_100",
+        f"--teacher={teacher}",
+        f"--rdm-bank={bank}",
+    ]
     flags += ["--epochs=2", "--kd-dropout=0.25", "--lr=0.01", "--ema=0.7", f"--logs={logs}"]
     return run_photos(photos, "straight", *flags), flags
 
 
-@pytest.mark.parametrize("step", [2, 3, 4, 6])
+@pytest.mark.parametrize("step", [2, 3, 6])
 def test_a_run_stopped_at_any_step_ends_in_the_same_bits(step, straight, photos, monkeypatch):
     whole, flags = straight
     name = f"stopped at {step}"
