@@ -1,28 +1,4 @@
-"""``python -m eval.benchmark``: zero-shot evaluation of models on data sets, offline."""
-
-import os
-import re
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from functools import cache, partial
-from itertools import groupby, product
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-from eval import datasets
-from eval.flags import DataConfig, ForwardConfig, find_device
-from eval.result import GapRecord, attempt, file_name
-from training.engine import result
-from training.engine.flags import Parser, check_ranges, construct, flag
-from training.errors import UsageError, cli
-
-if TYPE_CHECKING:
-    from eval.embed import Classifiers
-
-DESCRIPTION = """\
-Zero-shot evaluation of models on data sets that are on this disk; nothing is downloaded.
+"""Zero-shot evaluation of models on data sets that are on this disk; nothing is downloaded.
 
   python -m eval.benchmark logs/cifd logs/clipkd --data-root DATA --datasets paper
   python -m eval.benchmark ViT-B-16:datacomp_xl_s13b_b90k --data-root DATA --datasets imagenetv2
@@ -30,62 +6,52 @@ Zero-shot evaluation of models on data sets that are on this disk; nothing is do
 Data sets are read in clip_benchmark's WebDataset layout (NAME/test/0.tar, ...) or as their authors
 distribute them. What can't be evaluated is a named gap, and the exit code is 1. Results are
 clip_benchmark's JSON; their names hold what was evaluated, so none is overwritten, and a repeated
-evaluation is skipped. Processes of torchrun or srun share the work."""
+evaluation is skipped. Processes of torchrun or srun share the work.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cache, partial
+from itertools import groupby, product
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from eval import datasets
+from eval.flags import add_data_flags, add_forward_flags, forward_of
+from eval.result import GapRecord, attempt, file_name
+from training.engine import result
+from training.engine.flags import CommandLine
+from training.errors import cli
+
+if TYPE_CHECKING:
+    from eval.embed import Classifiers
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """What is evaluated."""
-
-    models: tuple[str, ...] = ()
-    model_config: tuple[str, ...] = flag((), "of NAMEs that OpenCLIP lacks", metavar="FILE.json")
-
-
-@dataclass(frozen=True)
-class OutConfig:
-    """Which results are made, and where they go."""
-
-    out: str = flag("", "folder of results [RUN/results, or results]", metavar="DIR")
-    part: str = flag("1/1", "only the I-th of N equal parts of the evaluations", metavar="I/N")
-
-    @property
-    def parts(self) -> tuple[int, int]:
-        """(I, N), from 1.
-
-        Raises:
-            UsageError: ``--part`` is not I/N.
-        """
-        match = re.fullmatch(r"(\d+)/(\d+)", self.part)
-        if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise UsageError(f"--part '{self.part}': expected I/N with 1 <= I <= N, such as 1/4")
-        return int(match[1]), int(match[2])
-
-
-@dataclass(frozen=True)
-class Config(ModelConfig, DataConfig, ForwardConfig, OutConfig):
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
+    usage = "MODEL [...] --data-root DIR --datasets NAME [...] [flags]"
+    parser = CommandLine("eval.benchmark", __doc__, f"python -m eval.benchmark {usage}")
+    add = parser.add_argument
+    of = "a run, a checkpoint, a model folder, or NAME[:PRETRAINED] of OpenCLIP"
+    add("models", nargs="+", metavar="MODEL", help=of)
+    add_data_flags(parser, "data", required=True)
+    add_forward_flags(parser)
+    add = parser.add_argument_group("models and results").add_argument
+    add("--model-config", nargs="+", default=[], metavar="FILE", help="of NAMEs OpenCLIP lacks")
+    add("--out", metavar="DIR", help="folder of results [RUN/results, or results]")
+    add("--part", type=_part, default="1/1", metavar="I/N", help="only the I-th of N equal parts")
+    return parser.parse_args(argv)
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """What a command line says.
-
-    Raises:
-        UsageError: a flag is wrong or missing.
-    """
-    groups = (("models", ModelConfig), ("data", DataConfig), ("computation", ForwardConfig))
-    parser = Parser(
-        "eval.benchmark",
-        DESCRIPTION,
-        "eval.benchmark MODEL [...] --data-root DIR --datasets NAME [...] [flags]",
-        (*groups, ("results", OutConfig)),
-    )
-    help = "a run, a checkpoint, a model folder, or NAME[:PRETRAINED] of OpenCLIP"
-    parser.add_argument("models", nargs="+", metavar="MODEL", help=help)
-    config = construct(Config, parser.given(argv))
-    check_ranges(config)
-    config.check()
-    _ = config.parts
-    return config
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"'{text}': expected I/N with 1 <= I <= N, e.g. 1/4")
+    return int(match[1]), int(match[2])
 
 
 class Place(NamedTuple):
@@ -111,28 +77,26 @@ def share(items: Sequence, number: int, of: int) -> Sequence:
     return items[len(items) * (number - 1) // of : len(items) * number // of]
 
 
-def run(config: Config, place: Place) -> int:
+def run(args: argparse.Namespace, place: Place) -> int:
     """Evaluate this process's share of models on data sets; how many could not be."""
     from eval import models
-    from eval.embed import Classifiers, Forward
+    from eval.embed import Classifiers
 
-    models.add_configs(config.model_config)
-    device = find_device(config.device, place.local_rank)
-    forward = Forward(device, config.precision, config.batch_size, config.workers)
-    root = datasets.check_root(Path(config.data_root))
+    models.add_configs(args.model_config)
+    forward, root = forward_of(args, place.local_rank), datasets.check_root(Path(args.data_root))
     # Opened and fingerprinted once for all models.
-    opened = cache(lambda name: datasets.open_folder(root, name, config.split))
-    pairs = list(product(dict.fromkeys(config.models), datasets.names(config.datasets)))
-    pairs = share(share(pairs, *config.parts), place.rank + 1, place.size)
+    opened = cache(lambda name: datasets.open_folder(root, name, args.split))
+    pairs = list(product(dict.fromkeys(args.models), datasets.names(args.datasets)))
+    pairs = share(share(pairs, *args.part), place.rank + 1, place.size)
     gaps = 0
     for spec, of_model in groupby(pairs, key=lambda pair: pair[0]):
-        model = models.load(spec, device)
+        model = models.load(spec, forward.device)
         classifiers = Classifiers(model, forward)
-        out = Path(config.out or (model.run / "results" if model.run else "results"))
+        out = Path(args.out or (model.run / "results" if model.run else "results"))
         for _, name in of_model:
             gap = GapRecord(dataset=name, model=model.name, weights=model.weights)
             evaluate = partial(evaluate_once, out, partial(opened, name), classifiers)
-            gaps += not attempt(out, config.split, gap, evaluate)
+            gaps += not attempt(out, args.split, gap, evaluate)
     return gaps
 
 
@@ -146,24 +110,24 @@ def evaluate_once(
     """
     from eval import zeroshot
 
-    folder, model, forward = open_folder(), classifiers.model, classifiers.forward
-    identity = zeroshot.identity(model, folder, forward.precision)
-    path = out / file_name([folder.name, folder.split, model.name, model.weights[:10]], identity)
+    folder, model = open_folder(), classifiers.model
+    provenance = zeroshot.provenance(model, folder, classifiers.forward)
+    path = out / file_name([folder.name, folder.split, model.name, model.weights[:10]], provenance)
     if path.exists():
         return f"evaluated already, skipped ({path})"
-    found, examples = zeroshot.evaluate(model, folder, classifiers)
+    made, examples = zeroshot.evaluate(folder, classifiers, provenance)
     if examples:
         result.write(out / "examples" / path.name, examples)
-    result.write(path, found)
-    line = ", ".join(f"{k} {v:.4f}" for k, v in found.metrics.items() if v is not None)
-    if differs := found.provenance.shortfall:
+    result.write(path, made)
+    line = ", ".join(f"{k} {v:.4f}" for k, v in made.metrics.items() if v is not None)
+    if differs := made.provenance.shortfall:
         line += f"; not the published {folder.name}: {differs}"
     return f"{line} ({path})"
 
 
 def main(argv: list[str]) -> int:
     """Entry point of ``python -m eval.benchmark``; 1 when a data set could not be evaluated."""
-    config, place = parse(argv), Place.of_process()
+    args, place = parse(argv), Place.of_process()
 
     import torch.distributed as dist
 
@@ -172,7 +136,7 @@ def main(argv: list[str]) -> int:
     if wait:
         month = timedelta(days=30)
         dist.init_process_group("gloo", rank=place.rank, world_size=place.size, timeout=month)
-    gaps = run(config, place)
+    gaps = run(args, place)
     if gaps:
         print(f"{gaps} evaluations are gaps; each is named above", file=sys.stderr)
     if wait:

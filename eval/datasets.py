@@ -32,23 +32,9 @@ LABELS = {"zeroshot_classification": "cls", "zeroshot_retrieval": "txt"}
 MAX_PIXELS = 100_000_000
 
 SUITES = {
-    "paper": (
-        "imagenet1k",
-        "imagenetv2",
-        "imagenet-r",
-        "imagenet-a",
-        "objectnet",
-        "mscoco_captions",
-        "flickr30k",
-    ),
-    "imagenet_robustness": (
-        "imagenetv2",
-        "imagenet_sketch",
-        "imagenet-a",
-        "imagenet-r",
-        "objectnet",
-    ),
-    "retrieval": ("mscoco_captions", "flickr30k"),
+    "paper": "imagenet1k imagenetv2 imagenet-r imagenet-a objectnet mscoco_captions flickr30k",
+    "imagenet_robustness": "imagenetv2 imagenet_sketch imagenet-a imagenet-r objectnet",
+    "retrieval": "mscoco_captions flickr30k",
 }
 
 
@@ -161,8 +147,8 @@ def picture(sample: Sample) -> Image.Image:
 
 def names(given: list[str]) -> list[str]:
     """Data set names with suites spelled out, each once, without clip_benchmark's ``wds/``."""
-    spelled = [name for item in given for name in SUITES.get(item, (item.removeprefix("wds/"),))]
-    return list(dict.fromkeys(spelled))
+    spelled = (SUITES.get(name, name.removeprefix("wds/")).split() for name in given)
+    return list(dict.fromkeys(name for names in spelled for name in names))
 
 
 def open_folder(root: Path, name: str, split: str) -> Folder:

@@ -1,9 +1,8 @@
 """A name, a run directory, a checkpoint or a model folder -> a frozen CLIP and who it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cifd_clip.teacher import weights_hash
+from training.clip.config import recorded
 from training.clip.models import add_model_configs, check_weights, images_of
 from training.engine.run import read_run
 from training.errors import UsageError
@@ -82,9 +82,9 @@ def add_configs(paths: list[str]) -> None:
     add_model_configs(paths)
 
 
-def add_run_configs(what: str, config: dict[str, Any]) -> None:
+def add_run_configs(what: str, paths: Iterable[str]) -> None:
     """Let `load` know the models of the ``--model-config`` files of a run."""
-    for file in map(Path, config["model_config"]):
+    for file in map(Path, paths):
         if not file.is_file():
             raise UsageError(
                 f"{what}: the run's --model-config '{file}' is not there; run from the directory "
@@ -160,19 +160,19 @@ def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
             f"'{spec}': a checkpoint outside a run directory does not say its architecture; "
             f"write NAME:{spec} with an OpenCLIP model name"
         )
-    config = read_run(run)
-    add_run_configs(f"'{spec}'", config)
-    options = {name: config[name] for name in MODEL_FLAGS if config[name]}
-    if len(size := config["force_image_size"] or ()) == 1:
+    config = recorded(read_run(run))
+    add_run_configs(f"'{spec}'", config.model_config)
+    options = {name: getattr(config, name) for name in MODEL_FLAGS}
+    if len(size := config.force_image_size or ()) == 1:
         options["force_image_size"] = size[0]
     options |= {f"image_{key}": value for key, value in images_of(str(path)).items()}
     # What it began with is not loaded: OpenCLIP would prefer a local-dir: model's own weights.
     model, _, transform = open_clip.create_model_and_transforms(
-        config["model"], device=device, load_weights=False, **options
+        config.model, device=device, load_weights=False, **options
     )
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(checkpoint["state_dict"])
-    tokenizer = open_clip.get_tokenizer(config["model"], config["force_context_length"])
+    tokenizer = open_clip.get_tokenizer(config.model, config.force_context_length)
     return _evaluated(spec, f"{run.name}@{path.stem}", run, model, transform, tokenizer)
 
 

@@ -5,9 +5,11 @@ way, rounding takes the place of noise, as in stage 2.
 """
 
 import math
-from dataclasses import dataclass
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +22,8 @@ from cifd_clip import RDMBank
 from cifd_clip.artefact import read_bank_config
 from cifd_clip.teacher import weights_hash
 from eval import datasets, metrics, models, zeroshot
-from eval.bank import Config
 from eval.datasets import Folder
 from eval.embed import Forward, embed_images, embed_texts
-from eval.flags import find_device
 from training.classifier.cifar import Table, load_cifar100
 from training.classifier.imagenet import PhotoTable, check_classes, load_photos
 from training.classifier.teachers import (
@@ -40,12 +40,13 @@ from training.errors import UsageError
 CLASSES, PER_CLASS = 10, 40  # of the t-SNE map
 
 
-def load(path: Path, config: Config) -> "Bank":
+def load(path: Path, args: Namespace, forward: Forward) -> "Bank":
     """The bank of a run, of either kind, with its teacher.
 
     Args:
         path: a run directory, or a bank's folder.
-        config: see `eval.bank.parse`.
+        args: see `eval.bank.parse`.
+        forward: how its teacher is run.
 
     Raises:
         UsageError: there is no bank, no data for it, no name of a teacher, or another teacher.
@@ -57,7 +58,19 @@ def load(path: Path, config: Config) -> "Bank":
             "rdm/bank/; train one with --distill rdm or --method rdm"
         )
     kind = ClipBank if read_bank_config(folder)["task"] == "clip" else ClassifierBank
-    return kind(folder.absolute(), config)
+    return kind(folder.absolute(), args, forward)
+
+
+class Measured(NamedTuple):
+    """What the teacher and each of its RDMs make of a data set, the teacher first."""
+
+    scores: list[Metrics]
+    bits: list[dict[str, float]]
+    """Of the RDMs alone."""
+    images: list[Tensor]
+    """Image embeddings (N, D)."""
+    held: dict[str, int]
+    mean: Metrics | None = None
 
 
 class Bank:
@@ -67,82 +80,87 @@ class Bank:
         name: the bank's run, for results.
         out: the folder of results.
         datasets, split: what to measure on.
+        source: what its teacher is called.
         weights, teacher_weights: SHA-256 of the bank's and of the teacher's.
     """
 
     datasets: list[str]
+    source: str
     teacher_weights: str
 
-    def __init__(self, folder: Path, config: Config, bank: RDMBank, seed: int | None):
-        run = folder.parent
-        self.name = f"{run.parent.name}/rdm" if run.name == "rdm" else run.name
-        self.out = Path(config.out or run / "results")
-        self.split, self.seed = config.split, seed
-        self.rdms, self.weights = bank, weights_hash(bank)
+    def __init__(self, folder: Path, out: str | None, split: str, rdms: RDMBank, run: dict | None):
+        self.name = folder.parent.name
+        if self.name == "rdm":
+            self.name = f"{folder.parent.parent.name}/rdm"
+        self.out, self.split = Path(out or folder.parent / "results"), split
+        self.rdms, self.weights = rdms, weights_hash(rdms)
+        self.seed = run and run["seed"]
 
-    def identity(self, data: "Folder | Images") -> dict[str, Any]:
-        """What the figures on a data set depend on."""
-        return {
-            "model": self.name,
-            "weights": self.weights,
-            "teacher": self.teacher_weights,
-            "data": data.fingerprint,
-            "split": data.split,
-            "precision": self.forward.precision,
-        }
-
-    def provenance(self, data: "Folder | Images", source: str, **held: int) -> Provenance:
-        """Of a result on a data set; ``source`` is what the teacher is called."""
+    def provenance(self, data: "Folder | Images") -> Provenance:
+        """Of a result on a data set, before it is known what the data set holds."""
         return Provenance(
             **origin(),
             seed=self.seed,
             weights=self.weights,
             teachers=(self.teacher_weights,),
-            source=source,
+            source=self.source,
             data={data.split: data.fingerprint},
-            held=held,
             precision=self.forward.precision,
             device=self.forward.device.type,
-            versions=zeroshot.versions("scikit-learn"),
+            versions={name: version(name) for name in (*zeroshot.PACKAGES, "scikit-learn")},
+        )
+
+    def result(self, data: "Folder | Images", provenance: Provenance) -> BankResult:
+        """The metrics of the teacher and of every rate, the bits of each rate, and a map."""
+        scores, bits, images, held, mean = self.measure(data)
+        rates, points = self.rdms.rates, None
+        if data.task != "zeroshot_retrieval":
+            points = embedding_map(images, rates, torch.tensor(data.labels()), data.classnames)
+        kept = zip(rates, bits, scores[1:], strict=True)
+        return BankResult(
+            task=data.task,
+            dataset=data.name,
+            split=data.split,
+            model=self.name,
+            teacher=scores[0],
+            assistants=tuple(Reconstruction(rate=r, bits=b, metrics=m) for r, b, m in kept),
+            mean=mean,
+            map=points,
+            provenance=replace(provenance, held=held),
         )
 
 
 class ClipBank(Bank):
     """A bank of `training.main` on zero-shot data sets."""
 
-    def __init__(self, folder: Path, config: Config):
-        config.check()
+    def __init__(self, folder: Path, args: Namespace, forward: Forward):
+        if not (args.data_root and args.datasets):
+            raise UsageError(f"'{folder}' is a CLIP's bank: say --data-root DIR --datasets NAME")
         run = read_run(folder.parent) if (folder.parent / "config.json").is_file() else None
-        if not (config.out or run):
+        if not (args.out or run):
             raise UsageError(f"'{folder}': the bank is in no run directory; say --out DIR")
-        device = find_device(config.device)
-        self.forward = Forward(device, config.precision, config.batch_size, config.workers)
-        self.root = datasets.check_root(Path(config.data_root))
-        self.model = models.load(config.teacher or _teacher_of(folder, run), device)
+        self.root = datasets.check_root(Path(args.data_root))
+        self.model = models.load(args.teacher or _teacher_of(folder, run), forward.device)
+        self.source, self.teacher_weights = self.model.source, self.model.weights
+        self.datasets, self.forward = datasets.names(args.datasets), forward
         identity = {"model": self.model.name, "weights": self.model.weights}
         try:
-            bank = RDMBank.load(folder, identity).to(device)
+            rdms = RDMBank.load(folder, identity).to(forward.device)
         except ValueError as error:
             raise UsageError(f"'{folder}': {error}; name the bank's own with --teacher") from error
-        super().__init__(folder, config, bank, run and run["seed"])
-        self.datasets, self.teacher_weights = datasets.names(config.datasets), self.model.weights
+        super().__init__(folder, args.out, args.split, rdms, run)
 
     def open(self, dataset: str) -> Folder:
         """One of the data sets."""
         return datasets.open_folder(self.root, dataset, self.split)
 
-    def measure(self, folder: Folder) -> BankResult:
-        """The metrics of the teacher, of every rate, and of the mean of all of them."""
-        classifies = folder.task == "zeroshot_classification"
-        if classifies:
+    def measure(self, folder: Folder) -> Measured:
+        """Zero-shot metrics, and those of the mean of the teacher and all RDMs."""
+        if classifies := folder.task == "zeroshot_classification":
             texts = [t.format(c=name) for name in folder.classnames for t in folder.templates]
         else:
             texts, image_of = zeroshot.captions_of(folder)
             image_of = image_of.to(self.forward.device)
-        teacher = [
-            embed_images(self.model, folder, self.forward),
-            embed_texts(self.model, texts, self.forward),
-        ]
 
         def metrics_of(images: Tensor, texts: Tensor) -> Metrics:
             if not classifies:
@@ -151,30 +169,23 @@ class ClipBank(Bank):
             classes = F.normalize(prompts.mean(dim=1), dim=-1)
             return zeroshot.classification(images, classes, folder)
 
-        assistants, spaces, total = [], [teacher[0]], teacher
-        for k, rate in enumerate(self.rdms.rates):
-            towers = zip((self.rdms.image, self.rdms.text), teacher)
-            embeddings, bits = zip(*(self._reconstruct(*tower, k) for tower in towers))
-            kept = dict(zip(("image", "text"), bits))
-            assistants.append(Reconstruction(rate=rate, bits=kept, metrics=metrics_of(*embeddings)))
-            spaces.append(embeddings[0])
-            total = [so_far + x for so_far, x in zip(total, embeddings)]
-        labels = torch.tensor(folder.labels()) if classifies else None
-        return BankResult(
-            task=folder.task,
-            dataset=folder.name,
-            split=folder.split,
-            model=self.name,
-            teacher=metrics_of(*teacher),
-            assistants=tuple(assistants),
-            mean=metrics_of(*(F.normalize(x, dim=-1) for x in total)),
-            map=embedding_map(spaces, self.rdms.rates, labels, folder.classnames)
-            if classifies
-            else None,
-            provenance=self.provenance(
-                folder, self.model.source, images=len(teacher[0]), texts=len(texts)
-            ),
-        )
+        spaces = [
+            (
+                embed_images(self.model, folder, self.forward),
+                embed_texts(self.model, texts, self.forward),
+            )
+        ]
+        bits = []
+        for k in range(len(self.rdms.rates)):
+            towers = zip((self.rdms.image, self.rdms.text), spaces[0])
+            embeddings, kept = zip(*(self._reconstruct(*tower, k) for tower in towers))
+            bits.append(dict(zip(("image", "text"), kept)))
+            spaces.append(embeddings)
+        mean = (F.normalize(sum(embeddings), dim=-1) for embeddings in zip(*spaces))
+        images = [image for image, _ in spaces]
+        held = {"images": len(images[0]), "texts": len(texts)}
+        scores = [metrics_of(*embeddings) for embeddings in spaces]
+        return Measured(scores, bits, images, held, metrics_of(*mean))
 
     @torch.no_grad()
     def _reconstruct(self, rdms, embeddings: Tensor, k: int) -> tuple[Tensor, float]:
@@ -192,7 +203,7 @@ def _teacher_of(folder: Path, run: dict[str, Any] | None) -> str:
             f"'{folder}': the run names no teacher (it read a cache); say --teacher NAME:WEIGHTS "
             "or a model folder"
         )
-    models.add_run_configs(f"'{folder}'", run)
+    models.add_run_configs(f"'{folder}'", run["model_config"])
     return ":".join(filter(None, (run["distill_model"], run["distill_pretrained"])))
 
 
@@ -201,30 +212,37 @@ class Images:
     """The test images of a classifier's data set, with the names of their classes."""
 
     name: str
-    fingerprint: str
     table: Table | PhotoTable
     classnames: list[str]
     split: str = "test"
+    task: str = "classification"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of images and labels."""
+        return self.table.hash
+
+    def labels(self) -> list[int]:
+        """The class number of every image."""
+        return self.table.labels.tolist()
 
 
 class ClassifierBank(Bank):
     """The RDMs of a finished ``training.classify --method rdm`` on the test images."""
 
-    def __init__(self, folder: Path, config: Config):
-        if not config.data:
+    def __init__(self, folder: Path, args: Namespace, forward: Forward):
+        if not args.data:
             raise UsageError(f"'{folder}' is a classifier's bank: say --data DIR, its images")
-        self.run, self.data = folder.parent, Path(config.data)
+        self.run, self.data = folder.parent, args.data
         run = read_run(self.run)
-        device = find_device(config.device)
-        self.forward = Forward(device, batch_size=EVALUATION_BATCH, workers=config.workers)
         teacher = load_teacher(run["teacher"], run["dataset"])
-        bank = load_rdms(self.run, teacher)
-        super().__init__(folder, config, bank, run["seed"])
-        selected = list(range(len(bank.rates)))
-        networks = TeacherNetworks([teacher.model], bank, selected, [1.0] * len(selected))
-        self.teacher, self.networks = teacher, networks.to(device)
-        self.datasets, self.split = [run["dataset"]], "test"
-        self.teacher_weights = teacher.hash
+        rdms = load_rdms(self.run, teacher)
+        selected = list(range(len(rdms.rates)))
+        networks = TeacherNetworks([teacher.model], rdms, selected, [1.0] * len(selected))
+        self.networks, self.forward = networks.to(forward.device), forward
+        self.source, self.teacher_weights = teacher.name, teacher.hash
+        self.datasets = [run["dataset"]]
+        super().__init__(folder, args.out, "test", rdms, run)
 
     def open(self, dataset: str) -> Images:
         """The test images."""
@@ -235,33 +253,21 @@ class ClassifierBank(Bank):
         else:
             table = load_cifar100(self.data, "test")
         names = class_names(self.data, table)
-        return Images(dataset, table.hash, table.to(self.forward.device), names)
+        return Images(dataset, table.to(self.forward.device), names)
 
     @torch.no_grad()
-    def measure(self, images: Images) -> BankResult:
-        """Accuracies of the teacher and of its RDMs, bits, and a map of their embeddings."""
-        table, size = images.table, self.forward.batch_size
+    def measure(self, images: Images) -> Measured:
+        """Accuracies."""
+        table, size = images.table, EVALUATION_BATCH
         outputs = [self.networks(b) for b in table.in_order(torch.arange(len(table)), size)]
         logits, spaces = (
             [torch.cat([getattr(one, name) for one in each]) for each in zip(*outputs)]
             for name in ("logits", "embedding")
         )
-        teacher, *kept = [metrics.classification_metrics(x, table.labels) for x in logits]
         nats = [self.rdms.image(x, None).nats.sum(1) for x in spaces[0].split(size)]
         bits = (torch.stack(nats).sum(0) / math.log(2) / len(table)).tolist()
-        return BankResult(
-            task="classification",
-            dataset=images.name,
-            split=images.split,
-            model=self.name,
-            teacher=teacher,
-            assistants=tuple(
-                Reconstruction(rate=rate, bits={"image": b}, metrics=values)
-                for rate, b, values in zip(self.rdms.rates, bits, kept, strict=True)
-            ),
-            map=embedding_map(spaces, self.rdms.rates, table.labels, images.classnames),
-            provenance=self.provenance(images, self.teacher.name, images=len(table)),
-        )
+        scores = [metrics.classification_metrics(x, table.labels) for x in logits]
+        return Measured(scores, [{"image": b} for b in bits], spaces, {"images": len(table)})
 
 
 def class_names(data: Path, table: Table | PhotoTable) -> list[str]:
@@ -289,7 +295,6 @@ def embedding_map(
         labels: (N,) class numbers.
         classnames: names of all classes.
     """
-    labels = labels.cpu()
     present = labels.unique()
     spaced = torch.linspace(0, len(present) - 1, min(CLASSES, len(present))).long().unique()
     chosen = present[spaced].tolist()

@@ -10,10 +10,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from eval.datasets import Gap
-from training.engine.result import write
+from training.engine.result import Provenance, write
 from training.errors import sentence
 
 
@@ -57,15 +56,16 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._@+-]+", "-", text).strip("-")[-80:]
 
 
-def file_name(parts: list[str], identity: dict[str, Any]) -> str:
+def file_name(parts: list[str], provenance: Provenance) -> str:
     """A name that two evaluations share only when they give the same result.
 
     Args:
         parts: what a reader wants to see of it: data set, split, model.
-        identity: everything that its figures depend on.
+        provenance: of the result.
     """
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
-    return "_".join(slug(part) for part in [*parts, key]) + ".json"
+    key = json.dumps([parts, provenance.identity])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:10]
+    return "_".join(slug(part) for part in [*parts, digest]) + ".json"
 
 
 def attempt(folder: Path, split: str, gap: GapRecord, evaluate: Callable[[], str]) -> bool:

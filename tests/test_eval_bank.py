@@ -162,7 +162,7 @@ def test_each_kind_of_bank_asks_for_its_data_and_the_former_command_for_its_succ
     bank_run, classifiers
 ):
     _, _, rdms = classifiers
-    with pytest.raises(UsageError, match="--data-root DIR and --datasets NAME are needed"):
+    with pytest.raises(UsageError, match="is a CLIP's bank: say --data-root DIR --datasets NAME"):
         bank.main([str(bank_run), "--data=cifar"])
     with pytest.raises(UsageError, match="is a classifier's bank: say --data DIR"):
         bank.main([str(rdms), "--data-root=d", "--datasets=digits"])

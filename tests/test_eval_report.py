@@ -163,7 +163,7 @@ def test_a_figure_of_another_set_than_the_published_one_is_marked_in_every_table
 def test_weighted_contrastive_losses_are_drawn_unweighted(runs):
     of = {source.name: source for source in read_sources(runs)}
     drawn = {
-        name: [v / page.contrastive_weight(of[name].config) for v in y]
+        name: [v / page.contrastive_weight(of[name].clip) for v in y]
         for name in ("none", "cifd")
         for _, y in [page.curve(of[name], "val", "contrastive_loss")]
     }

@@ -12,7 +12,6 @@ from eval.report.page import contrastive_weight
 from trainers import CASES, SIZE, batch, gradients, prepare, trainer, worst
 from training.clip.stages import Transforms
 from training.data.views import ImageSpec
-from training.engine.config import record
 from training.engine.metrics import _wandb_id, _wandb_name
 
 ROWS = 8
@@ -213,7 +212,7 @@ def test_the_report_knows_how_each_method_weighs_the_contrastive_term(method, ho
 
     _, plain = contrastive("none")
     made, weighted = contrastive(method, *(["--no-ibm"] if method == "cifd" else []))
-    assert weighted == pytest.approx(contrastive_weight(record(made.config)) * plain, rel=1e-4)
+    assert weighted == pytest.approx(contrastive_weight(made.config) * plain, rel=1e-4)
 
 
 @pytest.mark.parametrize("erasing", [False, True])

@@ -9,7 +9,7 @@ from eval.report import plots
 from eval.report.blocks import Block, Heading, Paragraph, Plot
 from eval.report.rows import TASKS
 from eval.report.runs import Setting, Source, classifier_setting
-from eval.report.table import Column, Table
+from eval.report.table import Table, columns, mean
 from training.engine.result import BankResult, EmbeddingMap, Reconstruction, Result
 
 #: What is drawn of a data set, of the metrics that it has.
@@ -51,14 +51,13 @@ def _rate_distortion(last: dict[str, dict[float, dict[str, float]]]) -> Plot:
         modality: [(rate, v["bits"], v["distortion"]) for rate, v in rates.items()]
         for modality, rates in last.items()
     }
-    heads = ("R", "bits", "distortion", "SNR (dB)")
     lines = [
         [modality, f"{rate:g}", *(f"{v[k]:.{d}f}" if k in v else "" for k, d in LOGGED.items())]
         for modality, rates in last.items()
         for rate, v in sorted(rates.items(), reverse=True)
     ]
-    columns = [Column("modality", words=True), *map(Column, heads)]
-    return Plot(plots.rate_distortion(curves), Table(columns, lines, "small"))
+    heads = columns("modality", "R", "bits", "distortion", "SNR (dB)")
+    return Plot(plots.rate_distortion(curves), Table(heads, lines, "small"))
 
 
 def _measured(bank: BankResult) -> list[Block]:
@@ -93,8 +92,8 @@ def _measured_table(
         lines.append([f"R = {one.rate:g}", *bits, *_percent(one.metrics, labels)])
     if bank.mean:
         lines.append(["mean of these", *("" for _ in modalities), *_percent(bank.mean, labels)])
-    heads = [*(f"bits per {modality}" for modality in modalities), *labels.values()]
-    return Table([Column("", words=True), *map(Column, heads)], lines, "small")
+    bits = (f"bits per {modality}" for modality in modalities)
+    return Table(columns("", *bits, *labels.values()), lines, "small")
 
 
 def _percent(metrics: dict[str, float | None], labels: dict[str, str]) -> list[str]:
@@ -163,17 +162,10 @@ def _over_seeds(bank: ClassifierBank) -> Plot:
     values = [list(bank.rates[rate].values()) for rate in rates]
     spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
     teacher = list(bank.teacher.values())
-    mean = statistics.fmean(teacher) if teacher else None
-    line = ("top-1", rates, [statistics.fmean(v) for v in values], spread, mean)
+    own = statistics.fmean(teacher) if teacher else None
+    line = ("top-1", rates, [statistics.fmean(v) for v in values], spread, own)
     named = [("teacher" if teacher else "teacher (no result)", teacher)]
     named += [(f"R = {rate:g}", v) for rate, v in zip(rates[::-1], values[::-1])]
-    lines = [[name, str(len(v)), _mean(v)] for name, v in named]
-    columns = [Column("", words=True), Column("n"), Column("top-1")]
-    return Plot(plots.against_rate([line]), Table(columns, lines, "small"))
-
-
-def _mean(values: list[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
+    lines = [[name, str(len(v)), mean(v, 2) if v else ""] for name, v in named]
+    cells = Table(columns("", "n", "top-1"), lines, "small")
+    return Plot(plots.against_rate([line]), cells)

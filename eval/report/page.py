@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from eval.report import banks, paper, plots
 from eval.report.blocks import Block, Heading, Paragraph, Plot, Retrieval
@@ -17,7 +16,8 @@ from eval.report.rows import (
     several,
 )
 from eval.report.runs import Source
-from eval.report.table import Column, Table
+from eval.report.table import Table, columns
+from training.clip.config import Config
 from training.engine.result import BankResult, Result
 
 Colours = dict[str, str]  # a run's name → its colour in every plot
@@ -118,14 +118,13 @@ def curve(source: Source, kind: str, key: str) -> tuple[list[float], list[float]
     return plots.finite(x, [line[key] for line in lines])
 
 
-def contrastive_weight(config: dict[str, Any]) -> float:
+def contrastive_weight(config: Config) -> float:
     """What multiplies the mean of both directions' cross-entropy in a run's contrastive_loss."""
-    method = config["distill"] if "distill" in config else config["method"]
-    if method == "cifd":
-        return 2 * config["lambda_cl"]
-    if method == "mobileclip":
-        return 1 - config["lambda_kd"]
-    return 2 if method == "tinyclip" else 1
+    if config.distill == "cifd":
+        return 2 * config.options["lambda_cl"]
+    if config.distill == "mobileclip":
+        return 1 - config.options["lambda_kd"]
+    return 2 if config.distill == "tinyclip" else 1
 
 
 def training_section(sources: list[Source], colours: Colours) -> list[Block]:
@@ -135,7 +134,7 @@ def training_section(sources: list[Source], colours: Colours) -> list[Block]:
     held_out = []
     for source in drawn:
         x, y = curve(source, "val", "contrastive_loss")
-        if x and (weight := contrastive_weight(source.config)):
+        if x and (weight := contrastive_weight(source.clip)):
             held_out.append((source.name, colours[source.name], x, [v / weight for v in y]))
     panels = [
         ("Training: each method's own objective", "total loss", objective),
@@ -144,8 +143,8 @@ def training_section(sources: list[Source], colours: Colours) -> list[Block]:
     panels = [panel for panel in panels if any(line[2] for line in panel[2])]
     section = []
     if panels:
-        section.append(Plot(plots.curves(panels, "thousand samples seen", log=True)))
-    if times := [f"{s.name} {s.finished.seconds:.0f} s" for s in sources if s.finished]:
+        section.append(Plot(plots.curves(panels, "thousand samples seen")))
+    if times := [f"{s.name} {s.finished['seconds']:.0f} s" for s in sources if s.finished]:
         section.append(Paragraph(f"Training time: {', '.join(times)}."))
     return [Heading("Training"), *section] if section else []
 
@@ -172,22 +171,13 @@ def provenance_section(sources: list[Source]) -> list[Block]:
     results = [result for source in sources for result in [*source.results, *source.banks]]
     if not results:
         return []
-    heads = (
-        "data set",
-        "split",
-        "seed",
-        "held",
-        "protocol",
-        "precision",
-        "weights",
-        "data",
-        "commit",
-    )
-    columns = [Column("model", words=True), *(Column(head, words=True) for head in heads)]
+    heads = "model,data set,split,seed,held,protocol,precision,weights,data,commit".split(",")
     versions = {json.dumps(r.provenance.versions, sort_keys=True) for r in results}
     return [
         Heading("Provenance", folded=True),
-        Table(columns, [_provenance(result) for result in results], "small"),
+        Table(
+            columns(*heads, words=len(heads)), [_provenance(result) for result in results], "small"
+        ),
         *(
             Paragraph("Versions: " + ", ".join(f"{k} {v}" for k, v in json.loads(each).items()))
             for each in sorted(versions - {"{}"})

@@ -8,8 +8,8 @@ appears when one of our results belongs to it. Rows and figures that we lack are
 import json
 import re
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from eval.report.blocks import Block, Heading, Notes
 from eval.report.rows import MARK, Figure, Row
 from eval.report.runs import Setting
-from eval.report.table import Cell, Column, Table
+from eval.report.table import Cell, Column, Table, columns, mean
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,21 @@ class Ours:
     """Our figure for a cell, in percent.
 
     Attributes:
-        mean, deviation: over the runs; no deviation of one run.
+        values: of the runs; of a difference of two rows, that of their means.
         runs: how many.
         printed: the paper's figure.
         notes: what sets ours apart from the printed one besides the method.
     """
 
-    mean: float
-    deviation: float | None
+    values: Sequence[float]
     runs: int
     printed: float | None
     notes: tuple[str, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """Over the runs."""
+        return statistics.fmean(self.values)
 
     @property
     def difference(self) -> float | None:
@@ -45,12 +49,9 @@ class Ours:
     @property
     def cell(self) -> Cell:
         """``47.00† ± 0.20``, with the difference to the printed figure."""
-        return Cell(
-            f"{self.mean:.2f}{MARK if self.notes else ''}",
-            "" if self.deviation is None else f"± {self.deviation:.2f}",
-            "" if self.difference is None else f"{self.difference:+.2f}",
-            style="ours",
-        )
+        cell = mean(self.values, 2, MARK if self.notes else "")
+        apart = "" if self.difference is None else f"{self.difference:+.2f}"
+        return replace(cell, difference=apart, style="ours")
 
 
 @dataclass
@@ -175,11 +176,10 @@ def _figure(row: Row, figure: Figure, beside: float | None) -> Ours | str:
     values = row.values.get(figure)
     if not values:
         return row.gap(figure[0]).text or "gap: not evaluated"
-    deviation = statistics.stdev(values) if len(values) > 1 else None
     subset = row.setting.subset
     few = [f"Trained on {subset:,} of the training images"] if subset else []
     notes = *few, *row.notes(figure[0])
-    return Ours(row.mean(figure), deviation, len(values), beside, notes)
+    return Ours(values, len(values), beside, notes)
 
 
 def _who(cells: list, rows: list[Row]) -> str:
@@ -195,7 +195,7 @@ def _differences(row: dict[str, Any], of: list[Line], to: list[Line]) -> list[Li
     lines = []
     for a, b in zip(of, to):
         cells = [
-            Ours(x.mean - y.mean, None, min(x.runs, y.runs), beside, (*x.notes, *y.notes))
+            Ours([x.mean - y.mean], min(x.runs, y.runs), beside, (*x.notes, *y.notes))
             if isinstance(x, Ours) and isinstance(y, Ours)
             else None
             for x, y, beside in zip(a.cells, b.cells, row["printed"])
@@ -253,13 +253,11 @@ def _description(row: Row) -> str:
 def blocks(table: PaperTable) -> list[Block]:
     """A heading, the table, its notes, and whose figures ours are."""
     split = [re.fullmatch(r"(.+) (top-\d|R@\d+)", label) for label in table.columns]
-    columns = [
-        Column(match[2], match[1]) if match else Column(label)
-        for match, label in zip(split, table.columns)
-    ]
+    pairs = zip(split, table.columns)
+    heads = [Column(match[2], match[1]) if match else Column(label) for match, label in pairs]
     return [
         Heading(f"Table {table.number}. {table.title}", 3),
-        Table([Column("method", words=True), *columns], list(map(_cells, table.lines)), "paper"),
+        Table([Column("method", words=True), *heads], list(map(_cells, table.lines)), "paper"),
         *([Notes(table.notes)] if table.notes else []),
         Notes(table.runs, "Our runs"),
     ]
@@ -293,12 +291,13 @@ def records(tables: list[PaperTable]) -> Table:
                 where = [table.number, line.label, line.model, column]
                 if isinstance(cell, Ours):
                     paper = "" if cell.printed is None else str(cell.printed)
-                    figures = cell.mean, cell.deviation, cell.difference
-                    mean, spread, apart = ("" if v is None else f"{v:.4f}" for v in figures)
+                    ours = mean(cell.values, 4)
+                    apart = "" if cell.difference is None else f"{cell.difference:.4f}"
                     notes = "; ".join(dict.fromkeys(cell.notes))
-                    lines.append([*where, paper, mean, spread, str(cell.runs), apart, notes])
+                    spread = ours.small.removeprefix("± ")
+                    lines.append([*where, paper, ours.text, spread, str(cell.runs), apart, notes])
                 elif isinstance(cell, str):
                     lines.append([*where, "", cell, "", "", "", ""])
                 elif line.who == "printed" and cell is not None:
                     lines.append([*where, str(cell), "", "", "", "", ""])
-    return Table([*map(Column, head)], lines)
+    return Table(columns(*head, words=4), lines)

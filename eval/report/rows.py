@@ -2,12 +2,12 @@
 
 import re
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from eval.report.runs import Setting, Source, setting_of
-from eval.report.table import Cell, Column, Table
-from training.engine.result import Metrics, Provenance, Result
+from eval.report.table import Cell, Column, Table, columns, mean
+from training.engine.result import Provenance, Result
 from training.errors import UsageError
 
 TASKS = {
@@ -69,6 +69,11 @@ class Row:
         """Seeds of the runs that have one."""
         return sorted(run.seed for run in self.runs if run.seed is not None)
 
+    @property
+    def student(self) -> tuple:
+        """What tells whether two rows have the same student."""
+        return self.setting.student if self.setting else self.name, self.parameters
+
     def mean(self, figure: Figure) -> float:
         """The mean over runs."""
         return statistics.fmean(self.values[figure])
@@ -80,31 +85,22 @@ class Row:
 
         Args:
             figure: one of `figures`.
-            baseline: the row that the figure's difference is taken to.
+            baseline: the row that a figure of the same student is compared with.
         """
         values = self.values.get(figure)
         if values is None:
             return self.gap(figure[0])
-        mark = MARK if figure[0] in self.shortfalls else ""
-        small = [f"± {statistics.stdev(values):.1f}"] if len(values) > 1 else []
-        small += [f"(n = {len(values)})"] if len(values) < len(self.runs) else []
-        compared = baseline and baseline.same_student(self) and figure in baseline.values
+        cell = mean(values, 1, MARK if figure[0] in self.shortfalls else "")
+        few = f" (n = {len(values)})" if len(values) < len(self.runs) else ""
+        compared = baseline and self is not baseline and self.student == baseline.student
+        compared = compared and figure in baseline.values
         difference = f"{self.mean(figure) - baseline.mean(figure):+.1f}" if compared else ""
-        return Cell(f"{self.mean(figure):.1f}{mark}", " ".join(small), difference)
+        return replace(cell, small=f"{cell.small}{few}".strip(), difference=difference)
 
     def gap(self, dataset: str) -> Cell:
         """The reason of a gap, or nothing."""
         reason = self.gaps.get(dataset)
         return Cell(f"gap: {reason}" if reason else "", style="gap")
-
-    def same_student(self, other: "Row") -> bool:
-        """Whether another row has a student of the same architecture."""
-        students = [row.setting.student if row.setting else row.name for row in (self, other)]
-        return (
-            self is not other
-            and students[0] == students[1]
-            and (self.parameters == other.parameters)
-        )
 
     def notes(self, dataset: str | None = None) -> list[str]:
         """What is to be said below a table of the figures on this data set, or on all."""
@@ -119,19 +115,16 @@ class Row:
         self.runs += [] if run in self.runs else [run]
         name = result.dataset
         dataset = name if result.split == "test" else f"{name} ({result.split})"
-        self._add(dataset, result.task, result.metrics)
-        self._add(f"{name} (held out)", result.task, result.holdout_metrics)
-        self._add(f"{name} (train)", result.task, result.train_metrics)
+        parts = {dataset: result.metrics, f"{name} (held out)": result.holdout_metrics}
+        for images, metrics in {**parts, f"{name} (train)": result.train_metrics}.items():
+            for metric, label in TASKS[result.task].items():
+                if metrics and metrics.get(metric) is not None:
+                    self.values.setdefault((images, label), []).append(100 * metrics[metric])
         if shortfall := result.provenance.shortfall:
             self.shortfalls[dataset] = shortfall
         if not result.metrics:
             self.gaps[name] = "the test split was not looked at"
         self.parameters = result.provenance.parameters or self.parameters
-
-    def _add(self, dataset: str, task: str, metrics: Metrics | None) -> None:
-        for metric, label in TASKS[task].items():
-            if metrics and metrics.get(metric) is not None:
-                self.values.setdefault((dataset, label), []).append(100 * metrics[metric])
 
 
 def rows(sources: list[Source], pooled: bool = True) -> list[Row]:
@@ -300,4 +293,4 @@ def records(rows: list[Row]) -> Table:
         ]
         for row in rows
     ]
-    return Table([*map(Column, head)], lines)
+    return Table(columns(*head, words=2), lines)

@@ -8,15 +8,15 @@ from typing import Any, TypeVar
 
 from cifd_clip.files import read_json
 from eval.result import Examples, GapRecord
-from training.classifier import config as classifier
-from training.clip import config as clip
+from training.classifier.config import Config as ClassifierConfig
+from training.clip.config import OWN_WEIGHTS, Config, recorded
 from training.engine.config import free_to_change
-from training.engine.result import BankResult, Result, decode, read
+from training.engine.result import BankResult, Result, read
 from training.engine.run import read_run
 from training.errors import UsageError
 
 #: What may differ between the runs of one setting besides what may differ within one run.
-SEEDED = free_to_change(clip.Config) | free_to_change(classifier.Config)
+SEEDED = free_to_change(Config) | free_to_change(ClassifierConfig)
 SEEDED |= {"seed", "view_seed", "name", "rdm_bank", "teacher", "paraphraser"}
 T = TypeVar("T")
 
@@ -53,43 +53,21 @@ class Setting:
         return f"{self.method} ({', '.join(parts)})" if parts else self.method
 
 
-@dataclass(frozen=True)
-class Finished:
-    """The end of a run."""
-
-    seconds: float
-    samples: int | None = None
-
-
-@dataclass(frozen=True)
-class TaughtBy:
-    """Who taught a CLIP run: its teachers, and the bank of their assistants."""
-
-    teachers: tuple[dict[str, Any], ...] = ()
-    bank: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The training data of a CLIP run."""
-
-    usable: int | None = None
-
-
 @dataclass
 class Source:
     """What one path brings: a run's configuration and metrics, and results.
 
     Attributes:
-        config: of a run; None of a folder of results.
-        metrics: the lines of ``metrics.jsonl``.
+        config: of a run, as it is recorded; None of a folder of results.
+        clip: the same of a CLIP run.
+        finished: the run's ``finished.json``.
+        metrics: the lines of its ``metrics.jsonl``.
     """
 
     path: Path
     config: dict[str, Any] | None = None
-    finished: Finished | None = None
-    data: TrainingData = TrainingData()
-    taught_by: TaughtBy | None = None
+    clip: Config | None = None
+    finished: dict[str, Any] | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     banks: list[BankResult] = field(default_factory=list)
@@ -105,24 +83,23 @@ class Source:
     @property
     def method(self) -> str:
         """How the run trained: ``none`` of a folder of results."""
-        config = self.config or {"distill": "none"}
-        return config["distill"] if "distill" in config else config["method"]
+        if self.clip or not self.config:
+            return self.clip.distill if self.clip else "none"
+        return self.config["method"]
 
     @property
     def teachers(self) -> list[str]:
         """The run directories or names of a CLIP run's teachers."""
-        clip = self.config and "distill" in self.config
-        names = (self.config["distill_model"] or "").split(",") if clip else []
-        return [n.removeprefix("local-dir:").removesuffix("/student") for n in names if n]
+        names = [teacher.model for teacher in self.clip.teachers] if self.clip else []
+        return [name.removeprefix("local-dir:").removesuffix("/student") for name in names]
 
     @property
     def trained(self) -> str:
         """How long and on what a CLIP run trained, in words."""
-        seen = self.finished and self.finished.samples
-        if not seen:
+        if not (self.clip and self.finished):
             return ""
-        of = f" of {self.data.usable:,}" if self.data.usable else ""
-        return f"{seen:,} samples seen{of}"
+        held = read_run(self.path, "data.json")["usable"]
+        return f"{self.finished['samples']:,} samples seen of {held:,}"
 
 
 def read_sources(paths: Iterable[Path]) -> list[Source]:
@@ -132,12 +109,8 @@ def read_sources(paths: Iterable[Path]) -> list[Source]:
         UsageError: nothing to report there, or results of a run that was trained again since.
         BadFile: a result is of another format, or none.
     """
-    sources = []
-    for path in paths:
-        sources.append(_read(path))
-        if (path / "rdm" / "config.json").is_file():
-            sources.append(_read(path / "rdm"))
-    return sources
+    stages = (stage for path in paths for stage in (path, path / "rdm"))
+    return [_read(p) for p in stages if p.name != "rdm" or (p / "config.json").is_file()]
 
 
 def _read(path: Path) -> Source:
@@ -145,7 +118,16 @@ def _read(path: Path) -> Source:
         raise UsageError(f"'{path}': no such folder; expected a run directory or a results folder")
     source = Source(path)
     if (path / "config.json").is_file():
-        _read_run(source)
+        source.config = read_run(path)
+        source.clip = recorded(source.config) if "distill" in source.config else None
+        if (path / "finished.json").is_file():
+            source.finished = read_run(path, "finished.json")
+        if (path / "metrics.jsonl").is_file():
+            lines = (path / "metrics.jsonl").read_text().splitlines()
+            source.metrics = [json.loads(line) for line in lines]
+        results = path / "results"
+        _read_results(source, [*path.glob("result*.json"), *results.glob("*.json")], results)
+        _check_one_student(source)
     else:
         _read_results(source, [*path.glob("*.json"), *path.glob("runs/**/*.json")], path)
     if not (source.metrics or source.results or source.gaps or source.banks):
@@ -153,24 +135,6 @@ def _read(path: Path) -> Source:
             f"'{path}': holds neither metrics.jsonl nor results; evaluate the run first"
         )
     return source
-
-
-def _read_run(source: Source) -> None:
-    path = source.path
-    source.config = read_run(path)
-    if (path / "finished.json").is_file():
-        source.finished = decode(Finished, read_run(path, "finished.json"))
-    if "distill" in source.config:
-        if (path / "data.json").is_file():
-            source.data = decode(TrainingData, read_run(path, "data.json"))
-        if (path / "teachers.json").is_file():
-            source.taught_by = decode(TaughtBy, read_run(path, "teachers.json"))
-    if (path / "metrics.jsonl").is_file():
-        lines = (path / "metrics.jsonl").read_text().splitlines()
-        source.metrics = [json.loads(line) for line in lines]
-    results = path / "results"
-    _read_results(source, [*path.glob("result*.json"), *results.glob("*.json")], results)
-    _check_one_student(source)
 
 
 def _check_one_student(source: Source) -> None:
@@ -190,10 +154,9 @@ def _check_one_student(source: Source) -> None:
 
 def _read_results(source: Source, files: Iterable[Path], folder: Path) -> None:
     """Results have a task; what else lies beside them is of the study that they are from."""
-    for file in sorted(files):
-        content = read_json(file)
-        if isinstance(content, dict) and "task" in content:
-            source.results.append(read(file))
+    contents = ((file, read_json(file)) for file in sorted(files))
+    results = (file for file, one in contents if isinstance(one, dict) and "task" in one)
+    source.results = [read(file) for file in results]
     source.banks = _read_all(folder / "bank", BankResult)
     source.gaps = _read_all(folder / "gaps", GapRecord)
     source.examples = _read_all(folder / "examples", Examples)
@@ -207,13 +170,13 @@ def setting_of(source: Source, result: Result) -> tuple[Setting | None, int | No
     """What a result is a result of, and the run's seed; None where nothing says so."""
     if result.training:
         return classifier_setting(result), result.provenance.seed
-    if source.config is None:
+    if source.clip is None:
         named = result.provenance.source
-        released = ":" in named and not named.startswith(("local-dir:", "hf-hub:"))
+        released = ":" in named and not named.startswith(OWN_WEIGHTS)
         return (Setting("released", named) if released else None), None
     if result.model != source.name:  # a checkpoint on the way
-        return Setting(source.method, result.model), source.config["seed"]
-    return _clip_setting(source), source.config["seed"]
+        return Setting(source.method, result.model), source.clip.seed
+    return _clip_setting(source), source.clip.seed
 
 
 def classifier_setting(result: Result) -> Setting:
@@ -233,34 +196,25 @@ def classifier_setting(result: Result) -> Setting:
 
 
 def _clip_setting(source: Source) -> Setting:
-    config, taught_by = source.config, source.taught_by
-    bank = taught_by and taught_by.bank
-    unknown = source.method == "cifd" and taught_by is None
-    student, pretrained = config["model"], config["pretrained"]
+    config, known = source.clip, (source.path / "teachers.json").is_file()
     # The bank has its own rates, whatever the run's flag said.
-    rest = {k: v for k, v in config.items() if k not in SEEDED and (unknown or k != "rates")}
+    taught_by = read_run(source.path, "teachers.json") if known else {}
+    bank = taught_by["bank"] | {"teacher": None} if known and taught_by["bank"] else None
+    unknown = config.distill == "cifd" and not known
+    rest = {k: v for k, v in source.config.items() if k not in SEEDED and (unknown or k != "rates")}
+    teachers = [_with_tag(*teacher) for teacher in config.teachers]
+    if known and not teachers:  # a cache's, of which only the cache knows the name
+        teachers = [teacher["model"] for teacher in taught_by["teachers"]]
     return Setting(
-        method=source.method,
-        student=f"{student}:{pretrained}" if pretrained else student,
-        teachers=_teacher_names(source),
+        method=config.distill,
+        student=f"{config.model}:{config.pretrained}" if config.pretrained else config.model,
+        teachers=tuple(teachers),
         rdms=None if unknown else len(bank["rates"]) if bank else 0,
-        ibm="ibm" in config and config["ibm"],
-        rest=json.dumps([bank and {**bank, "teacher": None}, rest], sort_keys=True),
+        ibm=config.options.get("ibm", False),
+        rest=json.dumps([bank, rest], sort_keys=True),
     )
 
 
-def _teacher_names(source: Source) -> tuple[str, ...]:
-    """``ARCH`` or ``ARCH:WEIGHTS`` of each teacher; of a cache's teacher, its architecture."""
-    config = source.config
-    if not config["distill_model"]:
-        return tuple(t["model"] for t in source.taught_by.teachers) if source.taught_by else ()
-    weights = iter((config["distill_pretrained"] or "").split(","))
-    return tuple(
-        name if name.startswith(("local-dir:", "hf-hub:")) else _with_tag(name, next(weights, ""))
-        for name in config["distill_model"].split(",")
-    )
-
-
-def _with_tag(name: str, weights: str) -> str:
-    """A file of weights has no name that a paper could print."""
+def _with_tag(name: str, weights: str | None) -> str:
+    """``NAME:TAG``; a file of weights has no name that a paper could print."""
     return f"{name}:{weights}" if weights and "/" not in weights else name

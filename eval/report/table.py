@@ -7,6 +7,7 @@ report, and nothing shows them but `tag` (HTML), `plain` (Markdown) and `harmles
 import csv
 import io
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -72,6 +73,17 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.text} {self.small}".strip()
+
+
+def columns(*labels: str, words: int = 1) -> list[Column]:
+    """Columns of these labels, the first ones of words."""
+    return [Column(label, words=place < words) for place, label in enumerate(labels)]
+
+
+def mean(values: Sequence[float], digits: int, mark: str = "") -> Cell:
+    """``46.7``, and ``± 0.2`` (their sample standard deviation) of several values."""
+    spread = f"± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return Cell(f"{statistics.fmean(values):.{digits}f}{mark}", spread)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,11 @@ class Provenance:
     machine: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def identity(self) -> tuple:
+        """What a figure of one model on one data set depends on: it repeats when this does."""
+        return self.weights, self.teachers, self.data, self.preprocessing, self.precision
+
+    @property
     def shortfall(self) -> str:
         """How the split differs from the published one; nothing if it does not."""
         return "" if self.protocol in ("", WHOLE, UNPUBLISHED) else self.protocol
