@@ -15,7 +15,7 @@ from benchmarks.contestants import add_flags, common_flags, random_teacher
 from benchmarks.harness import command_line, paired, ratios, record, spelled
 from cifd_clip import World
 from training.cache_teacher import main as write_cache
-from training.clip.config import named_files, parse, resolve
+from training.clip.flags import named_files, parse, resolve
 from training.clip.run import epoch_steps, make_loader
 from training.clip.stages import RDMStage, StudentStage
 from training.data.index import index_shards
@@ -48,7 +48,7 @@ class Blocks:
 def main(argv: list[str]) -> None:
     """Measure and print."""
     parser = command_line("cache", __doc__, rounds=6)
-    add_flags(parser, "ViT-B-32", "ViT-S-32-alt", 16)
+    add_flags(parser, "ViT-B-32", "ViT-S-32-alt")
     add = parser.add_argument
     add("--train-data", required=True, metavar="SHARDS", help="as for training.main")
     add("--index-dir", metavar="DIR", help="where shard indexes go [beside the shards]")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from cifd_clip import RDMBank, World
-from training.clip.config import parse_args
+from training.clip.flags import parse_args
 from training.clip.models import add_model_configs, build_student, save_student, student_config
 from training.clip.stages import StudentStage, Transforms, make_teachers
 from training.data.loader import Batch
@@ -15,19 +15,22 @@ from training.engine.trainer import Trainer
 RATES = (1000.0, 300.0, 100.0)
 
 
-def add_flags(parser: argparse.ArgumentParser, teacher: str, student: str, batch: int) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, teacher: str, student: str, gpu: bool | None = None
+) -> None:
     """The flags of a student, its teacher and where they run; larger by default on a GPU.
 
     Args:
         parser: where to.
-        teacher, student, batch: the defaults on a CPU.
+        teacher, student: the defaults on a CPU.
+        gpu: whether it runs on one; None: where there is one.
     """
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() if gpu is None else gpu
     add = parser.add_argument
     add("--teacher", default="ViT-L-14" if gpu else teacher, help="architecture, random weights")
     add("--student", default="ViT-B-16" if gpu else student, help="architecture")
     add("--model-config", nargs="+", default=[], metavar="FILE.json", help="of other models")
-    add("--batch-size", type=int, default=256 if gpu else batch, help="of each process")
+    add("--batch-size", type=int, default=256 if gpu else 16, help="of each process")
     add("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
     add("--precision", default="amp_bf16" if gpu else "fp32", help="as for training.main")
 

@@ -6,7 +6,6 @@ ships its own); images and captions are generated. `webdataset` writes what
 """
 
 import json
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,26 +19,8 @@ from experiments.shards import encoded, write_lines, write_split
 
 CLASSIFICATION = ("imagenet1k", "imagenetv2", "imagenet-r", "imagenet-a", "objectnet")
 RETRIEVAL = ("mscoco_captions", "flickr30k")
-#: The 113 classes of ObjectNet that ImageNet has too.
-OBJECTNET = """Alarm clock; Backpack; Banana; Band Aid; Basket; Bath towel; Beer bottle; Bench;
-Bicycle; Binder (closed); Bottle cap; Bread loaf; Broom; Bucket; Butcher's knife; Can opener;
-Candle; Cellphone; Chair; Clothes hamper; Coffee/French press; Combination lock; Computer mouse;
-Desk lamp; Dishrag or hand towel; Doormat; Dress shoe (men); Drill; Drinking Cup; Drying rack for
-plates; Envelope; Fan; Frying pan; Dress; Hair dryer; Hammer; Helmet; Iron (for clothes); Jeans;
-Keyboard; Ladle; Lampshade; Laptop (open); Lemon; Letter opener; Lighter; Lipstick; Match; Measuring
-cup; Microwave; Mixing / Salad Bowl; Monitor; Mug; Nail (fastener); Necklace; Orange; Padlock;
-Paintbrush; Paper towel; Pen; Pill bottle; Pillow; Pitcher; Plastic bag; Plate; Plunger; Pop can;
-Portable heater; Printer; Remote control; Ruler; Running shoe; Safety pin; Salt shaker; Sandal;
-Screw; Shovel; Skirt; Sleeping bag; Soap dispenser; Sock; Soup Bowl; Spatula; Speaker; Still Camera;
-Strainer; Stuffed animal; Suit jacket; Sunglasses; Sweater; Swimming trunks; T-shirt; TV; Teapot;
-Tennis racket; Tie; Toaster; Toilet paper roll; Trash bin; Tray; Umbrella; Vacuum cleaner; Vase;
-Wallet; Watch; Water bottle; Weight (exercise); Weight scale; Wheel; Whistle; Wine bottle; Winter
-glove; Wok"""
-OBJECTNET_FOLDERS = {
-    "Bath towel": "full_sized_towel",
-    "Dishrag or hand towel": "hand_towel_or_rag",
-    "Drying rack for plates": "drying_rack_for_dishes",
-}
+#: The 113 classes of ObjectNet that ImageNet has too, by their folders.
+OBJECTNET: dict[str, str] = json.loads(Path(__file__).with_name("objectnet.json").read_text())
 #: Three of the 200 classes of ObjectNet that ImageNet has not: they don't count.
 OTHERS = {"air_freshener": "Air freshener", "squeegee": "Squeegee", "toy": "Toy"}
 WORDS = "a red, dog runs over the old bridge two children near green water with small white boats"
@@ -47,28 +28,17 @@ WORDS = "a red, dog runs over the old bridge two children near green water with 
 
 @dataclass(frozen=True)
 class Pictures:
-    """How a set's images look: noise of many scales, as encoded by cameras.
-
-    Attributes:
-        count: how many.
-        low, high: pixels of a side.
-        seed: of the noise.
-        distinct: the first ones, which are repeated; None: all.
-        scales, power: cells of each side of a noise, whose share falls with this power of them.
-        contrast: standard deviation of the pixels.
-        quality: of a JPEG.
-    """
+    """How a set's images look: noise of many scales, encoded."""
 
     count: int
-    low: int = 40
+    low: int = 40  # least and most pixels of a side
     high: int = 64
     seed: int = 0
-    distinct: int | None = None
-
-    scales: tuple[int, ...] = (3, 9, 27, 81)
-    power: float = 1.0
-    contrast: float = 60.0
-    quality: int = 75
+    distinct: int | None = None  # the first ones, which are repeated; None: all
+    scales: tuple[int, ...] = (3, 9, 27, 81)  # cells of a side of each noise
+    power: float = 1.0  # of the cells, with which a noise's share falls
+    contrast: float = 60.0  # standard deviation of the pixels
+    quality: int = 75  # of a JPEG
 
     def __call__(self, kind: str) -> Iterator[bytes]:
         """The encoded images; a few are not RGB, as in the real sets."""
@@ -101,8 +71,7 @@ def packaged(kind: str) -> list[str]:
 def classes(name: str) -> list[tuple[str, str]]:
     """(class folder, class name) of a data set, in the order of its labels."""
     if name == "objectnet":
-        names = [" ".join(label.split()) for label in OBJECTNET.split(";")]
-        return sorted((_objectnet_folder(label), label.lower()) for label in names)
+        return sorted((folder, label.lower()) for folder, label in OBJECTNET.items())
     imagenet = list(zip(builder.all_imagenet_wordnet_ids, packaged("classnames")))
     if name == "imagenet1k":
         return imagenet
@@ -116,14 +85,13 @@ def classes(name: str) -> list[tuple[str, str]]:
     return [next(pair for pair in rest if pair[1] == label) for label in names]
 
 
-def captions(count: int, more: int, seed: int) -> list[list[str]]:
-    """Five captions for each image; for every tenth, ``more``."""
-    rng = np.random.Generator(np.random.Philox(seed))
+def captions(name: str, pictures: Pictures) -> Iterator[list[str]]:
+    """Five captions for each image; for every tenth of COCO, six."""
+    rng = np.random.Generator(np.random.Philox(pictures.seed))
     words = WORDS.split()
-    return [
-        [" ".join(rng.permutation(words)[:9]) for _ in range(5 + more * (number % 10 == 0))]
-        for number in range(count)
-    ]
+    for number in range(pictures.count):
+        count = 6 if name == "mscoco_captions" and number % 10 == 0 else 5
+        yield [" ".join(rng.permutation(words)[:9]) for _ in range(count)]
 
 
 def webdataset(root: Path, name: str, pictures: Pictures, templates: int = 80) -> None:
@@ -131,7 +99,7 @@ def webdataset(root: Path, name: str, pictures: Pictures, templates: int = 80) -
     folder = root / name
     if name in RETRIEVAL:
         write_lines(folder / "dataset_type.txt", ["retrieval"])
-        targets = [("txt", "\n".join(some)) for some in _captions(name, pictures)]
+        targets = [("txt", "\n".join(some)) for some in captions(name, pictures)]
     else:
         names = [label for _, label in classes(name)]
         chosen = packaged("zeroshot_classification_templates")[:templates]
@@ -173,7 +141,7 @@ def local(root: Path, name: str, pictures: Pictures) -> None:
 def _coco(folder: Path, pictures: Pictures) -> None:
     images, notes = [], []
     (folder / "val2014").mkdir(parents=True)
-    for number, (image, texts) in enumerate(_captioned(folder.name, pictures)):
+    for number, (image, texts) in enumerate(zip(pictures("JPEG"), captions(folder.name, pictures))):
         identity = 581_929 - 7 * number
         file = f"COCO_val2014_{identity:012}.jpg"
         (folder / "val2014" / file).write_bytes(image)
@@ -187,7 +155,7 @@ def _coco(folder: Path, pictures: Pictures) -> None:
 def _flickr30k(folder: Path, pictures: Pictures) -> None:
     folder.mkdir(parents=True)
     lines = ["image,caption"]
-    for number, (image, texts) in enumerate(_captioned(folder.name, pictures)):
+    for number, (image, texts) in enumerate(zip(pictures("JPEG"), captions(folder.name, pictures))):
         file = f"{1_007_129_816 + 11 * number}.jpg"
         (folder / file).write_bytes(image)
         lines += [f"{file},{text}" for text in texts]
@@ -196,29 +164,15 @@ def _flickr30k(folder: Path, pictures: Pictures) -> None:
 
 def _objectnet_mappings(folder: Path) -> None:
     """The four files of ObjectNet's ``mappings``; its ImageNet side has no part in the figures."""
-    names = [" ".join(label.split()) for label in OBJECTNET.split(";")]
-    folders = {_objectnet_folder(label): label for label in names} | OTHERS
+    names = list(OBJECTNET.values())
     folder.mkdir(parents=True)
     for file, content in {
-        "folder_to_objectnet_label.json": folders,
+        "folder_to_objectnet_label.json": OBJECTNET | OTHERS,
         "objectnet_to_imagenet_1k.json": {label: label.lower() for label in names},
         "pytorch_to_imagenet_2012_id.json": {str(n): n for n in range(len(names))},
     }.items():
         (folder / file).write_text(json.dumps(content))
     write_lines(folder / "imagenet_to_label_2012_v2", [label.lower() for label in names])
-
-
-def _objectnet_folder(label: str) -> str:
-    plain = re.sub(r"[^a-z-]+", "_", label.lower().replace("'", "")).strip("_")
-    return OBJECTNET_FOLDERS.get(label, plain)
-
-
-def _captioned(name: str, pictures: Pictures) -> Iterator[tuple[bytes, list[str]]]:
-    return zip(pictures("JPEG"), _captions(name, pictures))
-
-
-def _captions(name: str, pictures: Pictures) -> list[list[str]]:
-    return captions(pictures.count, 1 if name == "mscoco_captions" else 0, pictures.seed)
 
 
 def _format(extension: str) -> str:

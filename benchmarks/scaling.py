@@ -11,9 +11,8 @@ import json
 import statistics
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -35,7 +34,8 @@ from benchmarks.contestants import (
 from benchmarks.harness import command_line, paired, ratios, record
 from cifd_clip import METHODS, DistillationTask, Features, World
 from cifd_clip.student import Pooled
-from training.clip.config import parse_args
+from experiments.seeds import table
+from training.clip.flags import parse_args
 from training.clip.stages import make_task
 from training.engine.control import StopFlag
 from training.errors import cli
@@ -46,6 +46,7 @@ OPERATIONS = {
     "_reduce_scatter_base_": "reduce_scatter",
 }
 FLOAT32 = 4
+BATCHES = (1024, 32768)  # of the model: the whole batch
 
 
 # -- counted -----------------------------------------------------------------------------------
@@ -68,38 +69,28 @@ class Collectives(TorchDispatchMode):
         if operator.namespace == "c10d":
             name = operator.__name__.partition(".")[0]
             name = OPERATIONS.get(name, name)
-            self.bytes[name] += max(sum(map(_bytes, tree_leaves(a))) for a in args)
+            tensors = [[t for t in tree_leaves(a) if isinstance(t, Tensor)] for a in args]
+            self.bytes[name] += max(sum(t.nbytes for t in some) for some in tensors)
             self.calls[name] += 1
         return operator(*args, **(kwargs or {}))
-
-
-def _bytes(value: Any) -> int:
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
 # -- the formula -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Message:
-    """One collective of a step, the same on every rank.
+class Message(NamedTuple):
+    """One collective of a step, the same on every rank."""
 
-    Attributes:
-        what: its purpose.
-        operation: all_reduce, all_gather or reduce_scatter.
-        bytes: of the whole message.
-    """
-
-    what: str
-    operation: str
-    bytes: int
+    what: str  # its purpose
+    operation: str  # all_reduce, all_gather or reduce_scatter
+    bytes: int  # of the whole message
 
 
 def gathers(task: DistillationTask, teacher_dims: list[int]) -> tuple[int, int]:
     """Columns of the embeddings that a step gathers: the student's, and its teachers'.
 
     Args:
-        task: whose losses are asked for, on two random rows.
+        task: whose losses are computed, on two random rows.
         teacher_dims: T of each teacher.
     """
     columns: Counter = Counter()
@@ -130,20 +121,20 @@ def messages(parameters: int, rows: int, gathered: tuple[int, int], backend: str
     """
     student, teachers = (FLOAT32 * rows * columns for columns in gathered)
     back = "reduce_scatter" if backend == "nccl" else "all_reduce"
-    said = [
+    step = [
         Message("gradient", "all_reduce", FLOAT32 * parameters),
         Message("student's embeddings", "all_gather", student),
         Message("their gradient", back, student),
         Message("teachers' embeddings", "all_gather", teachers),
         Message("stop flag", "all_reduce", FLOAT32),
     ]
-    return [message for message in said if message.bytes]
+    return [message for message in step if message.bytes]
 
 
-def total(said: list[Message]) -> dict[str, int]:
+def total(step: list[Message]) -> dict[str, int]:
     """Bytes by operation."""
     sums: Counter = Counter()
-    for message in said:
+    for message in step:
         sums[message.operation] += message.bytes
     return dict(sums)
 
@@ -151,21 +142,13 @@ def total(said: list[Message]) -> dict[str, int]:
 # -- the model ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Assumptions of the ring model; a ring is as fast as its slowest link.
+class Cluster(NamedTuple):
+    """Assumptions of the ring model; a ring is as fast as its slowest link."""
 
-    Attributes:
-        gpus_per_node: as many as share the fast links.
-        inside: bytes per second of a ring within a node.
-        across: bytes per second of a ring over nodes.
-        latency_inside, latency_across: seconds of one hop.
-    """
-
-    gpus_per_node: int = 8
-    inside: float = 200e9
-    across: float = 20e9
-    latency_inside: float = 5e-6
+    gpus_per_node: int = 8  # as many as share the fast links
+    inside: float = 200e9  # bytes per second of a ring within a node
+    across: float = 20e9  # bytes per second of a ring over nodes
+    latency_inside: float = 5e-6  # seconds of one hop
     latency_across: float = 15e-6
 
     def seconds(self, message: Message, gpus: int) -> float:
@@ -194,7 +177,7 @@ def model(student: str, teacher: str, cluster: Cluster) -> dict[str, Any]:
         parameters -= not task.method.uses_logit_scale  # frozen then
         gathered = gathers(task, [teacher_dim])
         for gpus in (8, 64, 512):
-            for batch in (1024, 32768):
+            for batch in BATCHES:
                 # the stop flag, last, travels on the host
                 gradient, *others = messages(parameters, batch, gathered, "nccl")[:-1]
                 # each modality is a message of its own: twice the hops
@@ -207,7 +190,7 @@ def model(student: str, teacher: str, cluster: Cluster) -> dict[str, Any]:
                     "gathers_mb": sum(sent(m, gpus) for m in others) / 1e6,
                     "gathers_ms": sum(cluster.seconds(m, gpus) for m in halves) * 1e3,
                 })  # fmt: skip
-    return {"student": student, "teacher": teacher, "cluster": asdict(cluster), "rows": rows}
+    return {"student": student, "teacher": teacher, "cluster": cluster._asdict(), "rows": rows}
 
 
 # -- two processes ---------------------------------------------------------------------------------
@@ -241,13 +224,13 @@ def count(contestant: Talking, method: str) -> dict[str, Any]:
     task, rows = contestant.stage.task, len(contestant.batch) * dist.get_world_size()
     parameters = sum(p.numel() for p in task.parameters() if p.requires_grad)
     gathered = gathers(task, contestant.stage.source.dims)
-    said = messages(parameters, rows, gathered, dist.get_backend())
-    if dict(counted.bytes) != total(said):
-        raise AssertionError(f"{method}: counted {dict(counted.bytes)}, expected {total(said)}")
+    step = messages(parameters, rows, gathered, dist.get_backend())
+    if dict(counted.bytes) != total(step):
+        raise AssertionError(f"{method}: counted {dict(counted.bytes)}, expected {total(step)}")
     return {
         "counted_bytes": dict(counted.bytes),
         "calls": dict(counted.calls),
-        "formula": [asdict(message) for message in said],
+        "formula": [message._asdict() for message in step],
     }
 
 
@@ -292,7 +275,7 @@ def _weak_scaling(shared: Talking, flags: list[str], rounds: int) -> dict[str, A
 def main(argv: list[str]) -> None:
     """Count, model, measure, print."""
     parser = command_line("scaling", __doc__, rounds=10)
-    add_flags(parser, "ViT-S-32", "ViT-S-32-alt", 16)
+    add_flags(parser, "ViT-S-32", "ViT-S-32-alt", gpu=False)
     add = parser.add_argument
     add("--full-student", default="ViT-B-16", help="what the model is about")
     add("--full-teacher", default="ViT-L-14", help="its teacher")
@@ -311,45 +294,43 @@ def main(argv: list[str]) -> None:
         methods = json.loads((folder / "results0.json").read_text())
     modelled = model(args.full_student, args.full_teacher, Cluster())
     print(f"{args.teacher} -> {args.student}, 2 gloo processes x {args.batch_size}, per step")
-    for line in (*counts_table(methods), "", *model_table(modelled)):
-        print(line)
+    print(f"{counts_table(methods)}\n{model_table(modelled['rows'])}", end="")
     record("scaling", args, {"methods": methods, "model": modelled})
 
 
-def counts_table(methods: dict[str, dict]) -> list[str]:
+def counts_table(methods: dict[str, dict]) -> str:
     """Counted bytes as Markdown; the formula agreed, or the program had stopped."""
-    timed = all("throughput" in m for m in methods.values())
-    head = "| method | all_reduce | all_gather | more than `none` |"
-    lines = [head + (" samples/s, 1 | 2 | efficiency |" if timed else "")]
-    lines.append("|---|" + "---:|" * (lines[0].count("|") - 2))
+    heads = ["method", "all_reduce", "all_gather", "more than `none`"]
+    timed = all("throughput" in counted for counted in methods.values())
+    heads += ["samples/s, 1", "2", "efficiency"] if timed else []
     plain = sum(methods["none"]["counted_bytes"].values()) if "none" in methods else None
+    rows = []
     for name, counted in methods.items():
         by = counted["counted_bytes"]
-        more = f"{sum(by.values()) - plain:+,}" if plain else ""
-        line = f"| {name} | {by['all_reduce']:,} | {by.get('all_gather', 0):,} | {more} |"
+        more = "" if plain is None else f"{sum(by.values()) - plain:+,}"
+        row = [name, f"{by['all_reduce']:,}", f"{by.get('all_gather', 0):,}", more]
         if timed:
-            rate = counted["throughput"]["samples_per_s"]
-            kept = counted["throughput"]["efficiency"]
-            line += f" {rate['1']:.1f} | {rate['2']:.1f} | "
-            line += f"{kept['median']:.2f} ({kept['min']:.2f} to {kept['max']:.2f}) |"
-        lines.append(line)
-    return lines
+            rate, kept = (counted["throughput"][k] for k in ("samples_per_s", "efficiency"))
+            row += [f"{rate['1']:.1f}", f"{rate['2']:.1f}"]
+            row.append(f"{kept['median']:.2f} ({kept['min']:.2f} to {kept['max']:.2f})")
+        rows.append(row)
+    return table(heads, rows)
 
 
-def model_table(modelled: dict[str, Any]) -> list[str]:
+def model_table(modelled: list[dict[str, Any]]) -> str:
     """The model as Markdown, one row per method and GPU count."""
-    lines = [
-        "| method | GPUs | gradient MB | ms | gathers MB at 1024 | ms | gathers MB at 32768 | ms |",
-        "|---|" + "---:|" * 7,
-    ]
-    places = {(r["method"], r["gpus"], r["global_batch"]): r for r in modelled["rows"]}
-    for method, gpus in dict.fromkeys((m, g) for m, g, _ in places):
-        small, large = places[method, gpus, 1024], places[method, gpus, 32768]
-        cells = [f"{small['gradient_mb']:.0f}", f"{small['gradient_ms']:.1f}"]
-        for row in (small, large):
-            cells += [f"{row['gathers_mb']:.1f}", f"{row['gathers_ms']:.1f}"]
-        lines.append(f"| {method} | {gpus} | " + " | ".join(cells) + " |")
-    return lines
+    heads = ["method", "GPUs", "gradient MB", "ms"]
+    heads += [head for batch in BATCHES for head in (f"gathers MB at {batch}", "ms")]
+    places = {(row["method"], row["gpus"], row["global_batch"]): row for row in modelled}
+    rows = []
+    for method, gpus in dict.fromkeys((method, gpus) for method, gpus, _ in places):
+        by_batch = [places[method, gpus, batch] for batch in BATCHES]
+        first = by_batch[0]
+        row = [method, str(gpus), f"{first['gradient_mb']:.0f}", f"{first['gradient_ms']:.1f}"]
+        for one in by_batch:
+            row += [f"{one['gathers_mb']:.1f}", f"{one['gathers_ms']:.1f}"]
+        rows.append(row)
+    return table(heads, rows)
 
 
 if __name__ == "__main__":

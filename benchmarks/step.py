@@ -46,7 +46,7 @@ def steps(flags: list[str], cached: bool) -> list[Contestant]:
 def main(argv: list[str]) -> None:
     """Measure and print."""
     parser = command_line("step", __doc__, rounds=10)
-    add_flags(parser, "ViT-B-32", "ViT-S-32", 16)
+    add_flags(parser, "ViT-B-32", "ViT-S-32")
     parser.add_argument("--cached", action="store_true", help="leave the teacher's forward out")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:

@@ -24,17 +24,18 @@ class BadFile(Exception):
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[IO[bytes]]:
+def writing(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """A binary file that appears at ``path``, whole and on disk, when the block ends well.
 
-    An error in the block leaves what was there as it was.
+    An error in the block leaves what was there as it was. The file's permissions are ``mode``
+    without those that the process's umask takes away.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Named after the process: several may write one file at once.
     temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -76,15 +77,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write a whole file, see `writing`."""
-    with writing(path) as file:
+    with writing(path, mode) as file:
         file.write(content)
 
 
-def write_text(path: Path, content: str) -> None:
+def write_text(path: Path, content: str, mode: int = 0o666) -> None:
     """Write a whole UTF-8 file, see `writing`."""
-    write_bytes(path, content.encode())
+    write_bytes(path, content.encode(), mode)
 
 
 def write_json(path: Path, content: Any, version: int | None = None) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from cifd_clip.files import read_json, write_json
 from demo import scenes
 from experiments.study import STOPPED, Run, Study, command_line, output, say
+from training.engine.environment import cores
+from training.engine.run import read_run
 from training.errors import cli
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
@@ -73,8 +75,6 @@ def plan(quick: bool) -> list[Run]:
 
 def demo(out: Path, quick: bool, record: Path | None = None) -> int:
     """Data, teacher, bank, three students, evaluation, report; the record is kept if wanted."""
-    from training.engine.environment import cores
-
     begin = time.monotonic()
 
     # 1. Scenes of coloured handwritten digits with captions, as WebDataset tars.
@@ -112,11 +112,11 @@ def keep(out: Path, study: Study, trained: list[str], record: Path, seconds: flo
     runs = {}
     for name in sorted(trained):
         run = study.logs / name
-        made = read_json(run / "environment.json")["starts"][-1]
+        environment = read_run(run, "environment.json")["starts"][-1]
         runs[name] = {
-            **{k: made[k] for k in ("command", "commit", "packages", "processor", "cpus")},
-            "seed": read_json(run / "config.json")["seed"],
-            "data": read_json(run / "data.json")["hash"],
+            **{k: environment[k] for k in ("command", "commit", "packages", "processor", "cpus")},
+            "seed": read_run(run)["seed"],
+            "data": read_run(run, "data.json")["hash"],
             "seconds": round(read_json(run / "finished.json")["seconds"], 1),
         }
     write_json(record / "record.json", {"seconds": round(seconds, 1), "runs": runs})

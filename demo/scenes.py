@@ -112,8 +112,8 @@ def captions(scene: Scene) -> list[str]:
         return [t.format(a=digit.a_name, colour=digit.colour, word=word) for t in ONE]
     first, second = (digit.a_name for digit in scene.digits)
     there, back = RELATIONS[scene.arrangement]
-    told = [(first, there, back, second), (second, back, there, first)]
-    return [t.format(a=a, relation=r, mirror=m, b=b) for t in TWO for a, r, m, b in told]
+    sides = [(first, there, back, second), (second, back, there, first)]
+    return [t.format(a=a, relation=r, mirror=m, b=b) for t in TWO for a, r, m, b in sides]
 
 
 def plain_captions(scene: Scene) -> list[str]:
@@ -171,10 +171,10 @@ def pairs(split: str, size: int, rng: np.random.Generator) -> Iterator[dict[str,
     artist = Artist(split, rng)
     for _ in range(size):
         scene = Scene((artist.digit(),)) if rng.random() < ALONE else artist.pair()
-        told = captions(scene)
+        choices = captions(scene)
         if scene.arrangement == "alone" and rng.random() < 0.5:
-            told = plain_captions(scene)
-        caption = str(rng.choice(told))
+            choices = plain_captions(scene)
+        caption = str(rng.choice(choices))
         facts = {
             "caption": caption,
             "width": SIZE,
@@ -204,8 +204,8 @@ def retrieval(split: str, size: int, rng: np.random.Generator) -> Iterator[dict[
         if scene.meaning in seen:
             continue
         seen.add(scene.meaning)
-        told = captions(scene)
-        chosen = [told[i] for i in rng.permutation(len(told))[:4]]
+        choices = captions(scene)
+        chosen = [choices[i] for i in rng.permutation(len(choices))[:4]]
         yield {"png": encoded(artist.draw(scene)), "txt": "\n".join(chosen).encode()}
 
 

@@ -214,7 +214,7 @@ def _webdataset(name: str, path: Path, split: str) -> Folder:
         files=[*sorted(path.glob("*.txt")), *shards],
         samples=[sample for shard in shards for sample in _samples(shard, LABELS[task])],
         classnames=_lines(path / "classnames.txt") or _packaged("classnames", name),
-        templates=_lines(path / f"{templates}.txt") or _packaged(templates, name),
+        templates=[*filter(None, _lines(path / f"{templates}.txt"))] or _packaged(templates, name),
     )
 
 
@@ -265,8 +265,9 @@ def _check(folder: Folder) -> None:
 
 
 def _lines(path: Path) -> list[str]:
+    """A file's lines; a blank one keeps its place, or every class after it would be another."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.splitlines()]
 
 
 def _packaged(kind: str, name: str) -> list[str]:

@@ -31,7 +31,7 @@ RATES = {1: [50], 3: [20, 50, 150], 5: [10, 20, 50, 150, 500]}
 
 # The settings, chosen on held-out training images (results/cifar100/tuning); later groups win. What
 # is held out stays out, as in A.2: a teacher that has not seen it can go on to tune students.
-EVERY_RUN = f"--batch-size 128 --momentum 0.9 --wd 1e-4 --augment flip {BF16} --holdout 2500"
+EVERY_RUN = f"--global-batch 128 --momentum 0.9 --wd 1e-4 --augment flip {BF16} --holdout 2500"
 CLASSIFIERS = "--epochs 15 --lr 0.02"
 SETTINGS = {
     "none": "",
@@ -46,7 +46,7 @@ SETTINGS = {
 #: a warm-up, and overfit without the larger decay. The teacher, which has no teacher whose answers
 #: could be kept, sees crops, and needs the noise of small batches: held out, 54.5 % where batches
 #: of 128 stop at 50. The student too needs warm-up and clipping: τ² makes the KL terms large.
-DEEP = "--epochs 5 --lr 0.03 --wd 5e-4 --batch-size 64 --warmup-epochs 1 --grad-clip-norm 5"
+DEEP = "--epochs 5 --lr 0.03 --wd 5e-4 --global-batch 64 --warmup-epochs 1 --grad-clip-norm 5"
 SMALL = "--warmup-epochs 1 --grad-clip-norm 5 --lambda-kl 0.25"
 TEACHING = f"{DEEP} --epochs 16 --augment crop"
 MODELS = {"cnn10": TEACHING, "cnn8": DEEP, "cnn6": DEEP, "cnn4": DEEP, "cnn2": SMALL}
@@ -148,7 +148,7 @@ def to_markdown(results: Path) -> str:
     groups = _by_kind(results)
     test, train = (
         {
-            name: {run["seed"]: 100 * run[metrics]["acc1"] for run in runs}
+            name: {run["provenance"]["seed"]: 100 * run[metrics]["acc1"] for run in runs}
             for name, runs in groups.items()
         }
         for metrics in ("metrics", "train_metrics")
@@ -184,7 +184,7 @@ def costs(results: Path) -> dict[str, float]:
     together. Means over seeds; methods with a run missing are left out. `eval.cost` counts MACs.
     """
     spent = {
-        kind: mean(run["provenance"]["cpu_seconds"] for run in runs)
+        kind: mean(run["training"]["cpu_seconds"] for run in runs)
         for kind, runs in _by_kind(results).items()
     }
     return {
@@ -198,7 +198,8 @@ def _by_kind(results: Path) -> dict[str, list[dict]]:
     """The kept results by what they are runs of, one for each seed (of the bank: and rate)."""
     groups: dict[str, list[dict]] = {}
     for name, result in read_results(results).items():
-        kind = name.partition("_R")[0].removesuffix(f"_s{result['seed']}").removesuffix(FEW)
+        end = f"_s{result['provenance']['seed']}"
+        kind = name.partition("_R")[0].removesuffix(end).removesuffix(FEW)
         groups.setdefault(kind, []).append(result)
     return groups
 
@@ -207,7 +208,7 @@ def main(argv: list[str]) -> int:
     """Execute what is missing; exit 0 when everything is there."""
     parser = command_line("experiments.cifar100", __doc__)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="CIFAR-100, as for training.classify")
+    add("--data", type=Path, required=True, metavar="DIR", help="as for training.classify")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one's teacher teaches")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each")
     add("--few", type=int, default=0, help="students train on N images; 0: on all")

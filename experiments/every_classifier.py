@@ -13,6 +13,7 @@ from PIL import Image
 
 from experiments.classifiers import BF16, classifier
 from experiments.study import STOPPED, Run, Study, command_line, curve, metrics, write_result
+from training.engine.environment import environment
 from training.errors import UsageError, cli
 
 PAIRS = [
@@ -23,8 +24,8 @@ PAIRS = [
 ]
 EVERY_RUN = f"{BF16} --lr 0.01 --grad-clip-norm 5 --seed 0"
 DATA = {
-    "cifar100": "--dataset cifar100 --subset 800 --augment crop --batch-size 16 --epochs 4",
-    "imagenet": "--dataset imagenet --workers 1 --batch-size 2 --epochs 8",
+    "cifar100": "--dataset cifar100 --subset 800 --augment crop --global-batch 16 --epochs 4",
+    "imagenet": "--dataset imagenet --workers 1 --global-batch 2 --epochs 8",
 }
 ASSISTANTS = "--opt adamw --lr 1e-3 --precision fp32"
 BANKS = {
@@ -94,7 +95,7 @@ def prepare(data: Path, cifar100: Path) -> None:
     (data / "cifar100").symlink_to(cifar100.resolve())
 
 
-def record(study: Study, run: Run) -> dict:
+def epochs(study: Study, run: Run) -> dict:
     """What the losses of a finished run did, epoch by epoch."""
     directory = study.logs / run.name
     terms = [name for name in metrics(directory)[0] if name.endswith(("loss", "acc1", "bits"))]
@@ -107,8 +108,9 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("--cifar100", type=Path, required=True, metavar="DIR", help="CIFAR-100's folder")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    add("--logs", type=Path, default=Path("logs/every_classifier"), metavar="DIR")
-    add("--json", type=Path, default=Path("results/every_classifier.json"), metavar="FILE")
+    logs, record = Path("logs/every_classifier"), Path("results/every_classifier.json")
+    add("--logs", type=Path, default=logs, metavar="DIR", help="of the runs")
+    add("--json", type=Path, default=record, metavar="FILE", help="the record")
     args = parser.parse_args(argv)
     if not args.cifar100.is_dir():
         raise UsageError(f"--cifar100 '{args.cifar100}': no such folder")
@@ -117,9 +119,7 @@ def main(argv: list[str]) -> int:
     prepare(study.data, args.cifar100)
     if not study.execute(args.jobs):
         return STOPPED
-    from training.engine.run import environment  # takes seconds to import
-
-    records = {run.name: record(study, run) for run in runs}
+    records = {run.name: epochs(study, run) for run in runs}
     write_result(args.json, {"environment": environment(), "runs": records})
     for name, entry in records.items():
         losses = entry["epochs"]["loss"]

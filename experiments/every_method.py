@@ -11,9 +11,11 @@ from pathlib import Path
 
 from cifd_clip.files import read_json, write_json
 from experiments.study import STOPPED, Run, Study, command_line, metrics
+from training.engine.environment import cores, environment
 from training.errors import UsageError, cli
 
 MODELS = Path(os.path.relpath(Path(__file__).parent.parent / "demo" / "models"))
+RECORD = Path("results/every_method.json")
 SIZES = {"cifar100": 32, "flickr8k": 64}
 
 
@@ -75,13 +77,12 @@ def main(argv: list[str]) -> int:
     add("--batch-size", type=int, default=64, help="of each step")
     add("--workers", type=int, default=1, help="processes that decode, of each run")
     add("--index-dir", metavar="DIR", help="where shard indexes go [beside the shards]")
-    add("--json", type=Path, default=Path("results/every_method.json"), metavar="FILE")
+    add("--json", type=Path, default=RECORD, metavar="FILE", help="the record")
     args = parser.parse_args(argv)
     given = {data: getattr(args, data) for data in SIZES if getattr(args, data)}
     if not given:
         raise UsageError("--cifar100 SHARDS or --flickr8k SHARDS, or both, are needed")
     from training.data.index import index_shards
-    from training.engine.environment import cores, environment
 
     content = {"data": {}, "runs": {}}
     if args.json.is_file():  # what it says of the other data set stays

@@ -97,8 +97,7 @@ def main(argv: list[str]) -> int:
         [term, *(f"{measured[m][term][t]:.3f}" for m in measured for t in TOWERS)]
         for term in measured["end"]
     ]
-    made = origin()
-    print(f"`{made['command']}`, commit {made['commit']}\n\n{table(heads, rows)}")
+    print("`{command}`, commit {commit}\n".format(**origin()), table(heads, rows), sep="\n")
     return 0
 
 

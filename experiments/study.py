@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cifd_clip.files import read_json, write_json, write_text
+from training.engine.environment import origin
 from training.engine.flags import CommandLine
 from training.errors import Failure, UsageError
 
@@ -37,7 +38,8 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "
 
 def command_line(module: str, doc: str) -> argparse.ArgumentParser:
     """The parser of a module's command, described by the module's docstring."""
-    return CommandLine(module, doc)
+    text = re.sub("^``.*``: ", "", doc)
+    return CommandLine(module, text[0].upper() + text[1:])
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,9 @@ class Study:
         """
         stale = []
         for run in self.runs.values():
-            made = {path: None for path in self.kept(run).values()}
-            made[self.logs / run.name / "study.json"] = FORMAT
-            for path, version in made.items():
+            versions = {path: None for path in self.kept(run).values()}
+            versions[self.logs / run.name / "study.json"] = FORMAT
+            for path, version in versions.items():
                 if path.is_file() and read_json(path, version)["flags"] != run.depends:
                     stale.append(str(path))
         if stale:
@@ -331,8 +333,6 @@ class _Execution:
 
 def current_commit() -> str | None:
     """The checkout's commit; says so if there are changes beside it."""
-    from training.engine.run import origin  # takes seconds to import
-
     commit = origin()["commit"]
     if commit and commit.endswith("-dirty"):
         print("note: the checkout has changes that are not committed, and results will say so")

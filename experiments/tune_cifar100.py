@@ -8,20 +8,21 @@ on, and several processes may work on it at once. After -- come the flags of eve
         --data DIR --method kd --model cnn2 --teacher RUN --epochs 30 --holdout 5000
 """
 
-import argparse
 import json
 import shlex
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from experiments.classifiers import CHOICES, SPACE
 from experiments.study import command_line, last_line, start, write_result
+from training.engine.environment import environment
 from training.errors import Failure, UsageError, cli
 
 DIVERGED = 3  # the exit code of such a run
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
     """Our flags, and after ``--`` those of every run.
 
     Raises:
@@ -30,7 +31,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = command_line("experiments.tune_cifar100", __doc__)
     add = parser.add_argument
     add("--name", required=True, help="of the study")
-    add("--tune", nargs="+", required=True, choices=[*SPACE, *CHOICES], help="which flags")
+    names = [*SPACE, *CHOICES]
+    text = f"which flags: {', '.join(names)}"
+    add("--tune", nargs="+", required=True, choices=names, metavar="FLAG", help=text)
     add("--trials", type=int, default=40, help="in the whole study")
     add("--min-epochs", type=int, default=3, help="before a trial may be ended")
     add("--seed", type=int, default=0, help="of the search")
@@ -52,15 +55,14 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def suggest(trial, names: list[str]) -> list[str]:
     """A trial's values of the flags that are tuned."""
-    flags = []
+    values = {}
     for name in names:
         if name in CHOICES:
-            value = trial.suggest_categorical(name, CHOICES[name])
+            values[name] = trial.suggest_categorical(name, CHOICES[name])
         else:
             low, high, log = SPACE[name]
-            value = repr(trial.suggest_float(name, low, high, log=log))
-        flags.append(f"--{name}={value}")
-    return flags
+            values[name] = trial.suggest_float(name, low, high, log=log)
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
 def command(directory: Path, flags: list[str]) -> list[str]:
@@ -79,17 +81,16 @@ def held_out(metrics: Path) -> list[float]:
 def follow(trial, directory: Path, flags: list[str]) -> float | None:
     """Run a trial; its held-out accuracy at the end, None if it is not worth going on."""
     log = directory.with_suffix(".log")
-    process, seen, value = start(command(directory, flags), 1, log), 0, 0.0
+    process, values, ended = start(command(directory, flags), 1, log), [0.0], False
     try:
-        ended = False
         while not ended:
             ended = process.poll() is not None
-            for value in held_out(directory / "metrics.jsonl")[seen:]:
-                seen += 1
-                trial.report(value, seen)
-            if not ended and seen and trial.should_prune():
+            for value in held_out(directory / "metrics.jsonl")[len(values) - 1 :]:
+                trial.report(value, len(values))
+                values.append(value)
+            if not ended and len(values) > 1 and trial.should_prune():
                 return None
-            time.sleep(0.0 if ended else 0.5)
+            time.sleep(0.5 * (not ended))
     finally:
         process.terminate()
         process.wait()
@@ -97,7 +98,7 @@ def follow(trial, directory: Path, flags: list[str]) -> float | None:
         return 0.0
     if process.returncode:
         raise Failure(f"trial {trial.number} failed: {last_line(log.read_text())} ({log})")
-    return value
+    return values[-1]
 
 
 def main(argv: list[str]) -> None:
@@ -140,8 +141,6 @@ def main(argv: list[str]) -> None:
 
 def write_best(study, path: Path, fixed: str) -> None:
     """Write the best settings and every trial."""
-    from training.engine.environment import environment
-
     best = study.best_trial
     flags = " ".join(f"--{k} {v if k in CHOICES else f'{v:.4g}'}" for k, v in best.params.items())
     trials = [

@@ -10,48 +10,49 @@ ImageNet have the site's processes, which share each batch; those on CIFAR-100 o
 from pathlib import Path
 
 from cifd_clip.classification.models import STOCK
-from slurm.jobs import Job, Run, Site, read_lines
-from training.classifier.config import parse_args
+from slurm.jobs import Job, Line, Site, read_lines
+from training.classifier.config import parse, resolve
 from training.errors import UsageError
 
 
-def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
+def read_grid(path: Path, site: Site, extra: list[str]) -> list[Line]:
     """The runs of a grid file; `extra` flags win over every line's.
 
     Raises:
         UsageError: a line is no valid command line, or needs a run that neither an earlier line
             nor the disk has. Files of weights may be `missing`.
     """
-    logs = Path(site["LOGS"]) / path.stem
+    logs = str(site.logs(path))
     device = "cuda" if site["GRES"] else "cpu"
     earlier: set[Path] = set()
 
-    def read(line: list[str]) -> Run:
-        flags = ["--device", device, *line, "--logs", str(logs)]
-        run = Run(flags, parse_args(flags))
+    def read(line: list[str]) -> Line:
+        flags = ["--device", device, *line, "--logs", logs]
+        given = parse(flags)
+        run = Line(flags, resolve(given, site.ranks if given.get("dataset") == "imagenet" else 1))
         for needed in needs(run):
             if not (needed in earlier or needed in weights([run]) or needed.exists()):
                 raise UsageError(f"'{needed}' neither exists nor is trained by an earlier line")
         earlier.add(run.path)
         return run
 
-    return list(read_lines(path, site, logs, read, extra).values())
+    return read_lines(path, site, read, extra)
 
 
-def needs(run: Run) -> list[Path]:
+def needs(run: Line) -> list[Path]:
     """The runs, or files of weights, that a run reads."""
-    args = run.args
-    places = [*args.teacher, args.rdm_bank, args.paraphraser]
+    config = run.config
+    places = [*config.teachers, config.rdm_bank, config.paraphraser]
     return [Path(place.partition(":")[2] or place) for place in places if place]
 
 
-def weights(runs: list[Run]) -> dict[Path, str]:
+def weights(runs: list[Line]) -> dict[Path, str]:
     """The files of stock models' weights that runs read, and whose they are."""
-    places = (place.partition(":") for run in runs for place in run.args.teacher)
+    places = (place.partition(":") for run in runs for place in run.config.teachers)
     return {Path(file): name for name, _, file in places if file and name in STOCK}
 
 
-def missing(runs: list[Run]) -> list[str]:
+def missing(runs: list[Line]) -> list[str]:
     """Files that are not there and that no job makes, with where they come from."""
     files = weights(runs).items()
     return [f"{file} ({origin(name)})" for file, name in files if not file.is_file()]
@@ -66,7 +67,7 @@ def origin(name: str) -> str:
     return get_model_weights(name)["IMAGENET1K_V1"].url
 
 
-def levels(runs: list[Run]) -> list[list[Run]]:
+def levels(runs: list[Line]) -> list[list[Line]]:
     """Runs by how many others, one needing the next, have to end before."""
     level: dict[Path, int] = {}
     for run in runs:  # those it needs come earlier
@@ -75,14 +76,14 @@ def levels(runs: list[Run]) -> list[list[Run]]:
     return [[run for run in runs if level[run.path] == n] for n in range(1, deepest + 1)]
 
 
-def chain(runs: list[Run], site: Site) -> list[Job]:
+def chain(runs: list[Line], site: Site) -> list[Job]:
     """The jobs of a study, each after the one before.
 
     Whatever became of the others: a task whose teacher failed says so and ends, and the rest of
     its job does not suffer.
     """
     jobs: list[Job] = []
-    large = any(run.args.dataset == "imagenet" for run in runs)
+    large = any(run.config.dataset == "imagenet" for run in runs)
     shape = (site.number("NODES"), site.number("RANKS_PER_NODE")) if large else (1, 1)
     for number, level in enumerate(levels(runs), 1):
         after = (("afterany", jobs[-1].name),) if jobs else ()
@@ -96,10 +97,10 @@ def cost(job: Job, site: Site) -> tuple[float, float] | str:
     return "classifiers are not estimated"
 
 
-def preparation(runs: list[Run], site: Site) -> str:
+def preparation(runs: list[Line], site: Site) -> str:
     """What has to be there before; of what is missing, where it comes from."""
-    given = {str(run.args.data): None for run in runs}
-    made = {run.path for run in runs}
-    given |= {str(path): None for run in runs for path in needs(run) if path not in made}
+    given = {str(run.config.data): None for run in runs}
+    trained = {run.path for run in runs}
+    given |= {str(path): None for run in runs for path in needs(run) if path not in trained}
     not_there = f"; not there yet: {', '.join(files)}" if (files := missing(runs)) else ""
     return ", ".join(given) + not_there

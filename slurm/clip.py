@@ -7,66 +7,71 @@ Lines with ``--distill rdm`` are stage 1 and come first.
 
 import re
 import shlex
-from argparse import Namespace
 from pathlib import Path
 
-from slurm.jobs import Job, Run, Site, read_lines
-from training.clip.config import batch_share, parse_args, teacher_names
+from eval import cost as estimate
+from slurm.jobs import Job, Line, Site, read_lines
+from training.clip.config import Config
+from training.clip.flags import parse, resolve
 from training.clip.models import add_model_configs, check_weights, model_config
 from training.errors import UsageError
 
 
-def read_grid(path: Path, site: Site, extra: list[str]) -> list[Run]:
+def read_grid(path: Path, site: Site, extra: list[str]) -> list[Line]:
     """The runs of a grid file; `extra` flags win over every line's.
 
     Raises:
         UsageError: a line is no valid command line or names what OpenCLIP lacks, or the lines
             contradict each other. Files of weights may be `missing`.
     """
-    logs = Path(site["LOGS"]) / path.stem
-    # said aloud, a node whose GPU can't be seen refuses, instead of training on its CPU
+    logs = str(site.logs(path))
+    # with the flag, a node whose GPU can't be seen refuses, instead of training on its CPU
     device = ["--device", "cuda"] if site["GRES"] else []
     known: dict[str, str] = {}  # the --model-config of every line, by the name it gives
 
-    def read(line: list[str]) -> Run:
+    def read(line: list[str]) -> Line:
         flags = [
-            *(*device, "--train-data", site["TRAIN_DATA"], *line, "--logs", str(logs)),
+            *(*device, "--train-data", site["TRAIN_DATA"], *line, "--logs", logs),
             *("--wandb-project-name", path.stem),  # a W&B run is called by the run's name
         ]
-        run = Run(flags, parse_args(flags))
-        if run.args.global_batch is not None:
-            batch_share(run.args, site.ranks)
-        check_models(run.args, known)
+        run = understood(flags, site)
+        check_models(run.config, known)
         return run
 
-    runs = read_lines(path, site, logs, read, extra)
-    banks = {run.path / "bank" for run in runs.values() if run.args.distill == "rdm"}
-    for run in runs.values():
-        bank = run.args.rdm_bank
+    runs = read_lines(path, site, read, extra)
+    trained = [run.path for run in runs if run.config.distill == "rdm"]
+    banks = {*trained, *(run / "bank" for run in trained)}
+    for run in runs:
+        bank = run.config.rdm_bank
         if bank and Path(bank) not in banks and not Path(bank).is_dir():
             raise UsageError(
-                f"{path}: --rdm-bank '{bank}' of {run.args.name} neither exists nor is trained by "
-                "a line with --distill rdm"
+                f"{path}: --rdm-bank '{bank}' of {run.config.name} neither exists nor is trained "
+                "by a line with --distill rdm"
             )
-    return list(runs.values())
+    return runs
 
 
-def check_models(args: Namespace, known: dict[str, str]) -> None:
+def understood(flags: list[str], site: Site) -> Line:
+    """A run, as the site's processes understand its flags."""
+    return Line(flags, resolve(parse(flags), site.ranks, device_type="cuda"))
+
+
+def check_models(config: Config, known: dict[str, str]) -> None:
     """Refuse models and tags of weights that are not OpenCLIP's, as a task would, but at once.
 
     Args:
-        args: of a line.
+        config: of a line.
         known: model configs of the lines before by the name they give; this line's are added.
     """
-    add_model_configs(args.model_config)
-    own = {Path(file).stem: file for file in args.model_config}
+    add_model_configs(config.model_config)
+    own = {Path(file).stem: file for file in config.model_config}
     for name, file in own.items():
         if known.setdefault(name, file) != file:
             raise UsageError(
                 f"--model-config '{file}': an earlier line's '{name}' is {known[name]}; give the "
                 "file another name"
             )
-    for model, name, weights, tag in models(args):
+    for model, name, weights, tag in models(config):
         if name in known and name not in own:
             raise UsageError(
                 f"{model} '{name}' is an earlier line's --model-config {known[name]}: give it to "
@@ -78,16 +83,15 @@ def check_models(args: Namespace, known: dict[str, str]) -> None:
             continue  # `missing`, or only the hub knows
         model_config(name, model)
         if tag and not file:
-            quick = args.force_quick_gelu and model == "--model"
+            quick = config.force_quick_gelu and model == "--model"
             check_weights(name, tag, weights, quick)
 
 
-def models(args: Namespace) -> list[tuple[str, str, str, str | None]]:
+def models(config: Config) -> list[tuple[str, str, str, str | None]]:
     """(flag, model, flag, its weights) of a run's student and teachers."""
-    student = ("--model", args.model, "--pretrained", args.pretrained or None)
+    student = ("--model", config.model, "--pretrained", config.pretrained or None)
     flags = "--distill-model", "--distill-pretrained"
-    taught = ((flags[0], name, flags[1], weights) for name, weights in teacher_names(args))
-    return [student, *taught]
+    return [student, *((flags[0], name, flags[1], tag) for name, tag in config.teachers)]
 
 
 def weights_file(name: str, weights: str | None) -> Path | None:
@@ -99,7 +103,7 @@ def weights_file(name: str, weights: str | None) -> Path | None:
     return Path(weights)
 
 
-def with_caches(runs: list[Run], site: Site) -> tuple[list[Run], list[list[str]]]:
+def with_caches(runs: list[Line], site: Site) -> tuple[list[Line], list[list[str]]]:
     """Runs that read their teachers' caches under ``TEACHER_CACHE``, where that is set.
 
     All runs then see the same ``VIEWS`` of an image, also those without a teacher, and those that
@@ -114,23 +118,24 @@ def with_caches(runs: list[Run], site: Site) -> tuple[list[Run], list[list[str]]
     reading, writers, most = [], {}, {}
     data: dict[str, dict[str, None]] = {}  # a cache grows by the shards of each --train-data
     for run in runs:
-        views = run.args.views or site.number("VIEWS")
+        views = run.config.views or site.number("VIEWS")
         # caches are the site's: their views hang on no run's --seed
         flags = ["--view-seed", "0", *run.flags, "--views", str(views)]
-        args = parse_args(flags)
-        if args.teacher_cache or args.val_data or args.distill == "none":
-            reading.append(Run(flags, args))
+        run = understood(flags, site)
+        config = run.config
+        if config.teacher_cache or config.val_data or config.distill == "none":
+            reading.append(run)
             continue
         folders = []
-        for name, weights in teacher_names(args):
-            folder = str(Path(site["TEACHER_CACHE"]) / cache_name(name, weights, args))
+        for name, weights in config.teachers:
+            folder = str(Path(site["TEACHER_CACHE"]) / cache_name(name, weights, config))
             folders.append(folder)
             model = ["--distill-model", name, "--distill-pretrained", weights or ""]
             writers.setdefault(folder, [*flags, *model, "--teacher-cache", folder])
             most[folder] = max(views, most.get(folder, 0))
-            data.setdefault(folder, {})[args.train_data] = None
+            data.setdefault(folder, {})[config.train_data] = None
         flags += ["--teacher-cache", ",".join(folders)]
-        reading.append(Run(flags, parse_args(flags)))
+        reading.append(understood(flags, site))
     shares = [f"{i}/{parts}" for i in range(1, parts + 1)]
     written = [
         [*flags, "--train-data", shards, "--views", str(most[folder])]
@@ -140,10 +145,10 @@ def with_caches(runs: list[Run], site: Site) -> tuple[list[Run], list[list[str]]
     return reading, [[*flags, "--part", share] for flags in written for share in shares]
 
 
-def cache_name(name: str, weights: str | None, args: Namespace) -> str:
+def cache_name(name: str, weights: str | None, config: Config) -> str:
     """The folder of a teacher's cache, another one for each of what a run refuses a cache for."""
     usual = {"captions": "first", "aug_cfg": {}, "view_seed": 0}
-    chosen = {flag: getattr(args, flag) for flag in usual}
+    chosen = {flag: getattr(config, flag) for flag in usual}
     other = (f"{flag}-{value}" for flag, value in chosen.items() if value != usual[flag])
     return slug("-".join([name, *filter(None, [weights]), *other]))
 
@@ -153,26 +158,27 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", text.removeprefix("local-dir:")).strip("-")
 
 
-def teachers(runs: list[Run]) -> list[str]:
+def teachers(runs: list[Line]) -> list[str]:
     """The distinct teachers as `eval.benchmark` names models."""
-    named = (t for run in runs for t in teacher_names(run.args) if run.args.distill != "none")
-    return list(dict.fromkeys(f"{name}:{weights}" if weights else name for name, weights in named))
+    pairs = (teacher for run in runs for teacher in run.config.teachers)
+    return list(dict.fromkeys(f"{name}:{weights}" if weights else name for name, weights in pairs))
 
 
-def configs(runs: list[Run]) -> list[str]:
+def configs(runs: list[Line]) -> list[str]:
     """The flag that lets another program know the models that OpenCLIP lacks, if there are any."""
-    files = dict.fromkeys(file for run in runs for file in run.args.model_config)
+    files = dict.fromkeys(file for run in runs for file in run.config.model_config)
     return ["--model-config", *files] if files else []
 
 
-def chain(runs: list[Run], site: Site) -> list[Job]:
+def chain(runs: list[Line], site: Site) -> list[Job]:
     """The jobs of a study, each after those it waits for."""
     runs, caches = with_caches(runs, site)
-    banks = [run for run in runs if run.args.distill == "rdm"]
-    students = [run for run in runs if run.args.distill != "rdm"]
-    logs = Path(runs[0].args.logs)
+    banks = [run for run in runs if run.config.distill == "rdm"]
+    students = [run for run in runs if run.config.distill != "rdm"]
+    logs = Path(runs[0].config.logs)
     evaluation = ["--data-root", site["DATA_ROOT"], "--datasets", *shlex.split(site["DATASETS"])]
-    results = str(logs / "teachers")
+    results, names = str(logs / "teachers"), teachers(runs)
+    page = [str(logs / "report.html"), *(str(run.path) for run in runs)]
     shape = {"nodes": site.number("NODES"), "ranks": site.number("RANKS_PER_NODE")}
     ready = (("afterok", "cache"), ("afterok", "rdm"))
     jobs = [
@@ -186,13 +192,13 @@ def chain(runs: list[Run], site: Site) -> list[Job]:
         ),
         Job(
             "eval-teachers",
-            [[t, *evaluation, "--out", results, *configs(runs)] for t in teachers(runs)],
+            [[t, *evaluation, "--out", results, *configs(runs)] for t in names],
         ),
         # Whatever became of them: the page of fourteen runs should not wait for a fifteenth that
         # diverged. The job names those that are missing.
         Job(
             "report",
-            [[str(logs / "report.html"), *(str(run.path) for run in runs), results]],
+            [[*page, results] if names else page],
             gpus=False,
             after=(("afterany", "eval"), ("afterany", "eval-teachers"), ("afterany", "rdm")),
         ),
@@ -204,8 +210,6 @@ def chain(runs: list[Run], site: Site) -> list[Job]:
 
 def cost(job: Job, site: Site) -> tuple[float, float] | str:
     """GPU hours and bytes of a job's training; or why there is no telling."""
-    from eval.cost import parse, summary  # takes seconds to import
-
     stage = {"cache": "cache", "rdm": "rdm", "distill": "student"}.get(job.name)
     if stage is None:
         return "only caches and training are estimated"
@@ -215,23 +219,23 @@ def cost(job: Job, site: Site) -> tuple[float, float] | str:
         options = ["--gpus", str(site.ranks)]
         if stage == "cache":  # its tasks read every shard, whatever an epoch is
             task = task[: task.index("--part")]
-            if parse_args(task).train_data == site["TRAIN_DATA"]:
+            if parse(task)["train_data"] == site["TRAIN_DATA"]:
                 options += ["--dataset-samples", site["TRAIN_SAMPLES"]]
         try:
-            found = summary(parse([*task, *options]))
+            counted = estimate.summary(estimate.parse([*task, *options]))
         except UsageError as error:  # no --train-num-samples: the shards are not counted here
-            return f"{parse_args(task).name}: {error}"
+            return f"{parse(task)['name']}: {error}"
         for name in (stage, "rdm") if stage == "student" else (stage,):
-            hours += found["hours"].get(name, 0) / parts
-            disk += found["disk_bytes"].get(name, 0) / parts
+            hours += counted["hours"].get(name, 0) / parts
+            disk += counted["disk_bytes"].get(name, 0) / parts
     return hours, disk
 
 
-def preparation(runs: list[Run], site: Site) -> str:
+def preparation(runs: list[Line], site: Site) -> str:
     """The command that fetches what the study needs, on a machine with a network."""
     from eval import datasets  # takes seconds to import
 
-    named = [*teachers(runs), *(r.args.model for r in runs if r.args.distill != "rdm")]
+    named = [*teachers(runs), *(r.config.model for r in runs if r.config.distill != "rdm")]
     sets = datasets.names(shlex.split(site["DATASETS"]))
     fetch = ["python", "-m", "training.prefetch", *dict.fromkeys(named)]
     fetch += [*configs(runs), "--datasets", *sets, "--data-root", site["DATA_ROOT"]]
@@ -241,8 +245,8 @@ def preparation(runs: list[Run], site: Site) -> str:
     return f"{line}\nnot there yet: {', '.join(files)}" if (files := missing(runs)) else line
 
 
-def missing(runs: list[Run]) -> list[str]:
+def missing(runs: list[Line]) -> list[str]:
     """Files of weights that are not there and that no job makes; tags' are for prefetch."""
-    named = [(name, weights) for run in runs for _, name, _, weights in models(run.args)]
+    named = [(name, weights) for run in runs for _, name, _, weights in models(run.config)]
     files = (weights_file(name, weights) for name, weights in dict.fromkeys(named))
     return [str(file) for file in files if file and not file.is_file()]

@@ -1,14 +1,15 @@
-"""What a study is made of: the site, runs, jobs, and how they reach SLURM."""
+"""What a study on SLURM is made of: the site, lines of a grid, jobs, and how they get there."""
 
 import shlex
 import string
 import subprocess
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from training.clip.config import flags_of
+from cifd_clip.files import write_text
+from training.engine.flags import expand_files, line_words
 from training.errors import Failure, UsageError
 
 
@@ -53,18 +54,32 @@ class Site(dict[str, str]):
         """Processes of a training run."""
         return self.number("NODES") * self.number("RANKS_PER_NODE")
 
+    def logs(self, grid: Path) -> Path:
+        """Where a study's runs, its page and the logs of its jobs go.
 
-@dataclass
-class Run:
-    """One line of a grid: the flags, with its recipes', and as its program understands them."""
+        Raises:
+            UsageError: SLURM would take a part of the path for a pattern of its own.
+        """
+        logs = Path(self["LOGS"]) / grid.stem
+        if "%" in str(logs):
+            raise UsageError(
+                f"'{logs}' (LOGS of {self.file}, and the study's name): SLURM reads a % in the "
+                "name of a log as a pattern; choose a path without"
+            )
+        return logs
+
+
+@dataclass(frozen=True)
+class Line:
+    """A run, as a line of a grid: its flags, recipes included, and as its program reads them."""
 
     flags: list[str]
-    args: Namespace
+    config: Any
 
     @property
     def path(self) -> Path:
         """The run directory."""
-        return Path(self.args.logs) / self.args.name
+        return Path(self.config.logs) / self.config.name
 
 
 @dataclass
@@ -91,54 +106,40 @@ class Job:
         return f"slurm/{self.name.partition('-')[0]}.sbatch"
 
 
-def expand(words: list[str]) -> list[str]:
-    """Words with the flags of each ``@file`` in its place, as the programs would read them.
-
-    Now and not in the tasks: a recipe that is edited meanwhile changes none that waits.
-    """
-    out: list[str] = []
-    for word in words:
-        if not word.startswith("@"):
-            out.append(word)
-            continue
-        if not Path(word[1:]).is_file():
-            raise UsageError(f"{word}: no such flag file")
-        for line in Path(word[1:]).read_text().splitlines():
-            out += expand(flags_of(line))
-    return out
-
-
 def read_lines(
-    path: Path, site: Site, logs: Path, read: Callable[[list[str]], Run], extra: list[str]
-) -> dict[str, Run]:
-    """The runs of a grid file by name, one per line.
+    path: Path, site: Site, read: Callable[[list[str]], Line], extra: list[str]
+) -> list[Line]:
+    """The runs of a grid file, one per line.
+
+    Their recipes are read now and not in the tasks: one that is edited meanwhile changes none that
+    waits.
 
     Args:
         path: the file; ``$VARIABLES`` are the site's, ``$LOGS`` the study's folder.
         site: of the cluster.
-        logs: where the study's runs go.
         read: makes a run of a line's words, without an ``@file`` among them.
         extra: words after those of every line.
 
     Raises:
         UsageError: a line is no valid command line, a name comes twice, or there is none.
     """
-    runs: dict[str, Run] = {}
+    logs, runs = site.logs(path), dict[str, Line]()
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
             text = string.Template(text).substitute(site, LOGS=str(logs))
-            line = flags_of(text)
-            if not line:
+            if not (line := line_words(text)):
                 continue
-            run = read(expand([*line, *extra]))
+            run = read(expand_files([*line, *extra]))
         except (UsageError, ValueError) as error:
             raise UsageError(f"{path}:{number}: {error}") from error
-        if run.args.name in runs:
-            raise UsageError(f"{path}:{number}: a second run '{run.args.name}'; give it a --name")
-        runs[run.args.name] = run
+        name = run.config.name
+        if name in runs:
+            raise UsageError(f"{path}:{number}: a second run '{name}'; give it a --name")
+        # always with a --name, by which its batch script knows the run's directory
+        runs[name] = Line([*run.flags, "--name", name], run.config)
     if not runs:
         raise UsageError(f"{path} has no runs: every line is one, as flags of its program")
-    return runs
+    return list(runs.values())
 
 
 def sbatch(job: Job, study: str, logs: Path, site: Site, submitted: dict[str, str]) -> list[str]:
@@ -158,6 +159,11 @@ def sbatch(job: Job, study: str, logs: Path, site: Site, submitted: dict[str, st
     return [*command, job.script, str(lines)]
 
 
+def shell_line(words: list[str]) -> str:
+    """Words as bash reads them back, on one line whatever is in them."""
+    return shlex.join(words).replace("\n", "'$'\\n''")  # a line's end stands within '...'
+
+
 def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str]:
     """Write the lines and submit the chain; all of it or, if SLURM refuses a job, nothing.
 
@@ -165,13 +171,13 @@ def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str
         Job numbers by name.
     """
     (logs / "slurm").mkdir(parents=True, exist_ok=True)
-    (logs / "plan").mkdir(exist_ok=True)
     submitted: dict[str, str] = {}
     for job in jobs:
-        text = "".join(f"{shlex.join(task)}\n" for task in job.tasks)
-        (logs / "plan" / f"{job.name}.lines").write_text(text)
+        text = "".join(f"{shell_line(task)}\n" for task in job.tasks)
+        # for its user alone: a source of shards may hold a password
+        write_text(logs / "plan" / f"{job.name}.lines", text, mode=0o600)
         command = sbatch(job, study, logs, site, submitted)
-        done = _ask(command, site)
+        done = _slurm(command, site)
         if done.returncode:
             if submitted:
                 subprocess.run(["scancel", *submitted.values()], env=dict(site), check=False)
@@ -183,12 +189,12 @@ def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str
 def running(jobs: list[Job], study: str, site: Site) -> list[str]:
     """Numbers of the study's jobs, of these names, that wait or run already."""
     names = {f"{study}-{job.name}" for job in jobs}
-    done = _ask(["squeue", "--noheader", "--me", "--format=%i %j"], site)
-    found = (line.split(maxsplit=1) for line in done.stdout.splitlines())
-    return [number for number, name in found if name in names]
+    done = _slurm(["squeue", "--noheader", "--me", "--format=%i %j"], site)
+    listed = (line.split(maxsplit=1) for line in done.stdout.splitlines())
+    return [number for number, name in listed if name in names]
 
 
-def _ask(command: list[str], site: Site) -> subprocess.CompletedProcess:
+def _slurm(command: list[str], site: Site) -> subprocess.CompletedProcess:
     try:
         return subprocess.run(command, capture_output=True, text=True, env=dict(site), check=False)
     except FileNotFoundError as error:

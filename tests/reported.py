@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cifd_clip.files import write_json
 from training.classifier import config as classifier_config
-from training.clip import config as clip_config
+from training.clip import flags as clip_config
 from training.engine import result
 from training.engine.config import FORMAT, record
 from training.engine.result import Provenance, Result, Training

@@ -95,12 +95,26 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
         )
         wait_for(lambda: (munge / "socket").exists(), folder)
         start("slurmctld", "-D", "-c", "-f", str(config))
+        stack.callback(end_controller, folder)
         for name in names:
             start("slurmd", "-D", "-f", str(config), "-N", name)
         ready = ["sinfo", "-h", "-N", "-t", "idle", "-o", "%N"]
         wait_for(lambda: len(output(ready, environment).split()) == len(names), folder)
         stack.callback(cancel_all, environment)
         yield environment
+
+
+@contextlib.contextmanager
+def without_controller(environment: dict[str, str]) -> Iterator[None]:
+    """A time in which the controller is down; afterwards there is a new one that knows the jobs."""
+    folder = Path(environment["SLURM_CONF"]).parent
+    end_controller(folder)
+    wait_for(lambda: not output(["sinfo", "-h"], environment), folder)
+    yield
+    # in the background; see `end_controller`
+    command = ["slurmctld", "-f", environment["SLURM_CONF"]]
+    subprocess.run(command, env=environment, check=True)
+    wait_for(lambda: output(["sinfo", "-h"], environment), folder)
 
 
 def write_config(folder: Path, names: list[str]) -> Path:
@@ -176,6 +190,12 @@ def kill_node(name: str, job: str) -> None:
             step = command.startswith(f"slurmstepd: [{job}.")
             if daemon or step or f"SLURM_JOB_ID={job}".encode() in variables:
                 os.kill(int(path.name), signal.SIGKILL)
+
+
+def end_controller(folder: Path) -> None:
+    """End whichever controller there is."""
+    with contextlib.suppress(OSError):
+        os.kill(int((folder / "slurmctld.pid").read_text()), signal.SIGTERM)
 
 
 def stop(daemon: subprocess.Popen) -> None:

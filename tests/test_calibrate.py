@@ -13,7 +13,8 @@ from tiny import embeddings
 from training.calibrate import main
 from training.clip import calibrate
 from training.clip.cache import write_shard
-from training.clip.config import CACHE_FORMAT, calibration_config, parse, parse_calibration
+from training.clip.config import CACHE_FORMAT
+from training.clip.flags import calibration_config, parse, parse_calibration
 from training.data.index import Shard
 from training.errors import UsageError
 

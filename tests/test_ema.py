@@ -11,7 +11,7 @@ from torch import nn
 
 from runs import assert_bit_equal, final, lines
 from tiny import clip, pairs
-from training.clip.config import parse_args
+from training.clip.flags import parse_args
 from training.engine.optim import MovingAverage
 from training.engine.trainer import Trainer
 from training.errors import UsageError

@@ -14,7 +14,8 @@ from eval.cost import macs, stages
 from eval.cost.__main__ import main as print_cost
 from experiments import paper_costs
 from training.cache_teacher import main as write_cache
-from training.clip import config as clip
+from training.clip import flags as clip_flags
+from training.clip.config import Config
 from training.errors import UsageError
 from training.main import main
 
@@ -59,15 +60,15 @@ def test_flags_are_read_by_training_itself():
     tail += ["--distill-model", "RN50", "--distill-pretrained", "openai"]
     own = ["--gpus", "4", "--sweep-views", "1", "2", "--mfu=.5"]
     counted = cost.parse([*head, *own, *tail])
-    given = clip.parse(["--train-data", "none", *head, *tail])
-    trained = clip.resolve(given, world_size=4, device_type="cuda")
+    given = clip_flags.parse(["--train-data", "none", *head, *tail])
+    trained = clip_flags.resolve(given, world_size=4, device_type="cuda")
     assert vars(trained).items() <= vars(counted).items()
     assert (counted.gpus, counted.sweep_views, counted.mfu) == (4, (1, 2), 0.5)
     assert counted.architectures == ("RN50",)
 
 
 def test_no_flag_of_ours_hides_one_of_trainings():
-    ours, theirs = ({f.name for f in fields(c)} for c in (cost.CostConfig, clip.Config))
+    ours, theirs = ({f.name for f in fields(c)} for c in (cost.CostConfig, Config))
     own = [name for name in vars(cost.CostConfig)["__annotations__"] if name in theirs]
     assert ours > theirs and not own
 

@@ -441,7 +441,7 @@ def test_a_trained_run_ships_with_a_card_of_what_it_recorded(format, run, teache
     assert f"library_name: {format}" in card
     assert teacher in card
     assert json.loads((run / "data.json").read_text())["hash"] in card
-    (start,) = json.loads((run / "environment.json").read_text())
+    (start,) = json.loads((run / "environment.json").read_text())["starts"]
     assert start["command"] in card
     assert weights_hash(load(str(run)).model) in card
     (path,) = [p for p in (run / "results").glob("*.json") if p.name != "other.json"]

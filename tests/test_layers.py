@@ -17,7 +17,7 @@ ALLOWED = {
     "eval": {"cifd_clip", "training"},
     "experiments": {"cifd_clip", "training", "eval"},
     "demo": {"cifd_clip", "training", "eval", "experiments"},
-    "benchmarks": {"cifd_clip", "training", "eval", "experiments", "demo"},
+    "benchmarks": {"cifd_clip", "training", "eval", "experiments"},
     "slurm": {"cifd_clip", "training", "eval", "experiments"},
 }
 PROJECT = {*ALLOWED, "tests"}

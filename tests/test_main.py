@@ -18,7 +18,8 @@ from open_clip_train.params import parse_args as open_clip_parse_args
 from cifd_clip import World
 from cifd_clip.rdm import RDMBank
 from runs import assert_bit_equal, final, lines, word_tokenizer
-from training.clip.config import DISTILL, UNSUPPORTED, parse_args, parser
+from training.clip.config import DISTILL
+from training.clip.flags import UNSUPPORTED, parse_args, parser
 from training.clip.run import bank_config
 from training.engine.control import StopFlag
 from training.errors import Failure, NonFinite, UsageError

@@ -20,8 +20,9 @@ from PIL import Image
 from demo.scenes import pairs, retrieval
 from experiments.shards import describe, write_shards, write_split
 from runs import CONFIGS, ROOT, assert_bit_equal, final, lines
-from slurm_cluster import cluster, kill_node, why_not
-from training.clip import cache_teacher
+from slurm_cluster import cluster, kill_node, why_not, without_controller
+from training import cache_teacher
+from training.engine.run import read_run
 from training.main import main
 
 PATIENCE = 900  # seconds for what takes a few on an idle machine
@@ -36,7 +37,7 @@ def slurm() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="slurm-") as name:
         Path(name).chmod(0o755)  # munged runs as a user of its own
         with cluster(Path(name)) as environment:
-            yield environment
+            yield {**environment, "PYTHON": sys.executable}  # of submit.sh
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +121,16 @@ def until(condition, story=lambda: "", every: float = 0.02) -> None:
 
 
 def processes(run: Path) -> list[int]:
-    """The training processes of a run."""
+    """The training processes of a run, without the workers that they forked."""
     mine = f"--name\0{run.name}\0".encode(), f"--logs\0{run.parent}\0".encode()
-    found = []
+    parents = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # gone
             command = path.read_bytes()
             if not command.startswith(b"srun") and all(words in command for words in mine):
-                found.append(int(path.parent.name))
-    return sorted(found)
+                status = (path.parent / "status").read_text()
+                parents[int(path.parent.name)] = int(re.search(r"PPid:\s*(\d+)", status)[1])
+    return sorted(process for process, parent in parents.items() if parent not in parents)
 
 
 def catch(run: Path, story) -> int:
@@ -315,6 +317,47 @@ def test_a_failed_stage_cancels_what_waits_for_it_and_wrong_input_is_not_tried_a
     assert "error: --train-data" in (study / "slurm" / "rdm-1.log").read_text()
 
 
+def test_a_task_outlives_its_machine_and_a_controller_that_is_down_when_it_stops(
+    slurm, site, common, tmp_path
+):
+    ask = Cluster(slurm)
+    grid, study = tmp_path / "alone.grid", tmp_path / "logs" / "alone"
+    grid.write_text(f"--name a @{common}\n--name 'b c' @{common} --epochs 1\n")
+    # a machine on which the first run of training fails with 76, when it is told to
+    python, failing = tmp_path / "python", tmp_path / "failing"
+    python.write_text(
+        "#!/bin/bash\n"
+        'if [[ "$*" == *"training.main "*"--name a "* && ! $SLURM_RESTART_COUNT -gt 0 ]]; then\n'
+        f"    while [ ! -f {failing} ]; do sleep 0.1; done\n"
+        "    exit 76\n"
+        "fi\n"
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    site.write_text(site.read_text() + f"PYTHON={python} RETRY_SECONDS=1 MAX_RESTARTS=1\n")
+    notes = ("--", "--wandb-notes", "two\nlines")
+    told = ask("slurm/submit.sh", "--cluster", site, grid, *notes)
+    jobs = dict(re.findall(r"([a-z-]+) (\d+)", told.partition(":")[2]))
+    log = study / "slurm" / "distill-1.log"
+
+    def story() -> str:
+        return ask.story(study)
+
+    until(lambda: log.is_file() and "restart 0" in log.read_text(), story)
+    with without_controller(slurm):
+        failing.touch()
+        until(lambda: "squeue --noheader failed" in log.read_text(), log.read_text)
+    tasks = [f"{jobs['distill']}_{i}" for i in (1, 2)]
+    states = ask.wait([*tasks, jobs["report"]], study)
+    assert set(states.values()) == {"COMPLETED"}, story()
+    assert [ask.job(task)["Restarts"] for task in tasks] == ["1", "0"]
+    assert "exit code 76, state RUNNING" in log.read_text()
+    for run in ("a", "b c"):
+        assert read_run(study / run)["wandb_notes"] == "two\nlines"
+    with open(study / "report.csv") as table:
+        assert {row["model"] for row in csv.DictReader(table)} == {"a", "b c"}
+
+
 def test_classifiers_follow_their_teachers_and_a_failed_one_takes_only_its_own_along(
     slurm, site, tmp_path
 ):
@@ -327,7 +370,7 @@ def test_classifiers_follow_their_teachers_and_a_failed_one_takes_only_its_own_a
         Image.fromarray(pixels).save(folder / split / name / f"{name}_{i}.JPEG")
     grid, study = tmp_path / "classify" / "small.grid", tmp_path / "logs" / "small"
     grid.parent.mkdir()
-    common = "--data $IMAGENET --dataset imagenet --batch-size 8 --workers 1 --epochs"
+    common = "--data $IMAGENET --dataset imagenet --global-batch 8 --workers 1 --epochs"
     runs = {
         "teacher": "20 --model resnet18 --final",
         "broken": "1 --model resnet18 --data nowhere",

@@ -1,7 +1,9 @@
 """Grids and what becomes of them, without a SLURM."""
 
+import os
 import shlex
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,10 +13,14 @@ from eval import benchmark
 from runs import CONFIGS, ROOT
 from slurm import classifiers, clip
 from slurm.clip import chain, preparation, read_grid
-from slurm.jobs import Job, Site, running, sbatch
+from slurm.jobs import Job, Site, running, sbatch, submit
 from slurm.plan import GRIDS, describe, grid_path, main
 from training import prefetch
-from training.clip.config import batch_share, flags_of, parse_args
+from training.classifier.config import parse_args as parse_classifier
+from training.clip.config import CacheConfig
+from training.clip.flags import cache_config, parse_args, parse_cache
+from training.engine.config import share_batch
+from training.engine.flags import line_words
 from training.errors import UsageError
 
 MILLION = 1_000_000
@@ -30,29 +36,38 @@ def site() -> Site:
     return Site.read(Path("slurm/cluster.env"))
 
 
+def cache_args(task: list[str]) -> CacheConfig:
+    """What `training.cache_teacher` makes of a task's flags."""
+    return cache_config(parse_cache(task))
+
+
 def test_table_4_is_three_students_under_five_methods_with_the_papers_settings(site):
     runs = read_grid(grid_path("table4"), site, [])
-    students = [run.args for run in runs if run.args.distill != "rdm"]
+    students = [run.config for run in runs if run.config.distill != "rdm"]
     assert len({(a.model, a.distill) for a in students}) == len(students) == 15
     for args in students:
         assert args.epochs * args.train_num_samples == 96 * MILLION
         assert args.global_batch == (6000 if args.distill == "tinyclip" else 1024)
-        assert (args.lr, args.lambda_cl, args.warmup) == (1e-3, 0.005, None), "warm-up is a sixth"
-    (bank,) = (run for run in runs if run.args.distill == "rdm")
-    assert bank.args.epochs * bank.args.train_num_samples == 21 * MILLION
-    assert {run.args.rdm_bank for run in runs} - {None} == {str(bank.path / "bank")}
+        assert (args.lr, args.warmup) == (1e-3, None), "warm-up is a sixth"
+        assert args.options.get("lambda_cl", 0.005) == 0.005
+    assert sum("lambda_cl" in args.options for args in students) >= 3, "CIFD's at least"
+    (bank,) = (run for run in runs if run.config.distill == "rdm")
+    assert bank.config.epochs * bank.config.train_num_samples == 21 * MILLION
+    assert {run.config.rdm_bank for run in runs} - {""} == {str(bank.path / "bank")}
     weights = Counter(a.distill_pretrained for a in students)
-    assert weights == {"datacomp_xl_s13b_b90k": 9, "datacomp_xl_s13b_b90k,openai": 3, None: 3}
+    assert weights == {"datacomp_xl_s13b_b90k": 9, "datacomp_xl_s13b_b90k,openai": 3, "": 3}
 
 
 def test_table_5_has_zero_one_and_three_rdms_and_the_search_four_weights(site):
-    runs = [run.args for run in read_grid(grid_path("table5"), site, [])]
+    runs = [run.config for run in read_grid(grid_path("table5"), site, [])]
     rates = {a.name: a.rates for a in runs if a.distill == "cifd"}
     assert [len(r) for r in rates.values()] == [0, 1, 3]
     banks = {a.name: a.rates for a in runs if a.distill == "rdm"}
     assert [rates["cifd-1"], rates["cifd-3"]] == [banks["bank-1"], banks["bank-3"]]
-    search = [r.args for r in read_grid(grid_path("lambda_i"), site, []) if r.args.val_data]
-    assert len({a.lambda_i for a in search}) == 4 and {a.model for a in search} == {"RN50"}
+    search = [r.config for r in read_grid(grid_path("lambda_i"), site, []) if r.config.val_data]
+    assert len({a.options["lambda_i"] for a in search}) == 4 and {a.model for a in search} == {
+        "RN50"
+    }
     assert all(a.val_data != a.train_data for a in search)
 
 
@@ -68,16 +83,16 @@ def test_every_grid_becomes_jobs_whose_evaluations_follow_their_students(grid, s
     assert f"--dependency=afterok:{numbers['cache']},afterok:{numbers['rdm']}" in after
     assert "--gres=gpu:4" in after and "--ntasks-per-node=4" in after
     for task in jobs["cache"].tasks:
-        assert task[-2] == "--part" and parse_args(task[:-2]).views == 2
+        assert task[-2] == "--part" and cache_args(task).views == 2
 
 
 def test_teachers_of_an_ensemble_have_a_cache_each_and_share_it_with_other_runs(site):
     jobs = {job.name: job for job in chain(read_grid(grid_path("table4"), site, []), site)}
-    written = {parse_args(task[:-2]).teacher_cache for task in jobs["cache"].tasks}
+    written = {cache_args(task).teacher_cache for task in jobs["cache"].tasks}
     one, two = "cache/ViT-L-14-datacomp_xl_s13b_b90k", "cache/ViT-L-14-quickgelu-openai"
     assert written == {one, two}
     read = {parse_args(task).teacher_cache for task in jobs["distill"].tasks}
-    assert read == {None, one, f"{one},{two}"}
+    assert read == {"", one, f"{one},{two}"}
     live = chain(read_grid(grid_path("table4"), site, []), Site(site, TEACHER_CACHE=""))
     assert "cache" not in [job.name for job in live]
 
@@ -92,7 +107,7 @@ def test_with_a_cache_every_run_of_a_study_sees_the_same_views(site):
         assert any(a.distill == "none" or a.val_data for a in runs) == (name != "table5")
     jobs = chain(read_grid(grid_path("table4"), site, []), Site(site, TEACHER_CACHE=""))
     live = [parse_args(task) for job in jobs if job.name == "distill" for task in job.tasks]
-    assert {(a.views, a.view_seed) for a in live} == {(0, None)}
+    assert {(a.views, a.view_seed) for a in live} == {(0, 0)}
 
 
 def test_a_runs_own_views_win_and_its_cache_holds_them(site, tmp_path):
@@ -105,7 +120,7 @@ def test_a_runs_own_views_win_and_its_cache_holds_them(site, tmp_path):
     def views(*extra: str) -> dict[str, set[int]]:
         jobs = {job.name: job for job in chain(read_grid(grid, site, [*extra]), site)}
         parsed = [parse_args(task) for task in jobs["distill"].tasks]
-        written = {parse_args(task[:-2]).views for task in jobs["cache"].tasks}
+        written = {cache_args(task).views for task in jobs["cache"].tasks}
         return {**{a.name: {a.views} for a in parsed}, "cache": written}
 
     assert views() == {"a": {2}, "b": {4}, "c": {3}, "cache": {4}}
@@ -120,7 +135,7 @@ def test_every_run_finds_its_own_captions_views_and_shards_in_its_cache(site, tm
     grid.write_text("".join(f"--name r{i} {teacher} {d}\n" for i, d in enumerate(differ)))
     jobs = {job.name: job for job in chain(read_grid(grid, site, []), site)}
     caches: dict[str, list] = {}
-    for args in (parse_args(task[:-2]) for task in jobs["cache"].tasks):
+    for args in (cache_args(task) for task in jobs["cache"].tasks):
         caches.setdefault(args.teacher_cache, []).append(args)
     for args in (parse_args(task) for task in jobs["distill"].tasks):
         written = caches[args.teacher_cache]
@@ -143,6 +158,37 @@ def test_runs_of_a_site_with_gpus_ask_for_one_unless_their_line_says_otherwise(s
     assert "--device" not in tasks(Site(site, GRES=""))[0]
 
 
+def test_a_bank_is_named_by_its_folder_or_by_its_run(site, tmp_path):
+    grid = tmp_path / "x.grid"
+    teacher = "--distill-model ViT-B-32 --distill-pretrained laion2b_s34b_b79k --rates 300"
+    student = f"--distill cifd {teacher} --rdm-bank $LOGS/bank"
+    grid.write_text(f"--name bank --distill rdm {teacher}\n--name a {student}\n")
+    assert len(read_grid(grid, site, [])) == 2
+    grid.write_text(f"--name bank --distill rdm {teacher}\n--name a {student}2\n")
+    with pytest.raises(UsageError, match="bank2' of a neither exists nor is trained"):
+        read_grid(grid, site, [])
+
+
+def test_the_report_waits_for_no_results_of_teachers_where_there_are_none(site, tmp_path):
+    grid = tmp_path / "x.grid"
+
+    def page(*lines: str) -> list[str]:
+        grid.write_text("".join(f"{line}\n" for line in lines))
+        return chain(read_grid(grid, site, []), site)[-1].tasks[0]
+
+    assert page("--name a") == ["logs/x/report.html", "logs/x/a"]
+    taught = "--name b --distill fd --distill-model ViT-B-32-quickgelu --distill-pretrained openai"
+    assert page("--name a", taught)[-2:] == ["logs/x/b", "logs/x/teachers"]
+
+
+@pytest.mark.parametrize("grid", ["table5", "classify/table2"])
+def test_logs_whose_path_slurm_would_read_as_a_pattern_are_refused(grid, tmp_path):
+    env = tmp_path / "my.env"
+    env.write_text(f"source slurm/cluster.env\nLOGS={tmp_path}/%j\n")
+    with pytest.raises(UsageError, match=r"/%j/table\d' .* reads a % in the name of a log"):
+        main(["--dry-run", "--cluster", str(env), grid])
+
+
 def test_weights_are_fetched_to_where_the_jobs_look(site):
     runs = read_grid(grid_path("table5"), site, [])
     own = Site({name: value for name, value in site.items() if name != "HF_HOME"})
@@ -161,7 +207,7 @@ def test_models_of_ones_own_are_known_to_prefetch_and_the_teachers_evaluation(si
     runs = read_grid(grid, site, [])
     jobs = {job.name: job for job in chain(runs, site)}
     for task in jobs["eval-teachers"].tasks:
-        assert benchmark.parse(task).model_config == CONFIGS
+        assert list(benchmark.parse(task).model_config) == CONFIGS
     fetch = preparation(runs, site).splitlines()[0].partition("training.prefetch ")[2]
     fetched = prefetch._parser().parse_args(shlex.split(fetch))
     assert fetched.model_config == CONFIGS and "tiny-teacher:README.md" in fetched.models
@@ -177,8 +223,8 @@ def test_models_of_ones_own_are_known_to_prefetch_and_the_teachers_evaluation(si
 )
 def test_classifiers_come_after_their_teachers_and_rdms(name, pairs, site):
     runs = classifiers.read_grid(grid_path(f"classify/{name}"), site, [])
-    cifd = [run.args for run in runs if run.args.method == "cifd"]
-    taught = [(Path(a.teacher[0].partition(":")[0]).name, a.model) for a in cifd]
+    cifd = [run.config for run in runs if run.config.method == "cifd"]
+    taught = [(Path(a.teacher.partition(":")[0]).name, a.model) for a in cifd]
     assert taught == pairs and all(a.ibm and a.rdm_bank for a in cifd)
     job_of = {
         Path(flags[flags.index("--name") + 1]).name: number
@@ -186,15 +232,26 @@ def test_classifiers_come_after_their_teachers_and_rdms(name, pairs, site):
         for flags in job.tasks
     }
     for run in runs:
-        assert run.args.device == "cuda" and (
-            run.args.final or run.args.method in ("rdm", "paraphraser")
+        assert run.config.device == "cuda" and (
+            run.config.final or run.config.method in ("rdm", "paraphraser")
         )
         for place in classifiers.needs(run):
-            assert job_of.get(place.name, -1) < job_of[run.args.name], "what it reads is there"
+            assert job_of.get(place.name, -1) < job_of[run.config.name], "what it reads is there"
     whole = sbatch(classifiers.chain(runs, site)[1], name, Path("logs"), site, {"classify-1": "7"})
     assert "slurm/classify.sbatch" in whole and "--dependency=afterany:7" in whole
-    share = site.number("RANKS_PER_NODE") if runs[0].args.dataset == "imagenet" else 1
+    share = site.number("RANKS_PER_NODE") if runs[0].config.dataset == "imagenet" else 1
     assert f"--gres=gpu:{share}" in whole and f"--ntasks-per-node={share}" in whole
+
+
+def test_classifiers_on_imagenet_whose_batch_the_processes_cannot_share_are_refused(site, tmp_path):
+    grid = tmp_path / "classify" / "x.grid"
+    grid.parent.mkdir()
+    line = "--data d --model resnet18 --global-batch 1022"
+    grid.write_text(f"{line}\n")
+    assert classifiers.read_grid(grid, site, []), "on CIFAR-100 a run has one process"
+    grid.write_text(f"{line} --dataset imagenet\n")
+    with pytest.raises(UsageError, match=r"x.grid:1: .* can't be shared by 4 processes"):
+        classifiers.read_grid(grid, site, [])
 
 
 def test_a_classifier_whose_teacher_nobody_trains_is_refused(site, tmp_path):
@@ -258,10 +315,49 @@ def test_the_jobs_of_a_study_with_a_longer_name_are_not_taken_for_ones_own(site,
 
 
 def test_any_number_of_processes_that_divides_it_makes_up_the_global_batch():
-    args = parse_args(["--train-data", "x", "--global-batch", "1024"])
-    assert [batch_share(args, n) for n in (1, 4, 16)] == [1024, 256, 64]
+    given = {"global_batch": 1024}
+    assert [share_batch(given, 64, n)["batch_size"] for n in (1, 4, 16)] == [1024, 256, 64]
     with pytest.raises(UsageError, match="--global-batch 1024 can't be shared by 3 processes"):
-        batch_share(args, 3)
+        share_batch(given, 64, 3)
+
+
+def test_the_recipes_of_classifiers_mean_what_they_meant_under_the_former_flags():
+    """The batch of all processes, and 0.01 for the densities, whatever --lr."""
+
+    def recipe(name: str, flags: str):
+        return parse_classifier([f"@slurm/recipes/classify/{name}.args", *flags.split()])
+
+    bank, teacher = "--data d --teacher t", "--data d --model resnet18"
+    student = f"{teacher} --teacher t --rdm-bank b"
+    read = {
+        name: recipe(name, flags)
+        for name, flags in {
+            **{"cifar100_teacher": teacher, "cifar100_rdm": bank, "cifar100_cifd": student},
+            **{"imagenet_student": teacher, "imagenet_rdm": bank, "imagenet_cifd": student},
+        }.items()
+    }
+    batches = {name: config.global_batch for name, config in read.items()}
+    assert batches == {
+        **{"cifar100_teacher": 64, "cifar100_rdm": 128, "cifar100_cifd": 64},
+        **{"imagenet_student": 4096, "imagenet_rdm": 1024, "imagenet_cifd": 4096},
+    }
+    for name in ("cifar100_rdm", "cifar100_cifd", "imagenet_rdm", "imagenet_cifd"):
+        config = read[name]
+        assert config.lr * config.density_lr == pytest.approx(0.01, rel=1e-12), name
+    schedules = {(config.dataset, config.lr_scheduler) for config in read.values()}
+    assert {("cifar100", "multistep"), ("imagenet", "linear")} < schedules
+    assert read["imagenet_cifd"].precision == "amp_bf16"
+
+
+@pytest.mark.parametrize(
+    ("former", "successor"),
+    [("--lr-schedule linear", "--lr-scheduler"), ("--precision bf16", "amp_bf16")],
+)
+def test_a_former_flag_of_classifiers_ends_in_a_sentence_that_names_its_successor(
+    former, successor
+):
+    with pytest.raises(UsageError, match=rf"{former.split()[0]}\b.*{successor}"):
+        parse_classifier(["--data", "d", "--model", "cnn2", *former.split()])
 
 
 WRONG = {
@@ -324,7 +420,8 @@ def test_a_dry_run_says_what_a_study_would_take_and_submits_nothing(tmp_path):
     )
     command = ["slurm/submit.sh", "--dry-run", "--cluster", env, grid]
     command += ["--", "--epochs", "20", "--model", "ViT-S-32-alt", "--train-num-samples", "2000000"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.strip()}
     hours = {job: float(rows[job][6]) for job in ("cache", "rdm", "distill")}
@@ -350,7 +447,7 @@ def test_a_line_has_the_words_that_a_shell_reads(line):
     shell = ["bash", "-c", f'printf "%s\\0" {line}\n']
     done = subprocess.run(shell, capture_output=True, text=True, check=True)
     words = done.stdout.split("\0")[:-1]
-    assert flags_of(line) == (words if line.partition("#")[0] else [])
+    assert line_words(line) == (words if line.partition("#")[0] else [])
 
 
 def test_a_number_sign_within_a_word_belongs_to_it_in_grids_and_in_recipes(site, tmp_path):
@@ -358,7 +455,7 @@ def test_a_number_sign_within_a_word_belongs_to_it_in_grids_and_in_recipes(site,
     grid.write_text(f"--name a#seed0 @{recipe} # the first\n")
     recipe.write_text("--wandb-notes b#c # of all\n")
     (run,) = read_grid(grid, site, [])
-    assert (run.args.name, run.args.wandb_notes) == ("a#seed0", "b#c")
+    assert (run.config.name, run.config.wandb_notes) == ("a#seed0", "b#c")
 
 
 @pytest.mark.parametrize("kind", ["clip", "classify"])
@@ -372,7 +469,7 @@ def test_a_recipe_edited_after_submission_changes_no_task(kind, site, tmp_path):
         study, line = classifiers, "--data d --model cnn2"
     grid.write_text(f"{line} @{recipe} --epochs 4\n")
     (run,) = study.read_grid(grid, site, [f"@{inner}"])
-    assert (run.args.name, run.args.epochs, run.args.seed) == ("a b", 4, 1), "later flags win"
+    assert (run.config.name, run.config.epochs, run.config.seed) == ("a b", 4, 1), "later flags win"
     recipe.unlink()
     inner.unlink()
     tasks = [task for job in study.chain([run], site) for task in job.tasks]
@@ -388,13 +485,90 @@ def test_what_a_dry_run_cannot_estimate_it_explains(site, tmp_path):
     assert "\n? of eval, report: only caches and training are estimated\n" in told
 
 
-def test_a_tasks_line_reaches_its_command_unchanged(tmp_path):
-    words = ["--train-data", "a b/{0..3}.tar", "--wandb-notes", "it's $HOME; *", ""]
-    (tmp_path / "lines").write_text(f"other\n{shlex.join(words)}\n")
-    common = (ROOT / "slurm" / "common.sh").read_text()
-    reading = common[common.index("arguments() {") :]
-    script = f'{reading}\nSLURM_ARRAY_TASK_ID=2 arguments "$1"; printf "%s\\n" "${{arguments[@]}}"'
+COMMON = (ROOT / "slurm" / "common.sh").read_text()
+
+
+def common(script: str, *names: str, folder: Path, **variables: str) -> list[str]:
+    """What a script prints that uses functions of common.sh, line by line."""
+    functions = [COMMON[start : COMMON.index("\n}\n", start) + 3] for start in map(start_of, names)]
     done = subprocess.run(
-        ["bash", "-c", script, "-", tmp_path / "lines"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split("\n")[:-1] == words
+        ["bash", "-euo", "pipefail", "-c", "".join([*functions, script])],
+        env={**os.environ, **variables}, cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n")[:-1]
+
+
+def start_of(name: str) -> int:
+    return COMMON.index(f"\n{name}() {{")
+
+
+class Submission:
+    """A study whose lines are written by `submit`, to a SLURM whose sbatch says yes."""
+
+    def __init__(self, site: Site, folder: Path):
+        (folder / "bin").mkdir()
+        (folder / "bin" / "sbatch").write_text("#!/bin/sh\necho 1\n")
+        (folder / "bin" / "sbatch").chmod(0o755)
+        self.site = Site(site, PATH=f"{folder / 'bin'}:{os.environ['PATH']}")
+        self.logs = folder / "logs"
+
+    def lines(self, tasks: list[list[str]]) -> Path:
+        submit([Job("distill", tasks)], "study", self.logs, self.site)
+        return self.logs / "plan" / "distill.lines"
+
+
+def test_a_tasks_line_reaches_its_command_unchanged(site, tmp_path):
+    words = [
+        "--train-data",
+        "a b/{0..3}.tar",
+        "--wandb-notes",
+        "it's $HOME; *",
+        "two\n\n'lines'\n",
+        "",
+    ]
+    lines = Submission(site, tmp_path).lines([["before\nit"], words, ["after"]])
+    assert len(lines.read_text().splitlines()) == 3
+    for number, task in enumerate((["before\nit"], words, ["after"]), 1):
+        script = 'arguments "$FILE"; printf "%s@\\n" "${arguments[@]}"'
+        variables = {"FILE": str(lines), "SLURM_ARRAY_TASK_ID": str(number)}
+        printed = common(script, "arguments", folder=tmp_path, **variables)
+        assert printed == "".join(f"{word}@\n" for word in task).split("\n")[:-1]
+
+
+def test_lines_that_may_hold_a_password_are_for_their_user_alone(site, tmp_path):
+    lines = Submission(site, tmp_path).lines([["--train-data", "pipe:curl -H 'Authorization: x'"]])
+    assert lines.stat().st_mode & 0o777 == 0o600
+
+
+def test_restarts_count_from_the_newest_checkpoint(tmp_path):
+    run, lines = tmp_path / "logs" / "a", tmp_path / "distill.lines"
+    lines.write_text("--name a --logs logs\n--train-data d\n")
+    newest = run / "checkpoints" / "latest.json"
+    newest.parent.mkdir(parents=True)
+
+    def in_vain(restarts: int, line: int = 1) -> int:
+        variables = {"SLURM_RESTART_COUNT": str(restarts), "SLURM_ARRAY_TASK_ID": str(line)}
+        script = "TASK=7_1; arguments distill.lines; restarts_in_vain"
+        told = common(script, "arguments", "restarts_in_vain", folder=tmp_path, **variables)
+        return int(told[0])
+
+    assert [in_vain(n) for n in range(3)] == [0, 1, 2]
+    newest.write_text("step 5")
+    assert [in_vain(n) for n in (3, 4)] == [0, 1]
+    newest.write_text("step 9")
+    assert [in_vain(n) for n in (5, 7)] == [0, 2], "a dead node's restarts count too"
+    assert [in_vain(n, line=2) for n in (0, 3)] == [0, 3], "what saves no checkpoint: all of them"
+
+
+def test_a_controller_that_is_down_is_asked_again(tmp_path):
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho x >>tries\n[ $(wc -l <tries) -gt 2 ] && echo RUNNING None\n")
+    squeue.chmod(0o755)
+    script = "TASK=7; patiently ./squeue"
+    told = common(script, "say", "patiently", folder=tmp_path, RETRY_SECONDS="0")
+    assert told == ["RUNNING None"] and len((tmp_path / "tries").read_text()) == 6
+    squeue.write_text("#!/bin/sh\nexit 1\n")
+    script = "TASK=7; patiently ./squeue || echo gave up"
+    told = common(script, "say", "patiently", folder=tmp_path, RETRY_SECONDS="0")
+    assert told == ["gave up"]

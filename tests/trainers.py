@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cifd_clip import DECLARED, RDMBank, Teacher, World
-from training.clip.config import named_files, parse, resolve
+from training.clip.flags import named_files, parse, resolve
 from training.clip.models import add_model_configs
 from training.clip.stages import RDMStage, StudentStage
 from training.data.loader import Batch

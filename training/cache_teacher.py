@@ -1,6 +1,6 @@
 """``python -m training.cache_teacher``: compute the teachers' embeddings once."""
 
-from training.clip.config import cache_config, parse_cache
+from training.clip.flags import cache_config, parse_cache
 from training.errors import cli
 
 

@@ -1,6 +1,6 @@
 """``python -m training.calibrate``: choose the rates R by what their RDMs keep of the teacher."""
 
-from training.clip.config import calibration_config, parse_calibration
+from training.clip.flags import calibration_config, parse_calibration
 from training.errors import cli
 
 

@@ -1,6 +1,6 @@
 """``python -m training.main``: train a CLIP model, an RDM bank, or a distilled student."""
 
-from training.clip.config import named_files, parse, resolve
+from training.clip.flags import named_files, parse, resolve
 from training.errors import cli
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from eval.cost import CostConfig
+from eval.cost.config import CostConfig
 from eval.cost.stages import (
     DEFAULT_ASSISTANT,
     Stage,

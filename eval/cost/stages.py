@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from cifd_clip.methods import DECLARED
-from eval.cost import CostConfig, macs
+from eval.cost import macs
+from eval.cost.config import CostConfig
 from eval.cost.macs import Clip
-from training.clip.config import method_options
+from training.clip.flags import method_options
 from training.errors import UsageError
 
 #: A sample's cost in forwards.

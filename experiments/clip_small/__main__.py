@@ -16,6 +16,7 @@ from experiments.clip_small import plan as plans
 from experiments.clip_small.keep import keep_result, score
 from experiments.clip_small.plan import METHODS, SCALES, STAGES, Plan, Tuned
 from experiments.study import STOPPED, Study, command_line, read_results, write_result
+from training.engine.environment import environment
 from training.errors import UsageError, cli
 
 
@@ -25,7 +26,7 @@ def planned(args: Namespace, steps: list[Callable[[Plan], None]], tuned: Tuned) 
     for step in steps:
         step(plan)
     keep = partial(keep_result, plan)
-    return Study(plan.runs, args.logs, args.logs / "data", args.results, keep)
+    return Study(plan.by_name.values(), args.logs, args.logs / "data", args.results, keep)
 
 
 def tuned_for(step: Callable[[Plan], None], results: Path) -> Tuned:
@@ -63,8 +64,6 @@ def best_lr(results: Path) -> float:
 
 def write_tuned(results: Path, lr: float) -> None:
     """Write the best weight of every method that has one, and what was tried."""
-    from training.engine.run import environment  # takes seconds to import
-
     tried = [k for k in read_results(results).values() if "tune" in k["about"]["stage"]]
     weights = {}
     for method in METHODS:

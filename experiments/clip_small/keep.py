@@ -45,7 +45,7 @@ def evaluated(folder: Path, run: Run) -> dict[str, dict[str, Any]]:
     wanted = [flag for flag in run.flags[start:] if not flag.startswith("--")]
     by_dataset: dict[str, list[dict]] = {name: [] for name in wanted}
     for result in map(read_result, sorted(folder.glob("*.json"))):
-        if result["provenance"]["split"] == split:
+        if result["split"] == split:
             by_dataset[result["dataset"]].append(result)
     for name, results in by_dataset.items():
         if len(results) != 1:

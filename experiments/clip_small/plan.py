@@ -16,7 +16,7 @@ from experiments.study import Run
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
 STUDENTS = ("gap10", "gap3")
-#: Tuning and choices are made with one student; where the bottleneck sits is asked of another.
+#: Tuning and choices are made with one student; another shows where the bottleneck sits.
 PROBE, VIT = "gap10", "gap10-vit"
 DATASETS = ("cifar100", "cifar100_seen", "flickr8k", "flickr8k_seen")
 TEACHER_DATA = "{data}/cifar100::{data}/flickr8k"
@@ -42,34 +42,20 @@ class Sizes(NamedTuple):
     flickr_test: int = 0
 
 
-@dataclass(frozen=True)
-class Scale:
-    """How large everything is.
+class Scale(NamedTuple):
+    """How large everything is."""
 
-    Attributes:
-        models: prefix of the model configurations.
-        sizes: of the data.
-        samples: pairs of an epoch.
-        batch: pairs of a step.
-        teacher, student, bank: epochs.
-        upsample: how much more often a teacher sees a photo of Flickr8k than its share.
-        calibrate: flags of `training.calibrate` beside its cache, or None.
-        workers: loader processes of a training run; 0: it reads by itself.
-        minutes: of a core (or GPU) per epoch of a model's training, of a bank's, of caching a view
-            of a teacher, of an evaluation and of a calibration.
-    """
-
-    models: str
+    models: str  # prefix of the model configurations
     sizes: Sizes
-    samples: int
-    batch: int
-    teacher: int
+    samples: int  # pairs of an epoch
+    batch: int  # pairs of a step
+    teacher: int  # epochs, as the next two
     student: int
     bank: int
-    upsample: float
-    calibrate: str | None
-    workers: int
-    minutes: dict[str, float]
+    upsample: float  # how much more often a teacher sees a photo of Flickr8k than its share
+    calibrate: str | None  # flags of training.calibrate beside its cache; None: not done
+    workers: int  # loader processes of a training run; 0: it reads by itself
+    minutes: dict[str, float]  # of a core (or GPU): an epoch, a cached view, an evaluation, ...
 
 
 #: Of one of two busy cores, as measured; gap3 from the processor time of a few steps.
@@ -93,23 +79,14 @@ SCALES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Method:
-    """A row of the table.
-
-    Attributes:
-        distill: ``--distill``.
-        flags: beside those every student has.
-        teachers: how many.
-        rates: of its bank, if it has one.
-        weight: the one weight that is tuned: its flag and the values; none where it has no weight.
-    """
+class Method(NamedTuple):
+    """A row of the table."""
 
     distill: str
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()  # beside those every student has
     teachers: int = 1
-    rates: tuple[float, ...] = ()
-    weight: tuple[str, tuple[float, ...]] | None = None
+    rates: tuple[float, ...] = ()  # of its bank, if it has one
+    weight: tuple[str, tuple[float, ...]] | None = None  # the flag that is tuned, and its values
 
 
 #: As they were chosen before the study: an RDM at R = 100 loses most of this teacher ("Which rates"
@@ -146,7 +123,7 @@ class Answer(NamedTuple):
 
 
 #: Open choices of docs/paper.md: question → answers, each a departure from cifd3 as it was tuned
-#: (`DEFAULT`). Where the bottleneck sits is asked of a student whose image tower has a projection
+#: (`DEFAULT`). Where the bottleneck sits matters to a student whose image tower has a projection
 #: to sit before, which a ResNet's attention pool is not. Sums in place of means make the embedding
 #: terms 256 (T) and the rates 128 (D) times as large, which for AdamW are these weights. CLIP-KD,
 #: whole and in parts, is there to see what sets the two apart.
@@ -191,32 +168,24 @@ class Tuned:
         return (f"--{weight[0]}={self.weights[method]:g}",) if known else ()
 
 
+@dataclass
 class Plan:
     """Runs, each named once and after those it needs.
 
-    Args:
+    Attributes:
         scale: how large.
         device: of every command.
         tuned: learning rate and weights.
         seeds, students: of the steps that compare.
+        by_name: what has been added so far.
     """
 
-    def __init__(
-        self,
-        scale: Scale,
-        device: str = "cpu",
-        tuned: Tuned | None = None,
-        seeds: Sequence[int] = (0, 1, 2),
-        students: Sequence[str] = STUDENTS,
-    ):
-        self.scale, self.device, self.tuned = scale, device, tuned or Tuned()
-        self.seeds, self.students = seeds, students
-        self.by_name: dict[str, Run] = {}
-
-    @property
-    def runs(self) -> list[Run]:
-        """Everything added so far."""
-        return list(self.by_name.values())
+    scale: Scale
+    device: str = "cpu"
+    tuned: Tuned = Tuned()
+    seeds: Sequence[int] = (0, 1, 2)
+    students: Sequence[str] = STUDENTS
+    by_name: dict[str, Run] = field(default_factory=dict)
 
     def _add(
         self, name: str, module: str, flags: Iterable[str], where: tuple[str, ...], **other
@@ -375,7 +344,7 @@ def tune_lr(plan: Plan) -> None:
 
 
 def tune_weights(plan: Plan) -> None:
-    """Every weight at every value, at the learning rate that was found."""
+    """Every weight at every value, at the tuned learning rate."""
     for method, row in METHODS.items():
         flag, values = row.weight or ("", ())
         for value in values:

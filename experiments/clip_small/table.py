@@ -104,7 +104,7 @@ def parts(kept: Iterable[Kept]) -> list[dict[str, Any]]:
 def answers(kept: Iterable[Kept]) -> list[dict[str, Any]]:
     """A row for each answer to an open choice, on held-out training data, the defaults first."""
     groups, rows = grouped(kept, "choices", "question", "student", "answer"), []
-    default = {model: runs for (asked, model, _), runs in groups.items() if asked == DEFAULT}
+    default = {model: runs for (question, model, _), runs in groups.items() if question == DEFAULT}
     for (question, model, answer), runs in groups.items():
         banks = [one["taught_by"]["bank"] or {} for one in runs.values()]
         rates = {tuple(bank.get("rates", ())) for bank in banks}

@@ -1,9 +1,11 @@
 """Small batches, teachers and RDMs for the tests of classification."""
 
+import numpy as np
 import torch
 
 from cifd_clip import RateDistortionModules, RDMBank
 from cifd_clip.classification.methods import TeacherOutput
+from training.classifier.cifar import Table
 
 BATCH = 6
 
@@ -37,3 +39,10 @@ def bank(form: str, rates=(1.0, 10.0), dim: int = 12, **options) -> RDMBank:
 def rdms(form: str, rates=(1.0, 10.0), dim: int = 12, **options) -> RateDistortionModules:
     """The modules of such a bank."""
     return bank(form, rates, dim, **options).image
+
+
+def table(samples: int) -> Table:
+    """Random images of CIFAR-100's size and classes."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (samples, 32, 32, 3), dtype=np.uint8)
+    return Table(torch.from_numpy(images), torch.from_numpy(rng.integers(0, 100, samples)), "h")

@@ -4,8 +4,6 @@ Order and augmentation are pure functions of (seed, epoch); which rows are held 
 neither.
 """
 
-import io
-import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,20 +11,25 @@ from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cifd_clip import World
+from training.classifier.tars import read_labels, shards
 from training.data import draws
+from training.data.decode import Caps, decode_image
 from training.errors import Failure, UsageError
 
 MEAN = (0.5071, 0.4865, 0.4409)
 STD = (0.2673, 0.2564, 0.2762)
 SIDE, CLASSES, PADDING = 32, 100, 4
 SPLITS = {"train": 50_000, "test": 10_000}
+#: Of an image of 32×32, and of the arrays of an npz: allocated only within these.
+CAPS = Caps(max_bytes=1 << 16, max_pixels=SIDE * SIDE)
+NPZ_BYTES = {"webp": 1 << 30, "offsets": 1 << 20, "labels": 1 << 20}
 #: How many different views of an image there are; 0: too many to keep a teacher's answers to.
 VIEWS = {"none": 1, "flip": 2, "crop": 0}
 
@@ -228,6 +231,10 @@ def load_cifar100(directory: Path, split: str) -> Table:
             f"--data {directory}: the {split} split has {len(images)} images of {images.shape[1:]} "
             f"and {len(labels)} labels, CIFAR-100's has {SPLITS[split]} of {(SIDE, SIDE, 3)}"
         )
+    if not ((labels >= 0) & (labels < CLASSES)).all():
+        raise UsageError(
+            f"--data {directory}: the {split} split has labels that are not from 0 to {CLASSES - 1}"
+        )
     digest = sha256(images.tobytes() + labels.astype(np.int64).tobytes()).hexdigest()
     return Table(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), digest)
 
@@ -262,6 +269,11 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _from_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with ZipFile(path) as archive:
+        for name, limit in NPZ_BYTES.items():
+            size = archive.getinfo(f"{name}.npy").file_size
+            if size > limit:
+                raise ValueError(f"{name} has {size} bytes, expected at most {limit}")
     packed = np.load(path)
     blob, offsets = packed["webp"].tobytes(), packed["offsets"]
     images = [_decode(blob[a:b]) for a, b in pairwise(offsets)]
@@ -270,19 +282,17 @@ def _from_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _from_tars(directory: Path) -> tuple[np.ndarray, np.ndarray]:
     images, labels = [], []
-    for shard in sorted(directory.glob("*.tar"), key=lambda p: (len(p.stem), p.stem)):
-        with _reading(shard), tarfile.open(shard) as tar:
-            for member in tar:
-                suffix = member.name.rpartition(".")[2]
-                if suffix in ("webp", "png"):
-                    images.append(_decode(tar.extractfile(member).read()))
-                elif suffix == "cls":
-                    labels.append(int(tar.extractfile(member).read()))
-    if len(images) != len(labels) or not images:
-        raise UsageError(f"--data: {directory} has {len(images)} images and {len(labels)} labels")
+    for path in shards(directory):
+        with _reading(path), open(path, "rb") as file:
+            for _, image, label in read_labels(path):
+                file.seek(image.offset)
+                images.append(_decode(file.read(min(image.size, CAPS.max_bytes + 1))))
+                labels.append(label)
+    if not images:
+        raise UsageError(f"--data: {directory} holds no *.tar")
     with _reading(directory):
         return np.stack(images), np.array(labels)
 
 
 def _decode(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    return np.asarray(decode_image(data, CAPS))

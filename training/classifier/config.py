@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from cifd_clip.artefact import read_bank_config
 from training.engine import config as engine
-from training.engine.config import OptimConfig, ProcessConfig, RunConfig
+from training.engine.config import PRECISIONS, OptimConfig, ProcessConfig, RunConfig
 from training.engine.flags import Given, Parser, construct, flag, spelled
+from training.engine.run import bank_folder, holds_bank
 from training.errors import UsageError
 
 METHODS = ("none", "kd", "takd", "dgkd", "ft", "cifd", "rdm", "paraphraser")
@@ -155,6 +158,8 @@ class ClassifierOptim(OptimConfig):
     opt: str = flag("sgd", "[sgd; rdm and paraphraser: adamw]", choices=("sgd", "adamw"))
     lr: float = flag(0.02, "peak learning rate [0.02; adamw: 0.001]", above=0)
     momentum: float = flag(0.9, "of SGD", least=0, below=1)
+    beta2: float = flag(0.999, "of AdamW", least=0, below=1)
+    eps: float = flag(1e-8, "of AdamW", above=0)
     wd: float = flag(1e-4, "weight decay", least=0)
     density_lr: float = flag(
         0.5,
@@ -176,7 +181,16 @@ class ClassifierRun(RunConfig):
 
 
 @dataclass(frozen=True)
-class Config(MethodConfig, WeightConfig, DataConfig, ClassifierOptim, ClassifierRun, ProcessConfig):
+class ClassifierProcess(ProcessConfig):
+    """`ProcessConfig` with the defaults of classifiers."""
+
+    precision: str = flag("fp32", "of the student's training", choices=PRECISIONS)
+
+
+@dataclass(frozen=True)
+class Config(
+    MethodConfig, WeightConfig, DataConfig, ClassifierOptim, ClassifierRun, ClassifierProcess
+):
     """Everything a run is told, resolved."""
 
 
@@ -186,7 +200,7 @@ GROUPS = (
     ("data", DataConfig),
     ("optimisation", ClassifierOptim),
     ("run directory, checkpoints, logs", ClassifierRun),
-    ("processes and precision", ProcessConfig),
+    ("processes and precision", ClassifierProcess),
 )
 
 
@@ -212,43 +226,65 @@ def parse(argv: Sequence[str]) -> Given:
 
 
 def parse_args(argv: Sequence[str]) -> Config:
-    """The configuration of a command line, for one process."""
+    """The configuration of a command line, for one process; its bank may not be there yet."""
     return resolve(parse(argv))
 
 
-def resolve(given: Given, world_size: int = 1, device_type: str = "cpu") -> Config:
+def bank_rates(given: Given) -> tuple[float, ...]:
+    """R of the assistants in the bank that ``--rdm-bank`` names; none where there is no bank.
+
+    Raises:
+        BadFile: it is damaged.
+    """
+    folder = bank_folder(Path(given.get("rdm_bank", "")))
+    there = given.get("rdm_bank") and holds_bank(folder)
+    return tuple(read_bank_config(folder)["rates"]) if there else ()
+
+
+def resolve(
+    given: Given,
+    world_size: int = 1,
+    device_type: str = "cpu",
+    bank: tuple[float, ...] = (),
+) -> Config:
     """The configuration that flags amount to.
 
     Args:
         given: flags, see `parse`.
         world_size: number of processes.
         device_type: where they compute.
+        bank: R of the assistants in ``--rdm-bank``, see `bank_rates`; none: not known.
 
     Raises:
         UsageError: a flag is missing, out of range, or contradicts another.
     """
     values = dict(given)
-    method, bank = given.get("method", "none"), given.get("rdm_bank")
+    method = given.get("method", "none")
     values.setdefault("opt", "adamw" if method in STAGE1 else "sgd")
     values.setdefault("lr", 0.02 if values["opt"] == "sgd" else 1e-3)
     values.setdefault("density_lr", 0.5 if values["opt"] == "sgd" else 10.0)
     values.setdefault("lambda_kl", 0.0 if method == "ft" else 1.0)
-    values.setdefault("lambda_emb", 1.0 if bank else 0.0)
+    values.setdefault("lambda_emb", 1.0 if given.get("rdm_bank") else 0.0)
     values["ibm"] = method == "cifd" and given.get("ibm", True)
     if method == "rdm":
         values.setdefault("rates", (1.0, 3.0, 10.0, 30.0, 100.0))
+    if method == "cifd":
+        values.setdefault("rates", bank)
     if "warmup_epochs" in given:
         values.setdefault("warmup", None)
     values |= engine.share_batch(given, Config.batch_size, world_size)
-    values["precision"] = given.get("precision", "fp32")
+    values["precision"] = engine.default_precision({"precision": "fp32", **given}, device_type)
     name = f"{method}_{given.get('model') or 'bank'}_s{given.get('seed', 0)}"
     values.setdefault("name", name)
     config = construct(Config, values)
     _check(config, given)
+    engine.check(config)
+    _check_assistants(config, bank)
     return config
 
 
 def _check(config: Config, given: Given) -> None:
+    """Refuse flags that don't go together, or that would have no effect."""
     method, teachers = config.method, len(config.teachers)
     if not config.data:
         raise UsageError("--data DIR is missing: where the images are")
@@ -279,7 +315,24 @@ def _check(config: Config, given: Given) -> None:
             f"--augment {config.augment} is of CIFAR-100; --dataset imagenet has random resized "
             "crops"
         )
-    engine.check(config)
+
+
+def _check_assistants(config: Config, bank: tuple[float, ...]) -> None:
+    """Refuse RDMs that can't be made, or that are not in the bank."""
     rates = [f"{rate:g}" for rate in config.rates]  # as results are called
     if len(set(rates)) < len(rates):
         raise UsageError(f"--rates has one of its values twice: {' '.join(rates)}")
+    if len(config.rdm_hidden) not in (0, 1, 3):
+        raise UsageError(
+            f"--rdm-hidden {' '.join(map(str, config.rdm_hidden))}: expected one width, or three: "
+            "hidden, bottleneck, hidden"
+        )
+    if not bank:
+        return
+    if missing := [rate for rate in config.rates if rate not in bank]:
+        there = ", ".join(f"{rate:g}" for rate in bank)
+        raise UsageError(f"--rates {missing[0]:g}: the bank {config.rdm_bank} has {there}")
+    if len(config.lambda_n) not in (1, len(rates)):
+        raise UsageError(
+            f"--lambda-n has {len(config.lambda_n)} values for {len(rates)} assistants"
+        )

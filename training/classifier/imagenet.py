@@ -18,16 +18,15 @@ from torchvision.datasets.folder import find_classes, make_dataset
 
 from cifd_clip import World
 from training.classifier.cifar import ImageBatch, normalise, share
+from training.classifier.tars import SUFFIXES, read_labels, shards
 from training.data import draws
 from training.data.decode import BadSample, Caps, decode_image
 from training.data.loader import data_loader, end, iterate
-from training.data.tar import BadTar, Member, members
 from training.data.views import draw, private_randomness
 from training.errors import UsageError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE, RESIZED = 224, 256
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 #: ImageNet has photos of sixty million pixels.
 CAPS = Caps(max_bytes=1 << 27, max_pixels=1 << 27)
 AUGMENTED = transforms.Compose(
@@ -211,7 +210,7 @@ def load_photos(directory: Path, split: str, workers: int) -> PhotoTable:
     """
     names = (split, "test") if split == "val" else (split,)
     for name in names:
-        if tars := sorted((directory / name).glob("*.tar"), key=lambda p: (len(p.stem), p.stem)):
+        if tars := shards(directory / name):
             return _from_tars(directory, tars, workers)
     root = directory / split
     if not root.is_dir():
@@ -279,44 +278,19 @@ def _table(
 def _from_tars(directory: Path, tars: list[Path], workers: int) -> PhotoTable:
     names, where, labels = [], [], []
     for number, path in enumerate(tars):
-        for key, (image, label) in _samples(path).items():
+        for key, image, label in read_labels(path):
             names.append(f"{path.name}/{key}")
             where.append((number, image.offset, image.size))
             labels.append(label)
     listed = directory / "classnames.txt"
     count = max(labels) + 1
-    classes = listed.read_text().splitlines() if listed.is_file() else map(str, range(count))
-    classes = list(classes)
+    if listed.is_file():  # a blank line keeps its place, as in clip_benchmark
+        classes = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines()]
+    else:
+        classes = list(map(str, range(count)))
     if count > len(classes):
         raise UsageError(f"{listed} names {len(classes)} classes, and there is a label {count - 1}")
     file, offset, size = np.array(where, dtype=np.int64).T
     digest = sha256("\0".join(f"{n} {y}" for n, y in zip(names, labels)).encode()).hexdigest()
     photos = Photos(tuple(names), tuple(tars), file, offset, size)
     return _table(photos, labels, classes, digest, workers, listed.is_file())
-
-
-def _samples(path: Path) -> dict[str, tuple[Member, int]]:
-    """Key → image and label of each sample of a tar, in file order."""
-    images: dict[str, Member] = {}
-    labels: dict[str, int] = {}
-    with open(path, "rb") as file:
-
-        def read(size: int, position: int) -> bytes:
-            file.seek(position)
-            return file.read(size)
-
-        try:
-            for member in members(read, path.stat().st_size):
-                key, _, suffix = member.name.decode(errors="replace").partition(".")
-                if member.kind == "file" and f".{suffix.lower()}" in SUFFIXES:
-                    images[key] = member
-                elif member.kind == "file" and suffix == "cls":
-                    labels[key] = int(read(min(member.size, 20), member.offset))
-        except (BadTar, ValueError) as problem:
-            raise UsageError(f"--data: {path}: {problem}") from None
-    if images.keys() != labels.keys() or not images or min(labels.values()) < 0:
-        raise UsageError(
-            f"--data: {path} has {len(images)} images and {len(labels)} labels (key.cls, counted "
-            "from 0), expected one each for every key"
-        )
-    return {key: (image, labels[key]) for key, image in images.items()}

@@ -8,39 +8,27 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from cifd_clip import RDMBank, World
-from cifd_clip.classification.methods import Distillation, Paraphraser, RDMTraining, Weights
-from cifd_clip.classification.models import NAMES, build
+from cifd_clip import World
+from cifd_clip.classification.models import NAMES
 from cifd_clip.files import file_hash, write_tensors
-from cifd_clip.noise import derive_seed
-from cifd_clip.rdm import unit_scale
-from training.classifier.cifar import VIEWS, Batches, Table, load_cifar100, split_rows
+from training.classifier.cifar import Batches, Table, load_cifar100, split_rows
 from training.classifier.config import Config, resolve
 from training.classifier.imagenet import PhotoBatches, PhotoTable, check_classes, load_photos
-from training.classifier.stage import (
-    ClassifierStage,
-    EpochLoader,
-    Rows,
-    Source,
-    check_accumulation,
-)
+from training.classifier.stage import ClassifierStage, EpochLoader, Rows, assemble
 from training.classifier.teachers import (
-    EVALUATION_BATCH,
-    TeacherNetworks,
     TeacherRun,
     TeacherTable,
     check_unseen,
-    load_paraphraser,
-    load_rdms,
     load_teacher,
 )
+from training.engine import result
 from training.engine.checkpoint import Checkpoints
 from training.engine.config import ProcessConfig
 from training.engine.control import (
@@ -62,12 +50,37 @@ from training.errors import UsageError
 
 log = logging.getLogger(__name__)
 
+#: Metrics of a model on the parts of the data: ``metrics`` (of the test split), and others.
+Measured = dict[str, dict[str, Any] | None]
 
-def start(given: Given) -> int:
-    """Run what a command line gives; the exit code is 0 only when all of it is finished."""
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run, on its device.
+
+    Attributes:
+        table: of the training split.
+        rows: which of them are trained on.
+        held_out: which of them are held out.
+        test: those of the test split; None without ``--final``.
+    """
+
+    table: Table | PhotoTable
+    rows: np.ndarray
+    held_out: np.ndarray
+    test: Table | PhotoTable | None = None
+
+
+def start(given: Given, bank: tuple[float, ...] = ()) -> int:
+    """Run what a command line gives; the exit code is 0 only when all of it is finished.
+
+    Args:
+        given: flags, see `training.classifier.config.parse`.
+        bank: what the bank says that they name, see `training.classifier.config.bank_rates`.
+    """
     world, device = start_processes(construct(ProcessConfig, given))
     start_logging(world)
-    config = resolve(given, world.size, device.type)
+    config = resolve(given, world.size, device.type, bank)
     if config.model and config.model not in NAMES:
         raise UsageError(f"--model {config.model}: there are {', '.join(NAMES)}")
     directory = RunDirectory(config)
@@ -84,8 +97,7 @@ def start(given: Given) -> int:
 
 def lacks_test(directory: RunDirectory) -> bool:
     """Whether a finished run's results say nothing of the test split: it had no ``--final``."""
-    results = [directory.read(path.name) for path in directory.path.glob("result*.json")]
-    return any(result["metrics"] is None for result in results)
+    return any(result.read(path).metrics is None for path in directory.path.glob("result*.json"))
 
 
 def run(config: Config, directory: RunDirectory, world: World, device: torch.device) -> bool:
@@ -96,21 +108,13 @@ def run(config: Config, directory: RunDirectory, world: World, device: torch.dev
     """
     # The images, and who teaches.
     teachers = [load_teacher(place, config.dataset) for place in config.teachers]
-    table = load_split(config, "train")
-    check_teachers(config, teachers, table)
-    # Before training, which would be lost on a split that is missing or numbers other classes.
-    test = load_test(config, table) if config.final else None
-    rows, held_out = split_rows(len(table), config.holdout, config.subset)
-    if config.subset:
-        needed = np.union1d(rows, held_out)
-        table = table.take(needed)
-        rows, held_out = np.searchsorted(needed, rows), np.searchsorted(needed, held_out)
-    table = table.to(device)
-    epochs = training_batches(config, table, rows, world)
-    data = describe(config, directory, table)
+    images = open_images(config, device)
+    check_teachers(config, teachers, images.table)
+    epochs = training_batches(config, images, world)
+    data = describe(config, directory, images.table)
     # What trains. What teachers say of the views is computed here, and is part of the run's cost.
     clock = time.monotonic(), time.process_time()
-    live, source, task = assemble(config, teachers, table)
+    live, source, task = assemble(config, teachers, images.table)
     stage = ClassifierStage(task, source, trained_rates(config), config.ema)
     trainer = Trainer(stage, config, epochs.per_epoch, world, device, config.precision, config.name)
     # Where it goes on.
@@ -131,18 +135,19 @@ def run(config: Config, directory: RunDirectory, world: World, device: torch.dev
     # Whatever may still be wrong with the command line is found before the directory is taken.
     writer = None
     if world.rank == 0:
-        directory.open()
-        directory.write("data.json", data)
-        writer = MetricWriter(directory.path, config, directory.config, trainer.progress.step)
-        begin = f"resumed from {checkpoint[0].name}" if checkpoint else "begins"
-        log.info("%s %s at step %d", directory.path, begin, trainer.progress.step)
+        writer = begin(config, directory, data, trainer, checkpoint and checkpoint[0])
     stop = StopFlag(world)
-    held = torch.from_numpy(held_out).to(device)
-    validation = Rows(table, held, stage, world) if config.holdout else None
-    rank0 = checkpoints if world.rank == 0 else None
+    held_out = Rows(images.table, on(device, images.held_out), stage, world)
     try:
-        loader = EpochLoader(epochs, stage.needs_images)
-        finished = train(trainer, loader, config, rank0, writer, stop, validation)
+        finished = train(
+            trainer,
+            EpochLoader(epochs, stage.needs_images),
+            config,
+            checkpoints if world.rank == 0 else None,
+            writer,
+            stop,
+            held_out if config.holdout else None,
+        )
     finally:
         stop.close()
         checkpoints.join()
@@ -151,18 +156,31 @@ def run(config: Config, directory: RunDirectory, world: World, device: torch.dev
     # Evaluations take minutes and look at no flag: a signal ends them, and --resume goes on here.
     if finished:
         stage.source = live
-        parts = {"train_metrics": (table, rows)}
-        parts |= {"holdout_metrics": (table, held_out)} if config.holdout else {}
-        parts |= {"metrics": (test.to(device), np.arange(len(test)))} if test is not None else {}
-        measured = {"metrics": None, "holdout_metrics": None} | {
-            name: trainer.validate(Rows(images, torch.from_numpy(of).to(device), stage, world)())
-            for name, (images, of) in parts.items()
-        }
+        measured = measure(trainer, images)
         if world.rank == 0:
-            hashes = {"train": table.hash} | ({"test": test.hash} if test is not None else {})
-            finish(config, directory, trainer, live, measured, hashes, teachers)
+            finish(config, directory, trainer, measured, images, teachers)
     barrier(world)
     return finished
+
+
+def open_images(config: Config, device: torch.device) -> Images:
+    """The images that a run needs, the test split's among them.
+
+    It is opened before training, which would be lost on one that is missing or of other classes.
+    """
+    table = load_split(config, "train")
+    test = load_test(config, table) if config.final else None
+    rows, held_out = split_rows(len(table), config.holdout, config.subset)
+    if config.subset:
+        needed = np.union1d(rows, held_out)
+        table = table.take(needed)
+        rows, held_out = np.searchsorted(needed, rows), np.searchsorted(needed, held_out)
+    return Images(table.to(device), rows, held_out, None if test is None else test.to(device))
+
+
+def on(device: torch.device, rows: np.ndarray) -> torch.Tensor:
+    """Row numbers on a device."""
+    return torch.from_numpy(rows).to(device)
 
 
 def load_split(config: Config, split: str) -> Table | PhotoTable:
@@ -187,18 +205,17 @@ def class_names(table: Table | PhotoTable) -> list[str] | None:
     return list(table.class_names) if named else None
 
 
-def training_batches(
-    config: Config, table: Table | PhotoTable, rows: np.ndarray, world: World
-) -> Batches | PhotoBatches:
+def training_batches(config: Config, images: Images, world: World) -> Batches | PhotoBatches:
     """This process's share of each batch of an epoch."""
+    table, rows, size = images.table, images.rows, config.global_batch
     if isinstance(table, PhotoTable):
-        batches = PhotoBatches(table, rows, config.seed, config.global_batch, world)
+        batches = PhotoBatches(table, rows, config.seed, size, world)
     else:
-        batches = Batches(table, rows, config.augment, config.seed, config.global_batch, world)
+        batches = Batches(table, rows, config.augment, config.seed, size, world)
     if not batches.per_epoch:
         raise UsageError(
-            f"--batch-size {config.batch_size}: a step has {config.global_batch} images, and there "
-            f"are {len(rows)} training images"
+            f"--batch-size {config.batch_size}: a step has {size} images, and there are "
+            f"{len(rows)} training images"
         )
     return batches
 
@@ -206,101 +223,6 @@ def training_batches(
 def trained_rates(config: Config) -> tuple[float, ...]:
     """R of the RDMs that this run trains."""
     return config.rates if config.method == "rdm" else ()
-
-
-def assemble(
-    config: Config, teachers: list[TeacherRun], table: Table | PhotoTable
-) -> tuple[TeacherNetworks | None, Source | None, nn.Module]:
-    """The teachers, live and as training reads them, and what trains."""
-    device = table.labels.device
-    generator = torch.Generator().manual_seed(derive_seed(config.seed, "init"))
-    live, source = assemble_teachers(config, teachers, table)
-    weights = Weights(
-        ce=config.lambda_ce,
-        kl=config.lambda_kl,
-        embedding=config.lambda_emb,
-        information=config.lambda_i,
-        factor=config.lambda_ft,
-        tau=config.tau,
-        kd_dropout=config.kd_dropout,
-        label_smoothing=config.label_smoothing,
-        embedding_loss=config.embedding_loss,
-    )
-    task: nn.Module
-    if config.method in ("rdm", "paraphraser"):
-        width = teachers[0].model.width
-        scale = unit_scale(some_embeddings(source, table))
-        if config.method == "paraphraser":
-            task = Paraphraser(width, config.factors or width // 2, scale, generator)
-        else:
-            bank = RDMBank(
-                teachers[0].identity,
-                config.rates,
-                width,
-                config.rdm_hidden or None,
-                classes=table.classes,
-                form=config.rdm_form,
-                scale=scale,
-                generator=generator,
-            )
-            task = RDMTraining(bank, weights)
-    else:
-        student = build(config.model, table.classes, table.side, generator)
-        paraphraser = None
-        if config.method == "ft":
-            paraphraser = load_paraphraser(Path(config.paraphraser), teachers[0], config.holdout)
-        dims = live.dims if live else []
-        task = Distillation(student, dims, weights, config.ibm, paraphraser, generator)
-    check_accumulation(config.accum_freq, config.model, task)
-    return live, source, task.to(device, memory_format=torch.channels_last)
-
-
-def assemble_teachers(
-    config: Config, teachers: list[TeacherRun], table: Table | PhotoTable
-) -> tuple[TeacherNetworks | None, Source | None]:
-    """The teachers with their assistants, live and as training reads them."""
-    rdms = None
-    selected: list[int] = []
-    if config.rdm_bank:
-        rdms = load_rdms(Path(config.rdm_bank), teachers[0], config.holdout)
-        selected = selected_rdms(config, rdms)
-    if not teachers:
-        return None, None
-    teaching = teachers[-1:] if config.method == "takd" else teachers
-    lambdas = list(config.lambda_n) * (len(selected) if len(config.lambda_n) == 1 else 1)
-    if len(lambdas) != len(selected):
-        raise UsageError(f"--lambda-n has {len(lambdas)} values for {len(selected)} assistants")
-    embeddings = config.method in ("ft", "rdm", "paraphraser") or config.lambda_emb > 0
-    live = TeacherNetworks([t.model for t in teaching], rdms, selected, lambdas, embeddings).to(
-        table.labels.device, memory_format=torch.channels_last
-    )
-    if isinstance(table, Table) and VIEWS[config.augment]:
-        hashes = [t.hash for t in teaching]
-        folder = Path(config.teacher_cache) if config.teacher_cache else None
-        return live, TeacherTable(live, table, config.augment, hashes, folder)
-    if config.teacher_cache:
-        raise UsageError(
-            "--teacher-cache keeps what teachers say about each view, and there are too many "
-            "views: expected CIFAR-100 with --augment none or flip"
-        )
-    return live, live
-
-
-def selected_rdms(config: Config, rdms: RDMBank) -> list[int]:
-    """Which of a bank's RDMs teach."""
-    missing = [r for r in config.rates if r not in rdms.rates]
-    if missing:
-        there = ", ".join(f"{rate:g}" for rate in rdms.rates)
-        raise UsageError(f"--rates {missing[0]:g}: the bank {config.rdm_bank} has {there}")
-    return [rdms.rates.index(r) for r in config.rates or rdms.rates]
-
-
-def some_embeddings(source: Source, table: Table | PhotoTable) -> Tensor:
-    """The first teacher's embeddings of the images, or of some hundred, which tell their scale."""
-    if isinstance(source, TeacherTable):
-        return source.embedding
-    rows = torch.from_numpy(split_rows(len(table), min(EVALUATION_BATCH, len(table)))[1])
-    return source(next(table.in_order(rows.to(table.labels.device), len(rows))))[0].embedding
 
 
 def check_teachers(config: Config, teachers: list[TeacherRun], table: Table | PhotoTable) -> None:
@@ -329,71 +251,115 @@ def describe(config: Config, directory: RunDirectory, table: Table | PhotoTable)
     return {"dataset": config.dataset, "train": train_images}
 
 
+def begin(
+    config: Config,
+    directory: RunDirectory,
+    data: dict[str, Any],
+    trainer: Trainer,
+    checkpoint: Path | None,
+) -> MetricWriter:
+    """Take the run's directory and say what is about to happen (rank 0)."""
+    directory.open()
+    directory.write("data.json", data)
+    how = f"resumed from {checkpoint.name}" if checkpoint else "begins"
+    log.info("%s %s at step %d", directory.path, how, trainer.progress.step)
+    if config.method == "cifd" and not config.rdm_bank:
+        log.warning(
+            "--method cifd without --rdm-bank: no RDM assists the teacher; what trains is the "
+            "CIFD without RDMs of Table 6"
+        )
+    return MetricWriter(directory.path, config, directory.config, trainer.progress.step)
+
+
+def measure(trainer: Trainer, images: Images) -> Measured:
+    """What ships on each part of the data; the test split, if any, is looked at here alone."""
+    parts = {"train_metrics": (images.table, images.rows)}
+    if len(images.held_out):
+        parts["holdout_metrics"] = (images.table, images.held_out)
+    if images.test is not None:
+        parts["metrics"] = (images.test, np.arange(len(images.test)))
+    measured: Measured = {"metrics": None, "holdout_metrics": None}
+    for name, (table, rows) in parts.items():
+        part = Rows(table, on(trainer.device, rows), trainer.stage, trainer.world)
+        measured[name] = trainer.validate(part())
+    return measured
+
+
 def finish(
     config: Config,
     directory: RunDirectory,
     trainer: Trainer,
-    live: TeacherNetworks | None,
-    measured: dict[str, dict[str, Any] | None],
-    data: dict[str, str],
+    measured: Measured,
+    images: Images,
     teachers: Sequence[TeacherRun],
 ) -> None:
     """Write what ships, and the results.
 
     Args:
         config, directory, trainer: of the run.
-        live: the teachers.
-        measured: metrics on the training, held-out and test images.
-        data: hashes of the splits.
+        measured: see `measure`.
+        images: of the run.
         teachers: the runs that taught.
     """
     path, shipped, progress = directory.path, trainer.stage.shipped, trainer.progress
-    assistants = live is not None and live.rdms is not None
-    result = {
-        "task": "classification",
-        "dataset": config.dataset,
-        "teacher": teachers[0].name if teachers else None,
-        "assistants": [t.name for t in teachers[1:]],
-        "student": config.model or None,
-        "method": config.method,
-        "rates": [live.rdms.rates[i] for i in live.selected] if assistants else list(config.rates),
-        "ibm": config.ibm,
-        "seed": config.seed,
-        "provenance": {
-            "environment": environment(),
-            "settings": {k: v for k, v in directory.config.items() if k not in ("logs", "resume")},
-            "teachers": [t.hash for t in teachers],
-            "data": data,
-            "steps": trainer.total_steps,
-            "processes": trainer.world.size,
-            "seconds": progress.seconds,
-            "cpu_seconds": progress.cpu_seconds,
-        },
-    }
+    splits = {"train": images.table} | ({"test": images.test} if images.test is not None else {})
+    training = training_record(config, directory, trainer, teachers)
+
+    def write(name: str, measured: Measured, weights: str | None = None, **role: Any) -> None:
+        record = result.of_classifier(
+            dataset=config.dataset,
+            model=config.name,
+            training=replace(training, **role),
+            measured=measured,
+            environment=environment(),
+            seed=config.seed,
+            weights=weights,
+            teachers=tuple(teacher.hash for teacher in teachers),
+            data={name: table.hash for name, table in splits.items()},
+        )
+        result.write(path / name, record)
+
     if config.method == "rdm":
         shipped.bank.save(path / "bank")
         for i, rate in enumerate(config.rates):
             one = {k: m and {n: v[i] for n, v in m.items()} for k, m in measured.items()}
-            entry = {**result, **one, "role": "rdm", "rate": rate}
-            directory.write(f"result_R{rate:g}.json", entry)
+            write(f"result_R{rate:g}.json", one, role="rdm", rate=rate)
     elif config.method == "paraphraser":
         shipped.save(path / "paraphraser", teachers[0].identity)
-        directory.write("result.json", {**result, **measured, "role": "paraphraser"})
+        write("result.json", measured, role="paraphraser")
     else:
         write_tensors(path / "model.safetensors", shipped.student.state_dict())
-        result["provenance"]["weights"] = file_hash(path / "model.safetensors")
-        directory.write("result.json", {**result, **measured})
+        write("result.json", measured, file_hash(path / "model.safetensors"))
     directory.write("finished.json", progress.state())
     log.info("finished %s in %.0f s", path, progress.seconds)
     for line in summary(measured):
         log.info("%s", line)
 
 
+def training_record(
+    config: Config, directory: RunDirectory, trainer: Trainer, teachers: Sequence[TeacherRun]
+) -> result.Training:
+    """How the run trained, for its results."""
+    return result.Training(
+        method=config.method,
+        student=config.model or None,
+        teacher=teachers[0].name if teachers else None,
+        assistants=tuple(teacher.name for teacher in teachers[1:]),
+        rates=config.rates,
+        ibm=config.ibm,
+        settings={k: v for k, v in directory.config.items() if k not in ("logs", "resume")},
+        steps=trainer.total_steps,
+        processes=trainer.world.size,
+        seconds=trainer.progress.seconds,
+        cpu_seconds=trainer.progress.cpu_seconds,
+    )
+
+
 #: What parts of the data are called, in the order in which the summary has them.
 PARTS = {"metrics": "test", "holdout_metrics": "held out", "train_metrics": "training images"}
 
 
-def summary(measured: dict[str, dict | None]) -> list[str]:
+def summary(measured: Measured) -> list[str]:
     """The final metrics for who reads the log; of RDMs, in the order of their rates."""
     lines = [
         f"{name}: {', '.join(_formatted(*metric) for metric in measured[part].items())}"

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from cifd_clip import Features, Teacher
 from cifd_clip.files import file_hash, read_json, write_json
 from training.clip.cache import check_config, is_complete, shard_name, write_shard
-from training.clip.config import CACHE_FORMAT, CacheConfig, cache_config, read_cache_config
+from training.clip.config import CACHE_FORMAT, CacheConfig, read_cache_config
+from training.clip.flags import cache_config
 from training.clip.models import add_model_configs, build_teachers, model_config
 from training.clip.stages import Transforms
 from training.data.index import Shard, Sources, index_shards

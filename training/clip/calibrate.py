@@ -27,7 +27,8 @@ from cifd_clip import Features, RDMBank, RDMTask
 from cifd_clip.files import file_hash, read_json, write_json, write_text
 from cifd_clip.noise import derive_seed
 from training.clip.cache import MODALITIES, shard_name
-from training.clip.config import CalibrationConfig, calibration_config, read_cache_config
+from training.clip.config import CalibrationConfig, read_cache_config
+from training.clip.flags import calibration_config
 from training.clip.stages import make_bank
 from training.data.index import index_shards
 from training.engine.config import OptimConfig, ProcessConfig

@@ -1,23 +1,18 @@
-"""What a run of `training.main` is told: flags, and the one configuration that they resolve to.
+"""What a run of `training.main` is told: one frozen configuration, each field of it a flag.
 
-`parse` reads a command line, before torch is imported; `resolve` makes a frozen `Config` of it and
-of what the files it names say. Everything below takes the narrow part of `Config` that it reads.
+Everything below takes the narrow part of `Config` that it reads. `training.clip.flags` makes it of
+a command line.
 """
 
-import argparse
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cifd_clip.artefact import read_bank_config
 from cifd_clip.files import read_json
-from cifd_clip.methods import DECLARED, Option
-from training.engine import config as engine
+from cifd_clip.methods import DECLARED
 from training.engine.config import OptimConfig, ProcessConfig, RunConfig
-from training.engine.flags import Given, KeyValues, Parser, add_flags, construct, flag, spelled
-from training.engine.run import bank_folder, holds_bank
+from training.engine.flags import KeyValues, construct, flag
 from training.errors import UsageError
 
 DISTILL = (*DECLARED, "rdm")
@@ -25,37 +20,6 @@ DISTILL = (*DECLARED, "rdm")
 RATES = (10000.0, 3000.0, 1000.0)
 CACHE_FORMAT = 1
 OWN_WEIGHTS = ("local-dir:", "hf-hub:")  # models that bring their own
-
-#: OpenCLIP flags that are not taken: why, and which.
-UNSUPPORTED = {
-    "data are WebDataset tars; img2dataset converts a csv list": (
-        "--csv-separator --csv-img-key --csv-caption-key"
-    ),
-    "zero-shot evaluation is `python -m eval.benchmark`": (
-        "--imagenet-val --imagenet-v2 --zeroshot-frequency"
-    ),
-    "every sample of --val-data is used once": "--val-num-samples",
-    "processes are launched with torchrun or srun": "--horovod",
-    "a scripted model can't be cut at the bottleneck": "--torchscript",
-    "tracing is for inference": "--trace",
-    "environment.json records the commit": "--copy-codebase",
-    "sync the run directory with a tool of your cluster": (
-        "--remote-sync --remote-sync-frequency --remote-sync-protocol"
-    ),
-    "CoCa students are not supported": "--coca-caption-loss-weight --coca-contrastive-loss-weight",
-    "int8 layers change the student's state_dict": "--use-bnb-linear",
-    "the student trains with the softmax losses of the paper's methods": "--siglip",
-    "it belongs to SigLIP's loss": "--loss-dist-impl",
-    "the newest checkpoint is always kept (see --keep)": "--save-most-recent",
-    "use --keep 1": "--delete-previous-checkpoint",
-    "use --lr-scheduler const --warmup 0": "--skip-scheduler",
-    "rank 0 logs": "--log-local",
-    "use the Python debugger or logging's own settings": "--debug",
-    "the graph is static already": "--ddp-static-graph",
-    "it belongs to timm optimizers; AdamW is supported": "--momentum",
-}
-#: OpenCLIP flags that say what is always so here.
-ALWAYS_ON = ("--local-loss", "--gather-with-grad", "--lock-text-freeze-layer-norm")
 
 
 class Bank(NamedTuple):
@@ -245,131 +209,6 @@ class CalibrationConfig(Config):
     out: str = flag("calibration.json", "result", metavar="FILE.json")
 
 
-GROUPS = (
-    ("method", MethodConfig),
-    ("data", DataConfig),
-    ("student", StudentConfig),
-    ("optimisation", OptimConfig),
-    ("run directory, checkpoints, logs", RunConfig),
-    ("processes and precision", ProcessConfig),
-)
-
-
-def parser(
-    module: str = "training.main",
-    description: str = "Train or distil a CLIP model.",
-    usage: str = "python -m training.main [@recipe.args] --train-data SHARDS [flags]",
-) -> Parser:
-    """The grouped command line of `training.main`, which other commands extend."""
-    files = "Flags can come from files: @recipe.args; later flags win."
-    p = Parser(module, f"{description} {files}", usage, GROUPS, UNSUPPORTED)
-    _add_options(p.add_argument_group("options of the methods"))
-    compatible = p.add_argument_group("as OpenCLIP's, without effect")
-    for name in ALWAYS_ON:
-        compatible.add_argument(name, action="store_true", help="always on")
-    compatible.add_argument(
-        "--dataset-type", choices=("webdataset", "auto"), help="always webdataset"
-    )
-    return p
-
-
-def _add_options(group) -> None:
-    """A flag for each option that some method declares, with the methods and their defaults."""
-    declared: dict[str, list[tuple[str, Option]]] = {}
-    for method in DECLARED.values():
-        for option in method.options:
-            declared.setdefault(option.name, []).append((method.name, option))
-    for name, users in declared.items():
-        option = users[0][1]
-        by_default: dict[str, list[str]] = {}
-        for method, own in users:
-            by_default.setdefault(_shown(own.default), []).append(method)
-        defaults = "; ".join(
-            f"{', '.join(methods)}: {default}" for default, methods in by_default.items()
-        )
-        group.add_argument(
-            spelled(name), help=f"{option.help} [{defaults}]".replace("%", "%%"), **_typed(option)
-        )
-
-
-def _shown(default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    if isinstance(default, (list, tuple)):
-        return " ".join(f"{value:g}" for value in default)
-    return f"{default:g}" if isinstance(default, float) else str(default)
-
-
-def _typed(option: Option) -> dict[str, Any]:
-    """argparse's arguments of a method's option, from its default."""
-    if isinstance(option.default, bool):
-        return {"action": argparse.BooleanOptionalAction}
-    if isinstance(option.default, (list, tuple)):
-        return {"type": float, "nargs": "+"}
-    return {"type": type(option.default), "choices": option.choices}
-
-
-def parse(argv: Sequence[str]) -> Given:
-    """What a command line of `training.main` gives.
-
-    Raises:
-        UsageError: a flag is unknown or not supported.
-    """
-    return parser().given(argv)
-
-
-def parse_cache(argv: Sequence[str]) -> Given:
-    """What a command line of `training.cache_teacher` gives; see `parse`."""
-    p = parser(
-        "training.cache_teacher",
-        "Compute the teachers' embeddings once, one folder per teacher. Takes the flags of "
-        "training.main (so a recipe serves both): the data, the teachers, --views, --captions, "
-        "--aug-cfg, and --teacher-cache for where to write. Finished shards are skipped.",
-        "python -m training.cache_teacher [@recipe.args] --train-data SHARDS --teacher-cache DIR\n"
-        "           --views V --distill-model NAME --distill-pretrained TAG_OR_PATH [flags]",
-    )
-    add_flags(p.add_argument_group("shards"), CacheConfig, besides=Config)
-    return p.given(argv)
-
-
-def parse_calibration(argv: Sequence[str]) -> Given:
-    """What a command line of `training.calibrate` gives; see `parse`."""
-    p = parser(
-        "training.calibrate",
-        "Choose the rates R by what their RDMs keep of the teacher: one bank with a sweep of rates "
-        "is trained on a teacher cache and asked held-out training pairs; no test split is looked "
-        "at. Takes the flags of training.main (a recipe serves both). Written: FILE.json with the "
-        "curve, and FILE.args for training.main @FILE.args.",
-        "python -m training.calibrate [@recipe.args] --teacher-cache DIR --shares X [X ...]\n"
-        "           [--sweep R R ...] [--steps N] [--out FILE.json] [flags]",
-    )
-    add_flags(p.add_argument_group("calibration"), CalibrationConfig, besides=Config)
-    given = p.given(argv)
-    given.setdefault("batch_size", 1024)
-    return given
-
-
-def parse_args(argv: Sequence[str]) -> Config:
-    """The configuration of a command line, for one process and without a look into any file."""
-    return resolve(parse(argv))
-
-
-def named_files(given: Given) -> dict[str, Any]:
-    """What the files that flags name say, as arguments of `resolve`.
-
-    Raises:
-        UsageError: ``--teacher-cache`` names no cache.
-        BadFile: a file is damaged.
-    """
-    said: dict[str, Any] = {}
-    folder = bank_folder(Path(given.get("rdm_bank", "")))
-    if given.get("rdm_bank") and holds_bank(folder):
-        said["bank"] = Bank(str(folder), read_bank_config(folder)["rates"])
-    if given.get("teacher_cache"):
-        said["cache"] = read_cache_config(Path(given["teacher_cache"].split(",")[0]))
-    return said
-
-
 def read_cache_config(folder: Path) -> dict[str, Any]:
     """What a teacher cache says of itself: its teacher, views, their seed.
 
@@ -385,197 +224,8 @@ def read_cache_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json", CACHE_FORMAT)
 
 
-def resolve(
-    given: Given,
-    world_size: int = 1,
-    device_type: str = "cpu",
-    bank: Bank | None = None,
-    cache: dict[str, Any] | None = None,
-) -> Config:
-    """The configuration that flags amount to.
-
-    Args:
-        given: flags, see `parse`.
-        world_size: number of processes.
-        device_type: where they compute.
-        bank, cache: what files say, see `named_files`.
-
-    Raises:
-        UsageError: a flag is missing, out of range, or contradicts another.
-    """
-    config = construct(Config, resolved(given, world_size, device_type, bank, cache))
-    _check(config)
-    return config
-
-
-def resolved(
-    given: Given,
-    world_size: int = 1,
-    device_type: str = "cpu",
-    bank: Bank | None = None,
-    cache: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Flags, and those that others, files or processes decide about where they are not given.
-
-    Args:
-        given, world_size, device_type: see `resolve`.
-        bank: the one that ``--rdm-bank`` names.
-        cache: ``config.json`` of the (first) cache that ``--teacher-cache`` names.
-    """
-    values = dict(given)
-    distill = given.get("distill", Config.distill)
-    model, seed = given.get("model", Config.model), given.get("seed", Config.seed)
-    # The method, its assistants and the views it sees.
-    values["options"] = method_options(distill, given)
-    if not all(rate > 0 for rate in given.get("rates", ())):
-        raise UsageError(f"--rates must be positive, got {given['rates']}")
-    if bank is not None:
-        if list(given.get("rates", bank.rates)) != bank.rates:
-            raise UsageError(
-                f"--rates {list(given['rates'])}: the bank {bank.folder} has {bank.rates}, and all "
-                "of them teach; leave --rates out"
-            )
-        values |= {"rdm_bank": bank.folder, "rates": bank.rates}
-    elif distill in ("rdm", "cifd"):
-        values.setdefault("rates", RATES)
-    else:  # recipes are shared among methods
-        values["rates"] = ()
-    if cache is not None:
-        values["views"] = given.get("views") or cache["views"]
-        values.setdefault("view_seed", cache["view_seed"])
-    values.setdefault("view_seed", seed)
-    # The optimizer.
-    values |= engine.share_batch(given, Config.batch_size, world_size)
-    values["precision"] = engine.default_precision(given, device_type)
-    vit = "vit" in model.lower()
-    values.setdefault("beta2", 0.98 if vit else 0.999)
-    values.setdefault("eps", 1e-6 if vit else 1e-8)
-    # The run.
-    student = "bank" if distill == "rdm" else model.replace("/", "-")
-    values.setdefault("name", f"{distill}-{student}-seed{seed}")
-    return values
-
-
-def cache_config(given: Given, device_type: str = "cuda") -> CacheConfig:
-    """The configuration of `training.cache_teacher`; see `resolve`."""
-    config = construct(CacheConfig, resolved(given, device_type=device_type))
-    for name in ("train_data", "distill_model", "teacher_cache"):
-        if not getattr(config, name):
-            raise UsageError(f"{spelled(name)} is missing")
-    check_teacher_weights(config)
-    if config.views < 1:
-        raise UsageError("--views must be at least 1: how many augmentations of an image to store")
-    engine.check(config)
-    _ = config.parts
-    return config
-
-
-def calibration_config(given: Given) -> CalibrationConfig:
-    """The configuration of `training.calibrate`, one epoch of ``--steps`` steps; see `resolve`."""
-    values = resolved(given)
-    values["sweep"] = sorted(set(given.get("sweep", CalibrationConfig.sweep)))
-    steps = given.get("steps", CalibrationConfig.steps)
-    values |= {"epochs": 1, "accum_freq": 1, "batch_size": values["global_batch"]}
-    values.setdefault("log_every_n_steps", max(1, steps // 10))
-    config = construct(CalibrationConfig, values)
-    if len(config.caches) != 1:
-        raise UsageError("--teacher-cache DIR is needed: the cache of one teacher")
-    if not config.shares or not all(0 < share < 1 for share in config.shares):
-        raise UsageError("--shares needs numbers between 0 and 1, such as --shares 0.95 0.85 0.7")
-    if len(config.sweep) < 2:
-        raise UsageError("--sweep needs two positive rates or more")
-    if not config.out.endswith(".json"):
-        raise UsageError(f"--out '{config.out}': expected a name that ends in .json")
-    engine.check(config)
-    return config
-
-
 def recorded(values: dict[str, Any]) -> Config:
     """The configuration that a run's ``config.json`` holds."""
     names = {f.name for f in fields(Config)}
     own = {k: v for k, v in values.items() if k in names}
     return construct(Config, own | {"options": {k: v for k, v in values.items() if k not in own}})
-
-
-def method_options(distill: str, given: Given) -> dict[str, Any]:
-    """A method's own options: those given, and its defaults; other methods' are passed over."""
-    if distill not in DECLARED:
-        return {}
-    names = {option.name for option in DECLARED[distill].options}
-    try:
-        return DECLARED[distill].resolve({k: v for k, v in given.items() if k in names})
-    except ValueError as error:
-        raise UsageError(f"--distill {distill}: {error}") from error
-
-
-def _check(config: Config) -> None:
-    if not config.train_data:
-        raise UsageError("--train-data is missing: name a directory or pattern of WebDataset tars")
-    engine.check(config)
-    _check_teachers(config)
-    if len(config.rdm_hidden) not in (0, 1, 3) or (
-        len(config.rdm_hidden) == 3 and config.rdm_channels
-    ):
-        raise UsageError(
-            f"--rdm-hidden {' '.join(map(str, config.rdm_hidden))}: expected one width (and "
-            "--rdm-channels), or three: hidden, bottleneck, hidden"
-        )
-    unlocked = config.lock_image_unlocked_groups or config.lock_text_unlocked_layers
-    if config.lock_image and config.lock_text and not unlocked:
-        raise UsageError("--lock-image and --lock-text leave nothing of the student to train")
-    if config.distill == "rdm" and not config.rates:
-        raise UsageError("--distill rdm needs at least one rate: --rates 10000 3000 1000")
-    if config.rdm_bank and not getattr(DECLARED.get(config.distill), "assistants", False):
-        raise UsageError(
-            f"--rdm-bank belongs to methods with a teacher, not to --distill {config.distill}"
-        )
-    if config.use_bn_sync and config.accum_freq > 1:
-        raise UsageError(
-            "--use-bn-sync with --accum-freq > 1 is not supported: batch statistics of a "
-            "micro-batch are not those of the whole batch; use more processes instead"
-        )
-    if config.view_memory and not config.views:
-        raise UsageError("--view-memory holds views that come again: say how many with --views")
-    for path in config.model_config:
-        if not Path(path).is_file():
-            raise UsageError(f"--model-config '{path}': no such file; expected an OpenCLIP JSON")
-
-
-def _check_teachers(config: Config) -> None:
-    names, weights = config.teachers, list(filter(None, config.distill_pretrained.split(",")))
-    count = max(len(names), len(config.caches))
-    if config.distill == "rdm" and count > 1:
-        raise UsageError(f"--distill rdm takes one teacher, got {count}")
-    if config.distill == "cifd" and count > 1:
-        raise UsageError(f"--distill cifd takes one teacher, got {count}")
-    if config.distill == "none":
-        if names or weights or config.caches:
-            raise UsageError(
-                "--distill-model, --distill-pretrained and --teacher-cache name a teacher, but "
-                "--distill is none; choose a method, such as --distill cifd"
-            )
-        return
-    if config.caches and config.val_data:
-        raise UsageError(
-            "--val-data needs the live teacher, --teacher-cache is there to do without: leave one "
-            "of them out"
-        )
-    if config.caches and not weights:
-        return  # the cache knows its teacher
-    if not names:
-        raise UsageError(
-            f"--distill {config.distill} needs a teacher: --distill-model NAME and "
-            "--distill-pretrained TAG_OR_PATH"
-        )
-    check_teacher_weights(config)
-
-
-def check_teacher_weights(config: MethodConfig) -> None:
-    """Refuse teachers of ``--distill-model`` without weights, or weights without a teacher."""
-    weights = list(filter(None, config.distill_pretrained.split(",")))
-    needed = sum(not teacher.model.startswith(OWN_WEIGHTS) for teacher in config.teachers)
-    if len(weights) != needed:
-        raise UsageError(
-            f"--distill-pretrained names {len(weights)} weights, but --distill-model "
-            f"'{config.distill_model}' needs {needed} (none for local-dir: models)"
-        )

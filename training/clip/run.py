@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from cifd_clip import World
-from training.clip.config import Config, ProcessConfig, resolve
+from training.clip.config import Config, ProcessConfig
+from training.clip.flags import resolve
 from training.clip.models import add_model_configs, build_student
 from training.clip.stages import ClipStage, RDMStage, StudentStage
 from training.data.index import (
@@ -57,8 +58,8 @@ def start(given: Given, files: dict[str, Any]) -> int:
     """Run what a command line gives; the exit code is 0 only when all of it is finished.
 
     Args:
-        given: flags, see `training.clip.config.parse`.
-        files: what the files say that they name, see `training.clip.config.named_files`.
+        given: flags, see `training.clip.flags.parse`.
+        files: what the files say that they name, see `training.clip.flags.named_files`.
     """
     world, device = start_processes(construct(ProcessConfig, given))
     start_logging(world)

@@ -65,7 +65,7 @@ def train(
     """
     progress, meter = trainer.progress, Meter()
     clock = _Clock(progress)
-    last_save = time.monotonic()
+    saver = _Saver(trainer, loader, config, checkpoints, clock)
     bar = tqdm(
         total=trainer.total_steps,
         initial=progress.step,
@@ -73,14 +73,6 @@ def train(
         disable=None if trainer.world.rank == 0 else True,
         dynamic_ncols=True,
     )
-
-    def save() -> None:
-        nonlocal last_save
-        clock.account()
-        progress.shards = getattr(loader, "shards_consumed", 0)
-        if checkpoints is not None:
-            checkpoints.save(progress.step, trainer.payload())
-        last_save = time.monotonic()
 
     stopping = False
     trainer.stage.task.train()
@@ -98,9 +90,8 @@ def train(
                     check_samples(progress)
                     trainer.check_finite()
                 except NonFinite:
-                    save()
-                    if checkpoints is not None:
-                        checkpoints.wait()
+                    saver.save()
+                    saver.wait()
                     raise
             # Held-out data.
             if epoch_end and validation and _due(trainer, validation.every_epochs):
@@ -111,22 +102,54 @@ def train(
                     log.info("held out | %s", _format(held_out))
             # A checkpoint, when one is due, and the end, when somebody asks for it.
             stopping = stop is not None and stop.agreed()
-            minutes = (time.monotonic() - last_save) / 60
-            if (
-                stopping
-                or step == trainer.total_steps
-                or (epoch_end and _due(trainer, config.save_frequency))
-                or (config.save_every_n_steps and step % config.save_every_n_steps == 0)
-                or (config.save_every_n_minutes and minutes >= config.save_every_n_minutes)
-            ):
-                save()
+            if stopping or saver.due(epoch_end):
+                saver.save()
             if stopping:
                 log.warning("%s: saving step %d and stopping", stop.name, step)
                 break
-    if checkpoints is not None:
-        checkpoints.wait()
+    saver.wait()
     clock.account()
     return progress.step == trainer.total_steps and not stopping
+
+
+class _Saver:
+    """Saves a run's state, and knows when it is due."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        loader: Loader,
+        config: RunConfig,
+        checkpoints: Checkpoints | None,
+        clock: "_Clock",
+    ):
+        self.trainer, self.loader, self.config = trainer, loader, config
+        self.checkpoints, self.clock = checkpoints, clock
+        self.last = time.monotonic()
+
+    def due(self, epoch_end: bool) -> bool:
+        """Whether the last step, an epoch, a number of steps or of minutes asks for it."""
+        step, every = self.trainer.progress.step, self.config.save_every_n_steps
+        minutes, patience = (time.monotonic() - self.last) / 60, self.config.save_every_n_minutes
+        return bool(
+            step == self.trainer.total_steps
+            or (epoch_end and _due(self.trainer, self.config.save_frequency))
+            or (every and step % every == 0)
+            or (patience and minutes >= patience)
+        )
+
+    def save(self) -> None:
+        """Copy the state, to be written in the background; all ranks count the time."""
+        self.clock.account()
+        self.trainer.progress.shards = getattr(self.loader, "shards_consumed", 0)
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.trainer.progress.step, self.trainer.payload())
+        self.last = time.monotonic()
+
+    def wait(self) -> None:
+        """Wait until what was saved is on disk."""
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
 
 
 class _Clock:

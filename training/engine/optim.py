@@ -66,7 +66,8 @@ def with_adam_for_densities(
     if config.opt == "sgd":
         optimizers: list[Optimizer] = [SGD(rest, momentum=momentum, **options)]
     else:
-        optimizers = [AdamW(rest, **options)]
+        betas = (config.beta1, config.beta2)
+        optimizers = [AdamW(rest, betas=betas, eps=config.eps, **options)]
     if densities:
         optimizers.append(Adam(densities, lr=config.lr * config.density_lr, fused=True))
         optimizers[-1].param_groups[0]["lr_scale"] = config.density_lr
@@ -84,7 +85,7 @@ def make_schedule(
     """
     total = config.epochs * steps_per_epoch
     if config.warmup_epochs is not None:
-        warmup = round(config.warmup_epochs * steps_per_epoch)
+        warmup = config.warmup_epochs * steps_per_epoch  # not always whole
     else:
         warmup = total // 6 if config.warmup is None else config.warmup
     if warmup >= total:

@@ -1,0 +1,124 @@
+"""What classifiers have from the engine: accumulation, skipped steps, W&B's and TensorBoard's."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from cifd_clip.classification.methods import (
+    ClassifierTask,
+    Distillation,
+    Paraphraser,
+    RDMTraining,
+    Weights,
+)
+from cifd_clip.classification.models import simple_cnn
+from classification.command import run_photos
+from classification.small import bank, generator, table
+from runs import final
+from trainers import gradients, worst
+from training.classifier.cifar import Batches
+from training.classifier.config import resolve
+from training.classifier.stage import ClassifierStage
+from training.classifier.teachers import TeacherNetworks
+from training.engine.trainer import Trainer
+from training.errors import NonFinite, UsageError
+
+ROWS, STEPS = 16, 4
+
+
+def tasks() -> dict[str, ClassifierTask]:
+    """What trains, under a teacher of 256 dimensions and two reconstructing RDMs."""
+    weights = Weights(embedding=0.5, information=0.05, kd_dropout=0.25, tau=2.0)
+    student = simple_cnn("cnn4", generator=generator(1))
+    rdms = bank("reconstruct", dim=256)
+    return {
+        "cifd": Distillation(student, [256], weights, ibm=True, generator=generator(2)),
+        "rdm": RDMTraining(rdms, weights),
+        "paraphraser": Paraphraser(256, 12, 1.0, generator(3)),
+    }
+
+
+def trainer(method: str, **flags) -> Trainer:
+    """Without a command line, data and directories."""
+    stage1 = method in ("rdm", "paraphraser")
+    own = {"method": method, "teacher": "a"} | ({} if stage1 else {"model": "cnn4"})
+    config = resolve({"data": "none", "epochs": 1, **own, **flags})
+    teacher = simple_cnn("cnn2", generator=generator()).eval().requires_grad_(False)
+    rdms = None if stage1 else bank("reconstruct", dim=256).requires_grad_(False).eval()
+    source = TeacherNetworks([teacher], rdms, [0, 1], [1.0, 0.5])
+    stage = ClassifierStage(tasks()[method], source)
+    stage.task.train()
+    return Trainer(stage, config, STEPS)
+
+
+def batches() -> list:
+    return list(
+        Batches(table(ROWS * STEPS), np.arange(ROWS * STEPS), "flip", 0, ROWS).epoch(0, 0, True)
+    )
+
+
+@pytest.mark.parametrize("method", tasks())
+def test_accumulated_micro_batches_have_the_loss_and_gradient_of_the_whole_batch(method):
+    whole = trainer(method, batch_size=ROWS)
+    parts = trainer(method, batch_size=ROWS // 4, accum_freq=4)
+    assert whole.config.global_batch == parts.config.global_batch == ROWS
+    batch = batches()[0]
+    expected, values = whole.step(batch), parts.step(batch)
+    assert expected.keys() == values.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(values[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    off, where = worst(gradients(parts), gradients(whole))
+    assert off < 1e-4, where
+
+
+def test_accumulation_is_refused_where_there_is_batch_normalisation(photos, tmp_path):
+    flags = ["--global-batch=4", "--accum-freq=2", "--lr=0.001", f"--logs={tmp_path}"]
+    with pytest.raises(UsageError, match="--accum-freq 2 with --model resnet18: batch normal"):
+        run_photos(photos, "normalised", "--model=resnet18", *flags)
+    run_photos(photos, "plain", "--model=cnn2", *flags)
+    assert final(tmp_path / "plain")["progress"]["step"] == 2
+
+
+def test_a_step_whose_gradient_is_not_finite_is_skipped_by_every_optimizer():
+    cifd = trainer("cifd", max_nonfinite_steps=2, grad_clip_norm=1.0)
+    assert len(cifd.optimizers) == 2, "SGD, and Adam for the density"
+    first, second, third, last = batches()
+    cifd.step(first)
+    before = copy.deepcopy(cifd.stage.task.state_dict())
+    second.images[3] = float("nan")
+    cifd.step(second)
+    for name, tensor in cifd.stage.task.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} moved"
+    cifd.check_finite()
+    cifd.step(third)
+    for name, parameter in cifd.stage.task.named_parameters():
+        assert not torch.equal(parameter, before[name]), f"{name} does not train any more"
+    assert cifd.payload()["progress"]["nonfinite_steps"] == 1
+    last.images[0] = float("inf")
+    cifd.step(last)
+    cifd.step(last)
+    with pytest.raises(NonFinite, match=r"2 steps in a row .*ce_loss = nan"):
+        cifd.check_finite()
+
+
+def test_a_run_that_diverges_ends_with_the_weights_it_had(photos, tmp_path):
+    flags = ["--model=cnn2", "--lr=1e30", "--epochs=3", "--max-nonfinite-steps=2"]
+    with pytest.raises(NonFinite, match="steps in a row had a non-finite gradient"):
+        run_photos(photos, "diverged", *flags, f"--logs={tmp_path}")
+    saved = final(tmp_path / "diverged")
+    assert all(t.isfinite().all() for t in saved["task"].values())
+    assert saved["progress"]["nonfinite_steps"] >= 2
+    assert not (tmp_path / "diverged" / "finished.json").exists()
+
+
+def test_metrics_go_to_tensorboard_as_well(photos, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--model=cnn2", "--lr=0.001", "--holdout=2", "--log-every-n-steps=1"]
+    run = run_photos(photos, "board", *flags, "--report-to=tensorboard", f"--logs={tmp_path}")
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/ce_loss")] == [1, 2]
+    assert [event.step for event in events.Scalars("val/acc1")] == [2]
