@@ -155,11 +155,12 @@ def test_a_read_only_folder_stays_as_it_is(tmp_path, monkeypatch):
 
 def test_many_processes_make_the_same_indexes(tmp_path):
     folder = write_shards(tmp_path / "data", [2] * 6)
-    alone = index_shards(folder, cache_dir=tmp_path / "a")
-    together = index_shards(folder, cache_dir=tmp_path / "b", workers=2)
+    for place, workers in (("a", 0), ("b", 2)):
+        assert check(folder, cache_dir=str(tmp_path / place), workers=workers)["clean"]
+    alone, together = (index_shards(folder, cache_dir=tmp_path / place) for place in "ab")
     assert together.fingerprint() == alone.fingerprint()
     for a, b in zip(alone.shards, together.shards):
-        assert np.array_equal(a.records, b.records)
+        assert np.array_equal(a.records, b.records) and a.content == b.content
     assert not list((tmp_path / "b").rglob("*.tmp")), "no temporary file stays"
 
 

@@ -9,10 +9,14 @@ when something was found, 2 on wrong usage.
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 import numpy as np
@@ -26,11 +30,11 @@ from training.data.decode import (
     decode_text,
     image_size,
 )
-from training.data.index import Sources, expand, in_processes, is_remote
+from training.data.index import Sources, expand, is_remote
 from training.data.shard import EMPTY, NotAShard, Shard, index_shard
 from training.data.tar import open_regular
 from training.engine.run import cores
-from training.errors import UsageError, cli
+from training.errors import Failure, UsageError, cli
 
 HEADER = 1 << 14  # most images tell their size in these first bytes
 EXAMPLES = 3
@@ -70,7 +74,7 @@ def check(
     paths = [path for source in sources for path in source]
     numbers = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
     work = partial(check_shard, cache_dir=cache_dir, caps=caps or Caps(), deep=deep)
-    found = list(progress(in_processes(work, paths, workers), total=len(paths)))
+    found = list(progress(_in_processes(work, paths, workers), total=len(paths)))
     shards = [shard for shard, *_ in found if shard is not None]
     data = Sources(shards, numbers[[shard is not None for shard, *_ in found]])
     problems, examples = Counter(data.skipped), {}
@@ -163,6 +167,19 @@ def _repeated(shards: list[Shard], paths: set[str]) -> int:
         if shard.path in paths
     ]
     return sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes))) if hashes else 0
+
+
+def _in_processes(work: Callable, paths: Sequence[str], workers: int) -> Iterator:
+    """``map(work, paths)``, over processes if there are two or more."""
+    if min(workers, len(paths)) < 2:
+        yield from map(work, paths)
+        return
+    context = multiprocessing.get_context("forkserver")
+    try:
+        with ProcessPoolExecutor(min(workers, len(paths)), mp_context=context) as pool:
+            yield from pool.map(work, paths)
+    except BrokenProcessPool:
+        raise Failure("a process was killed (memory?): lower --workers") from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,21 +3,17 @@
 import glob
 import hashlib
 import math
-import multiprocessing
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from braceexpand import braceexpand
 
 from training.data.shard import LOST, SUFFIX, NotAShard, Shard, index_shard
-from training.errors import Failure, UsageError
+from training.errors import UsageError
 
 MAX_SHARDS = 1_000_000  # of one brace pattern
 _REMOTE = re.compile(r"^(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)")
@@ -104,7 +100,7 @@ class Sources:
 
 
 def is_remote(urls: str) -> bool:
-    """Whether any source must be streamed (``pipe:``, ``https://``, ``s3://``, ...)."""
+    """Whether any source must be streamed (``pipe:``, ``https://``, ...)."""
     return any(_REMOTE.match(url) for url in urls.split("::"))
 
 
@@ -157,9 +153,7 @@ def index_shards(
     *,
     weights: str | None = None,
     cache_dir: str | os.PathLike | None = None,
-    workers: int = 0,
     flag: str = "--train-data",
-    progress: Callable = iter,
 ) -> Sources:
     """Index a data set, reusing the indexes that are there.
 
@@ -168,9 +162,7 @@ def index_shards(
         weights: upsampling factors joined by ``::``, one per source (OpenCLIP's
             ``--train-data-upsampling-factors``).
         cache_dir: where indexes go instead of beside the shards.
-        workers: processes that build missing indexes; 0: this one.
         flag: the flag to name in errors.
-        progress: wraps the iterator over shards (`tqdm`).
 
     Raises:
         UsageError: a shard is missing or no plain tar, or no sample is usable.
@@ -184,8 +176,7 @@ def index_shards(
         raise UsageError(f"{flag}: {missing[0]}{more}: {why}")
     factors = _factors(weights, len(sources))
     try:
-        index = partial(index_shard, cache_dir=cache_dir)
-        shards = list(progress(in_processes(index, paths, workers)))
+        shards = [index_shard(path, cache_dir) for path in paths]
     except NotAShard as error:
         raise UsageError(f"{flag}: {error}") from None
     found = Sources(shards, np.repeat(np.arange(len(sources)), [len(s) for s in sources]), factors)
@@ -211,20 +202,3 @@ def _factors(weights: str | None, n: int) -> list[float] | None:
             "by '::', one per source of --train-data"
         )
     return factors
-
-
-def in_processes(work: Callable, items: Sequence, workers: int) -> Iterator:
-    """``map(work, items)``, over processes if there are two or more.
-
-    Raises:
-        Failure: a process was killed.
-    """
-    if min(workers, len(items)) < 2:
-        yield from map(work, items)
-        return
-    context = multiprocessing.get_context("forkserver")
-    try:
-        with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
-            yield from pool.map(work, items, chunksize=4)
-    except BrokenProcessPool:
-        raise Failure("a process that reads shards was killed; out of memory?") from None

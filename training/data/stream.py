@@ -55,17 +55,18 @@ def check_urls(urls: str, flag: str = "--train-data") -> list[str]:
         UsageError: a scheme that `webdataset` doesn't know, or whose program isn't there.
     """
     names = [name for source in urls.split("::") for name in expand_braces(source, flag)]
-    for url in names:
-        scheme = rewrite_url(url).partition(":")[0] if is_remote(url) else "file"
-        if scheme not in {*gopen_schemes, "file"}:
-            known = ", ".join(sorted({"file", *gopen_schemes} - {"__default__"}))
+    remote = {rewrite_url(url).partition(":")[0]: url for url in names if is_remote(url)}
+    for scheme in remote.keys() - {"file", "pipe"}:
+        what = f"{flag} {masked(remote[scheme])}: {scheme}:"
+        if scheme not in gopen_schemes:
+            known = ", ".join(sorted(gopen_schemes.keys() - {"__default__"}))
             raise UsageError(
-                f"{flag} {masked(url)}: {scheme}: can't be opened, only {known}; the command of "
-                "another tool can be (pipe:aws s3 cp s3://BUCKET/KEY.tar -)"
+                f"{what} can't be opened, only {known}; the command of another tool can be "
+                "(pipe:aws s3 cp s3://BUCKET/KEY.tar -)"
             )
         program = _PROGRAMS.get(scheme, "curl")
-        if scheme not in ("file", "pipe") and shutil.which(program) is None:
-            raise UsageError(f"{flag} {masked(url)}: {scheme}: needs {program}, which is not here")
+        if shutil.which(program) is None:
+            raise UsageError(f"{what} needs the program {program}, which is not here")
     return names
 
 

@@ -36,10 +36,10 @@ class Member(NamedTuple):
 
 
 class BadTar(Exception):
-    """The file is no plain tar from byte ``position`` on; ``str()`` says why."""
+    """The file is no plain tar from byte ``position`` on; ``str()`` says where and why."""
 
     def __init__(self, reason: str, position: int = 0):
-        super().__init__(reason)
+        super().__init__(f"from byte {position} on: {reason}" if position else reason)
         self.position = position
 
 
@@ -74,65 +74,56 @@ def members(read: Callable[[int, int], bytes], end: int | None = None) -> Iterat
         if position == 0:
             _check_plain(header)
         if len(header) < BLOCK:
-            raise BadTar(
-                f"truncated in a header at byte {position}"
-                if header
-                else f"ends at byte {position} without an end-of-archive mark (truncated?)",
-                position,
-            )
+            reason = "truncated in a header" if header else "no end-of-archive mark (truncated?)"
+            raise BadTar(reason, position)
         if not any(header):
             return _check_padding(read, position)
         if not _checksum_holds(header):
-            reason = f"damaged header at byte {position}" if position else "not a tar"
-            raise BadTar(reason, position)
+            raise BadTar("damaged header" if position else "not a tar", position)
         kind = header[156:157]
         stated = _number(header[124:136], position)
         data = position + BLOCK
         if kind in (b"L", b"K", b"x", b"g", b"X"):
             if stated > MAX_EXTENSION_HEADER:
-                raise BadTar(f"extension header of {stated} bytes at byte {position}", position)
+                raise BadTar(f"extension header of {stated} bytes", position)
             extension = read(stated, data)
             if kind == b"L":
                 name = extension.rstrip(b"\0")
             elif kind in (b"x", b"X"):
                 pax = _pax(extension, position)
                 if any(key.startswith(b"GNU.sparse") for key in pax):
-                    raise BadTar(f"sparse member at byte {position}", position)
+                    raise BadTar("sparse member", position)
                 name = pax.get(b"path", name)
                 size = _decimal(pax[b"size"], position) if b"size" in pax else size
             position = data + -(-stated // BLOCK) * BLOCK
             continue
         if kind == b"S":
-            raise BadTar(f"sparse member at byte {position}", position)
+            raise BadTar("sparse member", position)
         stated = stated if size is None else size
         held = 0 if kind in _WITHOUT_DATA else stated
         yield Member(_name(header) if name is None else name, _KINDS.get(kind, "other"), data, held)
         position = data + -(-held // BLOCK) * BLOCK
         name = size = None
         if end is not None and data + held > end:
-            raise BadTar(f"truncated in the data of a member, at byte {end} of {data + held}", end)
+            raise BadTar(f"truncated in the data of a member of {held} bytes", end)
 
 
 def _check_padding(read: Callable[[int, int], bytes], start: int) -> None:
     """Refuse what follows an end mark at ``start`` and is no padding: it may have been samples.
 
-    A header that was zeroed, or archives joined by ``cat``, have data after it; a download into a
-    preallocated file that broke off has more zeros than a writer pads with.
+    After a header that was zeroed, and between archives joined by ``cat``, there are data; a
+    download into a preallocated file that broke off ends in more zeros than a writer pads with.
     """
     place, most = start, RECORDS[-1] + END_MARK
     while place <= start + most and (part := read(1 << 16, place)):
         if part.strip(b"\0"):
             raise BadTar(
-                f"an end-of-archive mark at byte {start}, and data after it (a lost header, or "
-                "archives joined by cat: list them one by one)",
-                start,
+                "data after an end-of-archive mark (a lost header? archives joined by cat?)", start
             )
         place += len(part)
-    zeros = place - start
-    if zeros > RECORDS[0] + END_MARK and not any(
-        place % record == 0 and zeros < record + END_MARK for record in RECORDS
-    ):
-        raise BadTar(f"zeros from byte {start} on, more than padding (unfinished?)", start)
+    zeros, least = place - start - END_MARK, RECORDS[0]
+    if zeros > least and not any(place % size == 0 and zeros < size for size in RECORDS):
+        raise BadTar("more zeros than padding (an unfinished download?)", start)
 
 
 def _checksum_holds(header: bytes) -> bool:
@@ -164,13 +155,13 @@ def _number(field: bytes, position: int) -> int:
     except ValueError:
         number = -1
     if number < 0:
-        raise BadTar(f"damaged header at byte {position}", position)
+        raise BadTar("damaged header", position)
     return number
 
 
 def _decimal(text: bytes, position: int) -> int:
     if not text.isdigit() or len(text) > 18:
-        raise BadTar(f"damaged extension header at byte {position}", position)
+        raise BadTar("damaged extension header", position)
     return int(text)
 
 
@@ -182,7 +173,7 @@ def _pax(data: bytes, position: int) -> dict[bytes, bytes]:
         size = _decimal(length, position)
         key, _, value = data[len(length) + 1 : size].removesuffix(b"\n").partition(b"=")
         if size <= len(length) or size > len(data):
-            raise BadTar(f"damaged extension header at byte {position}", position)
+            raise BadTar("damaged extension header", position)
         records[key] = value
         data = data[size:]
     return records

@@ -40,7 +40,7 @@ def reads(place: int) -> None:
 
 def data_loader(dataset, sampler, workers, start_method, pin_memory, prefetch, persistent):
     """torch's loader over a data set whose items are whole batches."""
-    loader = DataLoader(
+    return DataLoader(
         dataset,
         batch_size=None,
         sampler=sampler,
@@ -54,11 +54,6 @@ def data_loader(dataset, sampler, workers, start_method, pin_memory, prefetch, p
         # without its own, the loader would draw its seed from torch's default generator
         generator=torch.Generator().manual_seed(0),
     )
-    # shared with the workers: whether they shall end, and what each reads
-    loader.board = torch.full((1 + workers,), -1)
-    if workers:
-        loader.worker_init_fn = partial(start_worker, loader.board.share_memory_())
-    return loader
 
 
 def start_worker(board: Tensor, number: int) -> None:
@@ -186,7 +181,10 @@ def _start(loader: DataLoader) -> Iterator:
         return iter(loader)
     if (loader.multiprocessing_context or multiprocessing).get_start_method() == "forkserver":
         forkserver.ensure_running()  # before the mask, which it would keep
-    loader.board.fill_(-1)
+    if loader._iterator is None:  # else its workers live on
+        # shared with the workers: whether they shall end, and what each reads
+        loader.board = torch.full((1 + loader.num_workers,), -1).share_memory_()
+        loader.worker_init_fn = partial(start_worker, loader.board)
     child = signal.getsignal(signal.SIGCHLD)
     # a signal that comes while workers start waits until they ignore it (`start_worker`)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
