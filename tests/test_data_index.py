@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_a_cut_shard_has_lost_what_it_lacks_to_the_others(tmp_path):
     sources = index_shards(folder)
     assert sources.num_samples + sum(sources.skipped.values()) == 150
     assert sources.num_samples < 110 and sources.skipped[LOST] > 40
-    assert len(sources.problems) == 1 and "00001.tar: truncated" in sources.problems[0]
+    assert len(sources.problems) == 1 and re.search("00001.tar: .*truncated", sources.problems[0])
 
 
 def test_a_changed_shard_is_indexed_anew(tmp_path):

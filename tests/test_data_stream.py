@@ -152,7 +152,10 @@ def test_a_bad_shard_among_good_ones_is_counted_not_given_up(tmp_path):
         ("pipe:cat {0..9999999999}.tar", "names 10,000,000,000 shards"),
     ],
 )
-def test_a_scheme_that_cannot_be_opened_is_refused_before_anything_is_read(urls, message):
+def test_a_scheme_that_cannot_be_opened_is_refused_before_anything_is_read(
+    urls, message, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no program is here
     with pytest.raises(UsageError, match=message):
         stream(urls)
 
