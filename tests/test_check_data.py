@@ -1,13 +1,18 @@
 """What check_data finds, and how it ends."""
 
+import hashlib
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from shards import FLICKR, encode, needs_flickr, picture, sample, write_shards, write_tar
+from shards import FLICKR, encode, needs_flickr, overwrite, picture, sample, write_shards, write_tar
 from training.check_data import check, main
+from training.data.index import index_shards
+from training.data.shard import LOST, verify
+from training.errors import UsageError
 
 
 def damaged_set(folder):
@@ -45,6 +50,7 @@ def test_each_problem_is_counted_with_an_example(tmp_path, deep, broken):
     assert problems.pop("image: broken") == broken, "a cut image shows only when decoded"
     assert problems == {
         "shard: damaged": 1,
+        LOST: 1,
         "truncated": 1,
         "shard: missing": 1,
         "shard: unreadable": 1,
@@ -68,6 +74,39 @@ def test_problems_end_with_one_and_wrong_usage_with_two(tmp_path):
     assert found.returncode == 1 and json.loads(found.stdout)["problems"]["no image"] == 1
     wrong = run("pipe:cat x.tar")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+
+
+def test_training_is_told_of_shards_what_check_data_finds(tmp_path):
+    urls = f"{damaged_set(tmp_path)}".replace("{00000..00006}", "{00000,00001,00004,00006}")
+    report, sources = check(urls), index_shards(urls)
+    damaged = report["examples"]["shard: damaged"] + report["examples"]["shard: empty"]
+    assert sources.problems == damaged and len(damaged) == 2
+    assert sources.skipped.items() <= report["problems"].items()
+    assert report["problems"][LOST] == sources.skipped[LOST] > 1
+
+
+def test_content_that_changed_since_it_was_checked_is_found_by_the_next_check(tmp_path):
+    folder = write_shards(tmp_path, [3])
+    assert check(folder)["clean"]
+    overwrite(tmp_path / "00000.tar", b"caption 0 of 000001", b"caption 0 of 00000X")
+    report = check(folder)
+    assert report["problems"] == {"shard: damaged": 1}
+    assert "altered" in report["examples"]["shard: damaged"][0]
+
+
+def test_checking_does_not_trust_an_index(tmp_path):
+    folder = write_shards(tmp_path, [3])
+    check(folder)
+    place = tmp_path / "00000.tar.index.npz"
+    with np.load(place) as index:
+        records, meta = index["records"], json.loads(index["meta"].tobytes())
+    records["text"] = records["text"][::-1].copy()
+    meta["digest"] = hashlib.sha256(records.tobytes()).hexdigest()
+    np.savez(place, records=records, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8))
+    with pytest.raises(UsageError, match=r"--verify-data: .*00000.tar or its index was altered"):
+        verify(index_shards(folder).shards)
+    assert check(folder)["problems"] == {"shard: damaged": 1}
+    verify(index_shards(folder).shards)
 
 
 @needs_flickr

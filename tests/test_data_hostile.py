@@ -6,22 +6,30 @@ Each bad sample ``bad`` lies between two good ones, which must still be read.
 import gzip
 import io
 import json
+import os
 import pickle
+import random
 import struct
 import tarfile
+import time
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from shards import Letters, encode, picture, sample, write_tar
-from training.data.decode import Caps
+from training.check_data import check
+from training.data.decode import Caps, decode_image
+from training.data.decode import _scans as scans_of
 from training.data.index import index_shards
 from training.data.loader import sequential
+from training.data.shard import LOST, STRAY, NotAShard, build_index
+from training.data.stream import read_shard
 from training.data.tar import BadTar, members
-from training.data.views import ImageSpec, View, eval_view
-from training.errors import UsageError
+from training.data.views import ImageSpec, View, eval_view, train_view
+from training.errors import Failure, UsageError
 
 TRAPS = []
 
@@ -131,6 +139,7 @@ SAMPLES = {
     "no caption": (bad_sample(txt=None), "no caption"),
     "zero-byte caption": (bad_sample(txt=b""), "empty caption"),
     "blank caption": (bad_sample(txt=b" \n\t"), "caption: empty"),
+    "caption of zeros": (bad_sample(txt=bytes(20)), "caption: empty"),
     "1 MB caption": (bad_sample(txt=b"word " * 200_000), "caption: too long"),
     "caption that is not UTF-8": (bad_sample(txt=b"caf\xe9"), "caption: not UTF-8"),
     "caption with NUL and emoji": (bad_sample(txt="a\0b \N{GRINNING FACE}".encode()), USED),
@@ -269,7 +278,7 @@ def whole_tar(tmp_path):
 def test_a_tar_cut_in_the_data_keeps_what_is_whole(tmp_path):
     tar, data, ends = whole_tar(tmp_path)
     tar.write_bytes(data[: ends[6] - 10])  # within c.jpg
-    assert read(tmp_path)[::3] == (["a", "b"], {"truncated": 1})
+    assert read(tmp_path)[::3] == (["a", "b"], {"truncated": 1, LOST: 1})
     (problem,) = index_shards(str(tar)).shards[0].problems
     assert "truncated in the data" in problem
 
@@ -277,7 +286,7 @@ def test_a_tar_cut_in_the_data_keeps_what_is_whole(tmp_path):
 def test_a_tar_cut_in_a_header_keeps_what_is_whole(tmp_path):
     tar, data, ends = whole_tar(tmp_path)
     tar.write_bytes(data[: -(-ends[5] // 512) * 512 + 100])  # within the header of c.jpg
-    assert read(tmp_path)[::3] == (["a", "b"], {})
+    assert read(tmp_path)[::3] == (["a", "b"], {LOST: 1})
     (problem,) = index_shards(str(tar)).shards[0].problems
     assert "truncated in a header" in problem
 
@@ -286,7 +295,8 @@ def test_a_damaged_header_ends_the_shard_there(tmp_path):
     tar, data, ends = whole_tar(tmp_path)
     place = -(-ends[5] // 512) * 512
     tar.write_bytes(data[:place] + b"\xff" * 512 + data[place + 512 :])
-    assert read(tmp_path)[::3] == (["a", "b"], {})
+    keys, _, _, skipped = read(tmp_path)
+    assert keys == ["a", "b"] and skipped[LOST] >= 1
     assert "damaged header" in index_shards(str(tar)).shards[0].problems[0]
 
 
@@ -294,9 +304,155 @@ def test_a_shard_cut_after_it_was_indexed_is_noticed(tmp_path):
     tar, data, ends = whole_tar(tmp_path)
     sources = index_shards(str(tar))
     tar.write_bytes(data[: ends[4]])
-    (batch,) = sequential(sources, [eval_view(ImageSpec(8))], [Letters()], batch_size=3)
-    assert (batch.keys, batch.skipped) == (["a", "b"], {"truncated": 1})
+    with pytest.raises(Failure, match=r"0.tar was changed after it was indexed"):
+        list(sequential(sources, [eval_view(ImageSpec(8))], [Letters()], batch_size=3))
     assert index_shards(str(tar)).num_samples == 2, "and it is indexed anew"
+
+
+def whole_tar_of(*keys):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for key in keys:
+            for name, content in sample(key).items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zeroed(data, start, size):
+    return data[:start] + bytes(size) + data[start + size :]
+
+
+DAMAGES = {
+    "zeroed header": (lambda data, second: zeroed(data, second, 512), 3),
+    "zeroed page": (lambda data, second: zeroed(data, second, 4096), 3),
+    "joined by cat": (lambda data, second: data + whole_tar_of("d", "e", "f"), 6),
+    "unfinished": (lambda data, second: zeroed(data * 20, second, len(data) * 20 - second), 60),
+    "end mark within": (lambda data, second: data[:second] + bytes(1024) + data[second:], 3),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_samples_behind_an_end_mark_are_counted_as_lost(tmp_path, name):
+    tar, data, ends = whole_tar(tmp_path)
+    damage, samples = DAMAGES[name]
+    tar.write_bytes(damage(data, -(-ends[2] // 512) * 512))  # where b begins
+    keys, _, _, skipped = read(tmp_path)
+    assert keys[0] == "a" and skipped[LOST] >= 1
+    assert len(keys) + sum(skipped.values()) >= samples
+    assert "byte" in index_shards(str(tar)).shards[0].problems[0]
+
+
+@pytest.mark.parametrize("zeros", [0, 512, 1024, 10_240, 1 << 18], ids=str)
+def test_an_end_mark_of_one_block_or_two_and_padding_lose_nothing(tmp_path, zeros):
+    tar, data, ends = whole_tar(tmp_path)
+    end = -(-ends[-1] // 512) * 512
+    record = max(512, zeros)  # writers fill whole records
+    tar.write_bytes(data[:end] + bytes(512 + (-(end + 512) % record if zeros > 512 else zeros)))
+    assert read(tmp_path)[::3] == (["a", "b", "c"], {})
+    assert index_shards(str(tar)).problems == []
+
+
+@pytest.mark.parametrize(
+    ("members", "listed", "counted"),
+    [
+        ({"a.b.jpg": JPEG, "a.b.txt": b"x", "a.c.jpg": JPEG, "a.c.txt": b"x"}, 0, {STRAY: 2}),
+        ({"x.gif": b"x", "y.npy": b"x", "y.cls": b"1"}, 0, {STRAY: 2}),
+        ({"x.gif": b"x", "x.txt": b"caption"}, 0, {"no image": 1}),
+        (sample("x") | {"x.npy": b"x", "x.seg.png": b"x", "x.jpg.gz": b"x"}, 1, {}),
+        ({"x.npy": b"x", "x.seg.png": b"x"} | sample("x"), 1, {}),
+    ],
+    ids=["dots", "other kinds", "GIF", "others after", "others before"],
+)
+def test_what_no_sample_uses_is_counted_by_key(tmp_path, members, listed, counted):
+    write_tar(tmp_path / "0.tar", sample("a0") | members)
+    assert (len(read(tmp_path)[0]) - 1, read(tmp_path)[3]) == (listed, counted)
+    streamed = list(read_shard(str(tmp_path / "0.tar"), Caps()))
+    assert sorted(s for s in streamed if isinstance(s, str)) == sorted(Counter(counted).elements())
+
+
+def test_random_damage_never_loses_a_sample_in_silence(tmp_path):
+    keys = [f"{i:03d}" for i in range(12)]
+    whole = whole_tar_of(*keys)
+    tar = tmp_path / "0.tar"
+    random.seed(0)
+    for trial in range(2000):
+        damaged, place = bytearray(whole), random.randrange(len(whole))
+        match trial % 4:
+            case 0:
+                for _ in range(random.choice([1, 2, 8])):
+                    damaged[random.randrange(len(whole))] ^= 1 << random.randrange(8)
+            case 1:
+                del damaged[place:]
+            case 2:
+                damaged[place:place] = random.randbytes(random.choice([1, 100, 512, 5000]))
+            case 3:
+                size = random.choice([1, 512, 4096])
+                damaged[place : place + size] = bytes(len(damaged[place : place + size]))
+        tar.write_bytes(damaged)
+        try:
+            records, meta = build_index(str(tar))
+        except NotAShard:
+            continue
+        assert len(records) == len(keys) or meta["skipped"], (trial, meta)
+        if len(damaged) >= len(whole):  # what a file that was cut has lost, it can't tell
+            assert len(records) + sum(meta["skipped"].values()) >= len(keys), (trial, meta)
+
+
+def many_scans(scans: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    data = encode(picture(1, (40, 30)), progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (scans - data.count(b"\xff\xda") + 1) + data[-2:]
+
+
+def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(tmp_path):
+    write_tar(tmp_path / "0.tar", sample("a") | bad_sample(jpg=many_scans(1000)))
+    assert read(tmp_path)[::3] == (["a"], {"image: too many scans": 1})
+    for scans in (10, 64):
+        decode_image(many_scans(scans), Caps())
+    for flood in (b"\xff" * 10**6, b"\xff\x01" * 10**6, JPEG * 1000):
+        start = time.monotonic()
+        assert scans_of(b"\xff\xd8" + flood) >= 0
+        assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("size", [(1, 65_000), (65_000, 1)], ids=str)
+def test_an_image_too_long_to_resize_is_refused_before_it_is_resized(tmp_path, size):
+    write_tar(tmp_path / "0.tar", sample("a") | bad_sample(jpg=encode(picture(1, size))))
+    keys, _, _, skipped = read(tmp_path, view=eval_view(ImageSpec(224)))
+    assert (keys, skipped) == (["a"], {"image: too long for its width": 1})
+    assert len(read(tmp_path, view=train_view(ImageSpec(224)))[0]) == 2, "a crop of it is small"
+
+
+def test_a_fifo_is_refused_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "0.tar")
+    with pytest.raises(UsageError, match=r"0.tar: not a regular file"):
+        index_shards(str(tmp_path / "0.tar"))
+    with pytest.raises(NotAShard, match=r"0.tar: not a regular file"):
+        build_index(str(tmp_path / "0.tar"))
+    with pytest.raises(OSError, match="not a regular file"):
+        next(read_shard(str(tmp_path / "0.tar"), Caps()))
+    assert check(str(tmp_path / "0.tar"))["problems"] == {"shard: unreadable": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "every"),
+    [
+        (b" one caption\n", "one caption", {"one caption"}),
+        ("one\u2028caption\r\n".encode(), "one\u2028caption", {"one\u2028caption"}),
+        (b"\none\n\n two \r\nthree\n", "one", {"one", "two", "three"}),
+    ],
+    ids=["one line", "other separators", "retrieval layout"],
+)
+def test_each_line_of_a_text_is_a_caption(tmp_path, text, first, every):
+    members = {}
+    for i in range(40):
+        members |= {f"{i}.jpg": JPEG, f"{i}.txt": text}
+    write_tar(tmp_path / "0.tar", members)
+    assert set(read(tmp_path)[1]) == {first}
+    assert set(read(tmp_path, captions="all")[1]) == every
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 """The index: made once, kept beside the shard, made anew when the shard changes."""
 
 import os
+import random
+import re
 import shutil
 
 import numpy as np
 import pytest
 
-from shards import FLICKR, needs_flickr, sample, write_shards, write_tar
-from training.data import index
+from shards import FLICKR, needs_flickr, overwrite, sample, write_shards, write_tar
+from training.check_data import check
+from training.data import shard
 from training.data.index import index_shards
-from training.errors import UsageError
+from training.data.shard import LOST, verify
+from training.errors import Failure, UsageError
 
 
 def test_sources_are_folders_globs_braces_and_joins(tmp_path):
@@ -19,8 +23,8 @@ def test_sources_are_folders_globs_braces_and_joins(tmp_path):
     assert [list(sources.counts) for sources in found] == [[2, 3, 4]] * 3
     assert list(found[0].source) == [0, 0, 1]
     assert found[0].num_samples == 9 and found[0].rows_of(1) == range(2, 5)
-    shard, place = found[0].locate(4)
-    assert shard.records["key"][place] == b"000004"
+    holds, place = found[0].locate(4)
+    assert holds.records["key"][place] == b"000004"
 
 
 def test_upsampling_factors_are_one_per_source(tmp_path):
@@ -34,7 +38,7 @@ def test_upsampling_factors_are_one_per_source(tmp_path):
 def test_an_index_is_made_once(tmp_path, monkeypatch):
     folder = write_shards(tmp_path, [3])
     before = index_shards(folder).fingerprint()
-    monkeypatch.setattr(index, "build_index", lambda path: pytest.fail("headers read again"))
+    monkeypatch.setattr(shard, "build_index", lambda path: pytest.fail("headers read again"))
     assert index_shards(folder).fingerprint() == before
 
 
@@ -45,6 +49,74 @@ def test_a_damaged_index_is_made_anew(tmp_path, damage):
     place = tmp_path / "00000.tar.index.npz"
     place.write_bytes(place.read_bytes()[:300] if damage is None else damage)
     assert index_shards(folder).fingerprint() == before
+
+
+def test_an_index_damaged_at_any_place_lists_the_same_samples(tmp_path):
+    folder = write_shards(tmp_path, [30])
+    before = index_shards(folder).shards[0].records
+    place = tmp_path / "00000.tar.index.npz"
+    whole = place.read_bytes()
+    random.seed(0)
+    for trial in range(300):
+        damaged = bytearray(whole)
+        if trial % 3:
+            damaged[random.randrange(len(whole))] ^= 1 << random.randrange(8)
+        else:
+            start = random.randrange(len(whole))
+            damaged[start : start + 512] = bytes(len(damaged[start : start + 512]))
+        place.write_bytes(damaged)
+        shard._records.cache_clear()
+        assert np.array_equal(index_shards(folder).shards[0].records, before), trial
+
+
+def test_an_index_that_is_gone_or_another_shards_is_not_trusted_by_a_reader(tmp_path):
+    folder = write_shards(tmp_path, [3])
+    sources = index_shards(folder)
+    expected = sources.shards[0].records.copy()
+    write_tar(tmp_path / "other.tar", sample("x"))
+    index_shards(str(tmp_path / "other.tar"))
+    for damage in (os.remove, lambda place: shutil.copy(tmp_path / "other.tar.index.npz", place)):
+        damage(tmp_path / "00000.tar.index.npz")
+        shard._records.cache_clear()
+        assert np.array_equal(sources.shards[0].records, expected)
+    write_tar(tmp_path / "00000.tar", sample("y"))
+    shard._records.cache_clear()
+    with pytest.raises(Failure, match=r"00000.tar was changed after it was indexed"):
+        len(sources.shards[0].records)
+
+
+def test_content_is_verified_against_what_check_data_found(tmp_path):
+    folder = write_shards(tmp_path, [3, 2])
+    with pytest.raises(UsageError, match=r"--verify-data: .*00000.tar.index.npz has no hash"):
+        verify(index_shards(folder).shards)
+    check(folder)
+    verify(index_shards(folder).shards)
+    overwrite(tmp_path / "00001.tar", b"caption 0 of 000004", b"caption 0 of 00000X")
+    with pytest.raises(UsageError, match=r"--verify-data: .*00001.tar or its index was altered"):
+        verify(index_shards(folder).shards)
+
+
+def test_a_pattern_does_not_match_indexes(tmp_path):
+    write_shards(tmp_path, [2, 3])
+    assert index_shards(f"{tmp_path}/*").num_samples == 5
+    (tmp_path / "00000.tar.index.npz.host-1.tmp").write_bytes(b"of a process that was killed")
+    assert index_shards(f"{tmp_path}/*").num_samples == 5
+
+
+@pytest.mark.parametrize("names", ["{00000..9999999999}", "{0..99999}{0..99}", "{0..9}" * 9])
+def test_a_pattern_of_too_many_shards_is_refused_before_it_is_expanded(names):
+    with pytest.raises(UsageError, match="more than 1,000,000"):
+        index_shards(f"data/{names}.tar")
+
+
+def test_a_cut_shard_has_lost_what_it_lacks_to_the_others(tmp_path):
+    folder = write_shards(tmp_path, [50, 50, 50])
+    tar = tmp_path / "00001.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 10])
+    sources = index_shards(folder)
+    assert sources.num_samples + sum(sources.skipped.values()) == 150
+    assert sources.num_samples < 110 and sources.skipped[LOST] > 40
+    assert len(sources.problems) == 1 and re.search("00001.tar: .*truncated", sources.problems[0])
 
 
 def test_a_changed_shard_is_indexed_anew(tmp_path):
@@ -84,12 +156,13 @@ def test_a_read_only_folder_stays_as_it_is(tmp_path, monkeypatch):
 
 def test_many_processes_make_the_same_indexes(tmp_path):
     folder = write_shards(tmp_path / "data", [2] * 6)
-    alone = index_shards(folder, cache_dir=tmp_path / "a")
-    together = index_shards(folder, cache_dir=tmp_path / "b", workers=2)
+    for place, workers in (("a", 0), ("b", 2)):
+        assert check(folder, cache_dir=str(tmp_path / place), workers=workers)["clean"]
+    alone, together = (index_shards(folder, cache_dir=tmp_path / place) for place in "ab")
     assert together.fingerprint() == alone.fingerprint()
     for a, b in zip(alone.shards, together.shards):
-        assert np.array_equal(a.records, b.records)
-    assert not list((tmp_path / "b").rglob(".index.*")), "no temporary file stays"
+        assert np.array_equal(a.records, b.records) and a.content == b.content
+    assert not list((tmp_path / "b").rglob("*.tmp")), "no temporary file stays"
 
 
 @needs_flickr

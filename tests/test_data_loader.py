@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from shards import Letters, encode, picture, sample, write_shards, write_tar
@@ -294,6 +295,37 @@ def test_captions_are_the_first_or_any_of_several(sources):
 
     assert captions("first", 0) == {"0"}
     assert captions("all", 0) == captions("all", 1) == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("mask", ["simple", "random", "shuffle"])
+def test_a_mask_that_is_drawn_depends_on_no_worker_rank_or_generator(tmp_path, mask):
+    words = " ".join(f"word{i}" for i in range(60))
+    members = {}
+    for i in range(12):
+        members |= sample(str(i)) | {f"{i}.txt": f"{i} {words}".encode()}
+    write_tar(tmp_path / "0.tar", members)
+    sources = index_shards(str(tmp_path))
+
+    def tokens(ranks, workers):
+        random.seed(workers)
+        torch.manual_seed(workers)
+        tokenizer = SimpleTokenizer(context_length=20, reduction_mask=mask)
+        loaders = [
+            Loader(
+                Order(sources, SEED), sources, [], [tokenizer],
+                seed=SEED, global_batch=12, rank=rank, world_size=ranks, workers=workers,
+                start_method="fork" if workers else None,
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+        parts = [[batch.texts[0] for batch in loader.batches(0, 2)] for loader in loaders]
+        for loader in loaders:
+            loader.close()
+        return torch.stack([torch.cat(step) for step in zip(*parts)])
+
+    alone = tokens(1, 0)
+    assert torch.equal(tokens(1, 2), alone) and torch.equal(tokens(3, 1), alone)
+    assert not torch.equal(alone[0].sort(dim=0)[0], alone[1].sort(dim=0)[0]), "a draw each pass"
 
 
 class Stored(Fetcher):

@@ -1,15 +1,16 @@
 """Remote and piped shards: the same members and limits, resumed by shard."""
 
 import logging
+import time
 
 import pytest
 
-from shards import Letters, sample, write_shards, write_tar
+from shards import Letters, encode, picture, sample, write_shards, write_tar
 from training.data.decode import Caps
 from training.data.index import is_remote
-from training.data.stream import StreamLoader, read_shard
+from training.data.stream import StreamLoader, masked, read_shard, stream_fingerprint
 from training.data.views import ImageSpec, eval_view
-from training.errors import Failure
+from training.errors import Failure, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -115,3 +116,96 @@ def test_a_damaged_or_missing_remote_shard_is_counted_and_left(tmp_path):
 def test_streams_without_a_sample_end_with_an_error(tmp_path):
     with pytest.raises(Failure, match="2 shards in a row without a usable sample"):
         next(stream(piped(tmp_path, 2)).batches(0, 1))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_streams_whose_samples_all_fail_end_with_an_error(tmp_path, shards):
+    for shard in range(shards):
+        members = {}
+        for i in range(10):
+            members |= sample(str(i)) | {f"{i}.jpg": encode(picture(i), "GIF")}
+        write_tar(tmp_path / f"{shard:05d}.tar", members)
+    loader = stream(piped(tmp_path, shards))
+    with pytest.raises(Failure, match=r"samples in a row cannot be used.*image: broken"):
+        next(loader.batches(0, 1))
+    loader.close()
+
+
+def test_a_bad_shard_among_good_ones_is_counted_not_given_up(tmp_path):
+    write_shards(tmp_path, [200, 200, 200])
+    members = {}
+    for i in range(200):
+        members |= sample(str(i)) | {f"{i}.jpg": b"no image"}
+    write_tar(tmp_path / "00001.tar", members)
+    loader = stream(piped(tmp_path, 3), global_batch=50)
+    skipped = sum(batch.skipped.get("image: broken", 0) for batch in loader.batches(0, 24))
+    loader.close()
+    assert 400 <= skipped <= 800, "three passes"
+
+
+@pytest.mark.parametrize(
+    ("urls", "message"),
+    [
+        ("s3://bucket/{000..009}.tar", "s3: can't be opened, only .*pipe.*aws s3 cp"),
+        ("pipe:cat x.tar::hdfs://name/x.tar", "hdfs: can't be opened"),
+        ("gs://bucket/x.tar", "gs: needs the program gsutil, which is not here"),
+        ("pipe:cat {0..9999999999}.tar", "names 10,000,000,000 shards"),
+    ],
+)
+def test_a_scheme_that_cannot_be_opened_is_refused_before_anything_is_read(
+    urls, message, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no program is here
+    with pytest.raises(UsageError, match=message):
+        stream(urls)
+
+
+def test_local_files_may_stand_beside_streams(tmp_path):
+    write_shards(tmp_path, [10, 10])
+    loader = stream(f"{tmp_path}/00000.tar::file://{tmp_path}/00001.tar::{piped(tmp_path, 1)}")
+    keys = {key for batch in loader.batches(0, 12) for key in batch.keys}
+    loader.close()
+    assert len(keys) == 20
+
+
+SECRETS = {
+    "https://user:SECRET@host/x.tar": "https://***@host/x.tar",
+    "https://host/x.tar?X-Amz-Expires=SECRET&X-Amz-Signature=SECRET": "https://host/x.tar?***",
+    "https://host/x.tar?sv=SECRET&sig=SECRET": "https://host/x.tar?***",
+    "https://host/x.tar?part=3": "https://host/x.tar?part=3",
+    "pipe:curl -H 'Authorization: Bearer SECRET' https://host/x.tar": (
+        "pipe:curl -H 'Authorization: Bearer ***' https://host/x.tar"
+    ),
+    "pipe:TOKEN=SECRET get https://host/x.tar": "pipe:TOKEN=*** get https://host/x.tar",
+    "pipe:curl -H X-Api-Key:SECRET host/x.tar": "pipe:curl -H X-Api-Key:*** host/x.tar",
+    "pipe:get --token hf_SECRET x.tar": "pipe:get --token hf_*** x.tar",
+}
+
+
+@pytest.mark.parametrize("url", SECRETS)
+def test_a_stream_is_known_by_its_url_without_what_is_secret(url):
+    assert masked(url) == SECRETS[url]
+    renewed = stream_fingerprint(url.replace("SECRET", "RENEWED1"))
+    assert renewed == stream_fingerprint(url)
+    assert renewed != stream_fingerprint(url.replace("x.tar", "y.tar"))
+    assert renewed["samples"] == renewed["usable"] == "not counted"
+
+
+def test_secrets_are_in_no_message_of_a_stream(caplog):
+    loader = stream("pipe:exit 3; echo hf_SECRET")
+    with pytest.raises(Failure) as caught:
+        next(loader.batches(0, 1))
+    assert "hf_***" in str(caught.value) and "SECRET" not in str(caught.value) + caplog.text
+    with pytest.raises(UsageError) as refused:
+        stream("s3://user:SECRET@bucket/x.tar")
+    assert "SECRET" not in str(refused.value)
+
+
+def test_a_stalled_stream_is_given_up_with_its_name_or_for_a_stop(tmp_path):
+    loader = stream("pipe:sleep 1000 && echo hf_SECRET")
+    assert list(loader.batches(0, 1, stopping=lambda: True)) == []
+    with pytest.raises(Failure, match=r"no batch for 1 seconds.*reads pipe:sleep 1000.*hf_\*\*\*"):
+        next(loader.batches(0, 1, timeout=1))
+    start = time.monotonic()
+    loader.close()
+    assert time.monotonic() - start < 12

@@ -2,8 +2,9 @@
 
     python -m training.check_data 'data/{00000..01241}.tar' [--deep] [--json]
 
-Reads the tars' headers, every caption and every image's header (``--deep``: decodes the images).
-Ends with 0 when all is well, 1 when something was found, 2 on wrong usage.
+Reads the tars' headers, every caption and every image's header (``--deep``: decodes the images),
+and keeps each shard's hash in its index, for ``--verify-data``. Ends with 0 when all is well, 1
+when something was found, 2 on wrong usage.
 """
 
 import argparse
@@ -13,7 +14,9 @@ import os
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 import numpy as np
@@ -22,14 +25,16 @@ from tqdm import tqdm
 from training.data.decode import (
     BadSample,
     Caps,
-    decode_caption,
     decode_captions,
     decode_image,
+    decode_text,
     image_size,
 )
-from training.data.index import NotAShard, Shard, Sources, expand, index_shard, is_remote
+from training.data.index import Sources, expand, is_remote
+from training.data.shard import EMPTY, NotAShard, Shard, index_shard
+from training.data.tar import open_regular
 from training.engine.environment import cores
-from training.errors import UsageError, cli
+from training.errors import Failure, UsageError, cli
 
 HEADER = 1 << 14  # most images tell their size in these first bytes
 EXAMPLES = 3
@@ -67,17 +72,15 @@ def check(
     """
     sources = [list(dict.fromkeys(paths)) for paths in expand(urls, "SHARDS")]
     paths = [path for source in sources for path in source]
+    numbers = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
     work = partial(check_shard, cache_dir=cache_dir, caps=caps or Caps(), deep=deep)
-    with _mapper(min(workers, len(paths))) as mapped:
-        found = list(progress(mapped(work, paths), total=len(paths)))
+    found = list(progress(_in_processes(work, paths, workers), total=len(paths)))
     shards = [shard for shard, *_ in found if shard is not None]
-    data = Sources(shards)
-    problems, examples = Counter(), {}
+    data = Sources(shards, numbers[[shard is not None for shard, *_ in found]])
+    problems, examples = Counter(data.skipped), {}
     for path, (shard, trouble, seen) in zip(paths, found):
-        counted = Counter(trouble)
-        counted.update(shard.skipped if shard else {})
-        problems.update(counted)
-        for reason in counted:
+        problems.update(trouble)
+        for reason in [*trouble, *(shard.skipped if shard else ())]:
             examples.setdefault(reason, [])
             examples[reason] += seen.get(reason, [path])
     repeated = sum(_repeated(shards, set(source)) for source in sources)
@@ -95,10 +98,10 @@ def check(
 def check_shard(path: str, cache_dir: str | None, caps: Caps, deep: bool):
     """(shard or None, problems by reason, examples by reason) of one tar."""
     warnings.filterwarnings("ignore", module="PIL")
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         return None, {"shard: missing": 1}, {}
     try:
-        shard = index_shard(path, cache_dir)
+        shard = index_shard(path, cache_dir, check=True)
     except NotAShard as error:
         return None, {"shard: unreadable": 1}, {"shard: unreadable": [str(error)]}
     problems, examples = Counter(), {}
@@ -108,10 +111,9 @@ def check_shard(path: str, cache_dir: str | None, caps: Caps, deep: bool):
         examples.setdefault(reason, []).append(where)
 
     for problem in shard.problems:
-        report("shard: damaged", f"{path}: {problem}")
-    if not shard.samples and not shard.skipped:
-        report("shard: empty", path)
-    with open(path, "rb", buffering=0) as file:
+        kind = "shard: empty" if problem == EMPTY else "shard: damaged"
+        report(kind, f"{path}: {problem}")
+    with open_regular(path) as file:
         for record in shard.records:
             try:
                 _check_sample(file.fileno(), record, caps, deep)
@@ -141,7 +143,7 @@ def _check_sample(fd: int, record, caps: Caps, deep: bool) -> None:
             raise BadSample(reason)
         return os.pread(fd, min(size, most), offset)
 
-    decode_caption(read("text", caps.max_caption, caps.max_caption, "caption: too long"), caps)
+    decode_text(read("text", caps.max_caption, caps.max_caption, "caption: too long"), caps)
     if record["json"][0] >= 0:
         decode_captions(read("json", caps.max_json, caps.max_json, "json: too many bytes"), caps)
     image = partial(read, "image", limit=caps.max_bytes, reason="image: too many bytes")
@@ -167,19 +169,17 @@ def _repeated(shards: list[Shard], paths: set[str]) -> int:
     return sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes))) if hashes else 0
 
 
-class _mapper:
-    """``map`` over processes, or in this one."""
-
-    def __init__(self, workers: int):
-        context = multiprocessing.get_context("forkserver")
-        self.pool = ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else None
-
-    def __enter__(self):
-        return self.pool.map if self.pool else map
-
-    def __exit__(self, *_):
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
+def _in_processes(work: Callable, paths: Sequence[str], workers: int) -> Iterator:
+    """``map(work, paths)``, over processes if there are two or more."""
+    if min(workers, len(paths)) < 2:
+        yield from map(work, paths)
+        return
+    context = multiprocessing.get_context("forkserver")
+    try:
+        with ProcessPoolExecutor(min(workers, len(paths)), mp_context=context) as pool:
+            yield from pool.map(work, paths)
+    except BrokenProcessPool:
+        raise Failure("a process was killed (memory?): lower --workers") from None
 
 
 def _parser() -> argparse.ArgumentParser:

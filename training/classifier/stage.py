@@ -116,8 +116,10 @@ class EpochLoader:
     epochs: Batches | PhotoBatches
     images: bool
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[ImageBatch]:
-        """This process's part of the batches of some steps."""
+    def batches(
+        self, start_step: int, stop_step: int, stopping=None, timeout=None
+    ) -> Iterator[ImageBatch]:
+        """This process's part of the batches of some steps; local images are not waited for."""
         per_epoch, step = self.epochs.per_epoch, start_step
         while step < stop_step:
             epoch, first = divmod(step, per_epoch)

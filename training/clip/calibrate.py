@@ -287,8 +287,10 @@ class PairLoader:
     size: int
     seed: int
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[PairBatch]:
-        """Those of some steps, each a function of its number."""
+    def batches(
+        self, start_step: int, stop_step: int, stopping=None, timeout=None
+    ) -> Iterator[PairBatch]:
+        """Those of some steps, each a function of its number; they are in memory."""
         for step in range(start_step, stop_step):
             draws = torch.Generator().manual_seed(derive_seed(self.seed, "calibrate", step))
             picked = self.rows[torch.randint(len(self.rows), (self.size,), generator=draws)]

@@ -122,6 +122,12 @@ class DataConfig:
     )
     shuffle_window: int = flag(20000, "samples shuffled together (whole shards)", above=0)
     max_bad_fraction: float = flag(0.01, "stop when more than this share of samples can't be used")
+    verify_data: bool = flag(
+        False, "compare every shard's bytes with what training.check_data found", free=True
+    )
+    data_timeout: float = flag(
+        600.0, "seconds to wait for a batch before giving up; 0: for ever", least=0, free=True
+    )
     index_dir: str | None = flag(
         None, "where shard indexes go [beside the shards]", metavar="DIR", free=True
     )

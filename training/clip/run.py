@@ -30,6 +30,7 @@ from training.data.index import (
 )
 from training.data.loader import Batch, Loader, sequential
 from training.data.order import Order
+from training.data.shard import verify
 from training.data.stream import StreamLoader, stream_fingerprint
 from training.engine.checkpoint import Checkpoints
 from training.engine.control import (
@@ -158,6 +159,7 @@ def run(
             stop,
             validation,
             partial(check_bad_fraction, config),
+            config.data_timeout or None,
         )
         if finished and world.rank == 0:
             stage.finish(path)
@@ -184,6 +186,10 @@ def open_data(config: Config, world: World) -> Sources:
         barrier(world)
     factors = config.train_data_upsampling_factors
     sources = index_shards(config.train_data, weights=factors, cache_dir=config.index_dir)
+    if config.verify_data:
+        verify(sources.shards)
+    for problem in sources.problems:
+        log.warning("%s", problem)
     bad = sum(sources.skipped.values())
     if bad > config.max_bad_fraction * (bad + sources.num_samples):
         raise UsageError(

@@ -6,6 +6,7 @@ frame of an animation, drops transparency, and does *not* apply an EXIF rotation
 
 import io
 import json
+import re
 from dataclasses import dataclass
 
 from PIL import Image
@@ -13,6 +14,8 @@ from PIL import Image
 from training.data.draws import seed_of
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # in a JPEG, not counting restarts
+_MOST_MARKERS = 2000
 
 
 class BadSample(Exception):
@@ -26,12 +29,14 @@ class Caps:
     Attributes:
         max_bytes: encoded image.
         max_pixels: decoded image, read from its header (4 bytes a pixel while decoding).
+        max_scans: of a JPEG that is not decoded in one; each costs a pass over its pixels.
         max_caption: caption in bytes (also of one caption among several).
         max_json: ``key.json`` in bytes.
     """
 
     max_bytes: int = 1 << 25
     max_pixels: int = 1 << 25
+    max_scans: int = 64
     max_caption: int = 1 << 14
     max_json: int = 1 << 20
 
@@ -46,6 +51,8 @@ def decode_image(data: bytes, caps: Caps) -> Image.Image:
         raise BadSample("image: too many bytes")
     try:
         image = _open(data, caps)
+        if data.startswith(b"\xff\xd8") and _scans(data) > caps.max_scans:
+            raise BadSample("image: too many scans")
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except BadSample:
@@ -68,8 +75,11 @@ def image_size(data: bytes, caps: Caps) -> tuple[int, int]:
         raise BadSample("image: broken") from error
 
 
-def decode_caption(data: bytes, caps: Caps) -> str:
-    """The bytes of ``key.txt`` -> caption.
+def decode_text(data: bytes, caps: Caps) -> list[str]:
+    """The bytes of ``key.txt`` -> its captions, one a line, at least one.
+
+    Several lines are several captions, as clip_benchmark's retrieval sets are laid out. img2dataset
+    writes one caption a file, and where it has a line break stock OpenCLIP makes that a blank.
 
     Raises:
         BadSample: empty, too long, or not UTF-8.
@@ -77,12 +87,13 @@ def decode_caption(data: bytes, caps: Caps) -> str:
     if len(data) > caps.max_caption:
         raise BadSample("caption: too long")
     try:
-        caption = data.decode("utf-8").strip()
+        lines = [line.strip() for line in data.decode("utf-8").split("\n")]
     except UnicodeDecodeError:
         raise BadSample("caption: not UTF-8") from None
-    if not caption:
+    captions = [line for line in lines if line.strip("\0")]  # NULs: a download that broke off
+    if not captions:
         raise BadSample("caption: empty")
-    return caption
+    return captions
 
 
 def decode_captions(data: bytes, caps: Caps) -> list[str]:
@@ -128,6 +139,25 @@ def _open(data: bytes, caps: Caps) -> Image.Image:
 def _check_pixels(width: int, height: int, caps: Caps) -> None:
     if width * height > caps.max_pixels:
         raise BadSample("image: too many pixels")
+
+
+def _scans(data: bytes) -> int:
+    """How often a decoder passes over a JPEG's pixels, from its markers."""
+    place, scans, components, progressive = 2, 0, None, False
+    for _ in range(_MOST_MARKERS):
+        marker = _MARKER.search(data, place)
+        if marker is None or marker[1] == b"\xd9":  # the image's end
+            return scans
+        place = marker.end()
+        if marker[1] in b"\xc0\xc1\xc2\xc5\xc6\xc9\xca\xcd\xce":  # a frame begins
+            components, progressive = data[place + 7 : place + 8], marker[1][0] & 3 == 2
+        if marker[1] == b"\xda":
+            scans += 1
+            if not progressive and data[place + 2 : place + 3] == components:
+                return scans  # all components at once: what follows is not decoded
+        if marker[1] not in b"\x01\xd8":
+            place += int.from_bytes(data[place : place + 2], "big")
+    return _MOST_MARKERS
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

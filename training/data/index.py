@@ -1,55 +1,23 @@
-"""What a data set of plain WebDataset tars holds, and where: one small index per shard.
-
-Made once per shard (headers only), kept beside it as ``NAME.tar.index.npz`` or, when that place is
-read-only, under the user's cache; made anew when the shard's size or time changed. The index lists
-the samples that can be used and counts the others by reason.
-"""
+"""What a data set of plain WebDataset tars holds: its shards' indexes, as one numbered list."""
 
 import glob
 import hashlib
-import json
-import multiprocessing
+import math
 import os
 import re
-import tempfile
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
-from training.data.tar import BadTar, Member, members
+from training.data.shard import LOST, SUFFIX, NotAShard, Shard, index_shard
 from training.errors import UsageError
 
-VERSION = 1
-IMAGES = ("jpg", "png", "jpeg", "webp")  # open_clip's order of preference within one sample
-MEMBERS = {**dict.fromkeys(IMAGES, "image"), "txt": "text", "json": "json"}
-MAX_NAME = 1024
-ABSENT = (-1, 0)
+MAX_SHARDS = 1_000_000  # of one brace pattern
 _REMOTE = re.compile(r"^(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One indexed tar: what is known without opening its index again."""
-
-    path: str
-    index: str
-    bytes: int
-    samples: int
-    digest: str
-    skipped: dict[str, int] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
-
-    @property
-    def records(self) -> np.ndarray:
-        """(samples,) structured: ``key`` (bytes); ``image``, ``text``, ``json`` (offset, size)."""
-        return _records(self.index, self.digest)
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 
 
 class Sources:
@@ -79,13 +47,33 @@ class Sources:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Samples that cannot be used, by reason (they are in no row)."""
-        return dict(sum((Counter(shard.skipped) for shard in self.shards), Counter()))
+        """Samples that cannot be used, by reason (they are in no row).
+
+        A damaged shard has lost at least what it lacks to the median of its source's whole shards.
+        """
+        skipped = sum((Counter(shard.skipped) for shard in self.shards), Counter())
+        listed = self.counts + [sum(shard.skipped.values()) for shard in self.shards]
+        damaged = np.array([LOST in shard.skipped for shard in self.shards], dtype=bool)
+        for source in np.unique(self.source[damaged]):
+            mine = self.source == source
+            if (whole := listed[mine & ~damaged]).size:
+                lacks = int(np.median(whole)) - listed[mine & damaged]
+                skipped[LOST] += int(lacks.clip(min=0).sum())
+        return dict(skipped)
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with shards as a whole, a sentence each: what `check_data` finds too."""
+        return [f"{shard.path}: {problem}" for shard in self.shards for problem in shard.problems]
 
     def locate(self, row: int) -> tuple[Shard, int]:
         """The shard that holds a row, and the row's place in it."""
         number = int(np.searchsorted(self.first_row, row, side="right")) - 1
         return self.shards[number], row - int(self.first_row[number])
+
+    def path_of(self, row: int) -> str:
+        """The path of the shard that holds a row."""
+        return self.locate(row)[0].path
 
     def rows_of(self, number: int) -> range:
         """Rows of shard ``number``."""
@@ -112,7 +100,7 @@ class Sources:
 
 
 def is_remote(urls: str) -> bool:
-    """Whether any source must be streamed (``pipe:``, ``https://``, ``s3://``, ...)."""
+    """Whether any source must be streamed (``pipe:``, ``https://``, ...)."""
     return any(_REMOTE.match(url) for url in urls.split("::"))
 
 
@@ -124,16 +112,12 @@ def expand(urls: str, flag: str = "--train-data") -> list[list[str]]:
     """
     sources = []
     for source in urls.split("::"):
-        try:
-            paths = [os.path.expanduser(path) for path in braceexpand(source)]
-        except UnbalancedBracesError:
-            raise UsageError(f"{flag} {source!r}: unbalanced braces") from None
         found = []
-        for path in paths:
+        for path in map(os.path.expanduser, expand_braces(source, flag)):
             if os.path.isdir(path):
                 found += sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
             elif any(c in path for c in "*?[") and not os.path.exists(path):
-                found += sorted(glob.glob(path))
+                found += sorted(name for name in glob.glob(path) if SUFFIX not in name)
             else:
                 found.append(path)
         if not found:
@@ -145,14 +129,31 @@ def expand(urls: str, flag: str = "--train-data") -> list[list[str]]:
     return sources
 
 
+def expand_braces(source: str, flag: str) -> list[str]:
+    """The names that a pattern such as ``{00000..01241}.tar`` stands for.
+
+    Raises:
+        UsageError: unbalanced braces, or more names than `MAX_SHARDS`.
+    """
+    try:
+        ranges = [[int(number or 1) for number in found] for found in _RANGE.findall(source)]
+        names = math.prod(abs(last - first) // max(1, abs(by)) + 1 for first, last, by in ranges)
+        if names <= MAX_SHARDS:  # counted first: they would not fit into memory
+            return list(braceexpand(source))
+    except ValueError:
+        raise UsageError(f"{flag} {source!r}: unbalanced braces") from None
+    raise UsageError(
+        f"{flag} {source!r} names {names:,} shards, more than {MAX_SHARDS:,}: is a digit of its "
+        "braces too many?"
+    )
+
+
 def index_shards(
     urls: str,
     *,
     weights: str | None = None,
     cache_dir: str | os.PathLike | None = None,
-    workers: int = 0,
     flag: str = "--train-data",
-    progress: Callable = iter,
 ) -> Sources:
     """Index a data set, reusing the indexes that are there.
 
@@ -161,9 +162,7 @@ def index_shards(
         weights: upsampling factors joined by ``::``, one per source (OpenCLIP's
             ``--train-data-upsampling-factors``).
         cache_dir: where indexes go instead of beside the shards.
-        workers: processes that build missing indexes; 0: this one.
         flag: the flag to name in errors.
-        progress: wraps the iterator over shards (`tqdm`).
 
     Raises:
         UsageError: a shard is missing or no plain tar, or no sample is usable.
@@ -173,10 +172,11 @@ def index_shards(
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UsageError(f"{flag}: {missing[0]}{more}: no such file")
+        why = "not a regular file" if os.path.exists(missing[0]) else "no such file"
+        raise UsageError(f"{flag}: {missing[0]}{more}: {why}")
     factors = _factors(weights, len(sources))
     try:
-        shards = list(progress(_indexed(paths, cache_dir, workers)))
+        shards = [index_shard(path, cache_dir) for path in paths]
     except NotAShard as error:
         raise UsageError(f"{flag}: {error}") from None
     found = Sources(shards, np.repeat(np.arange(len(sources)), [len(s) for s in sources]), factors)
@@ -187,121 +187,6 @@ def index_shards(
             "KEY.txt; run `python -m training.check_data` on it"
         )
     return found
-
-
-class NotAShard(Exception):
-    """The file cannot be read as a plain tar at all."""
-
-
-def index_shard(path: str, cache_dir: str | os.PathLike | None = None) -> Shard:
-    """The index of one shard, made if need be.
-
-    Raises:
-        NotAShard: the file is compressed, no tar, or cannot be read.
-    """
-    place = _index_path(path, cache_dir)
-    try:
-        stat = os.stat(path)
-        stamp = [VERSION, stat.st_size, stat.st_mtime_ns]
-        meta = _read_meta(place)
-        if meta is None or meta["stamp"] != stamp:
-            records, meta = build_index(path)
-            _write(place, records, meta | {"stamp": stamp})
-    except OSError as error:
-        raise NotAShard(f"{error.filename or path}: {error.strerror}") from None
-    return Shard(
-        path=str(path),
-        index=place,
-        bytes=stat.st_size,
-        samples=meta["samples"],
-        digest=meta["digest"],
-        skipped=meta["skipped"],
-        problems=tuple(meta["problems"]),
-    )
-
-
-def build_index(path: str) -> tuple[np.ndarray, dict]:
-    """Read a shard's headers -> (records of usable samples, meta).
-
-    Members that share a key (the path up to the first dot of the file name: WebDataset's rule) are
-    one sample, wherever they lie in the shard. Members outside the allow-list are never read.
-    """
-    samples, latest = [], {}
-    problems = []
-    with open(path, "rb", buffering=0) as file:
-        end = os.fstat(file.fileno()).st_size
-        try:
-            for member in members(partial(os.pread, file.fileno()), end):
-                part = split_name(member.name)
-                if part is None or (member.kind == "other"):
-                    continue
-                key, kind, rank = part
-                sample = latest.get(key)
-                if sample is None or (kind in sample and sample[kind][2] == rank):
-                    sample = {"key": key, "fault": "duplicate key" if sample else None}
-                    samples.append(sample)
-                    latest[key] = sample
-                fault = fault_of(member, kind, end)
-                if fault:
-                    sample["fault"] = sample["fault"] or fault
-                elif kind not in sample or rank < sample[kind][2]:
-                    sample[kind] = (member.offset, member.size, rank)
-        except BadTar as error:
-            if not samples and end:
-                raise NotAShard(f"{path}: {error}") from None
-            problems.append(str(error))
-    skipped, usable = Counter(), []
-    for sample in samples:
-        fault = sample["fault"] or next(
-            (name for kind, name in REQUIRED.items() if kind not in sample), None
-        )
-        if fault:
-            skipped[fault] += 1
-        else:
-            usable.append(
-                (sample["key"], *(sample.get(k, ABSENT)[:2] for k in ("image", "text", "json")))
-            )
-    width = max((len(key) for key, *_ in usable), default=1)
-    span = ("<i8", (2,))
-    dtype = [("key", f"S{width}"), ("image", *span), ("text", *span), ("json", *span)]
-    records = np.array(usable, dtype=dtype)
-    return records, {
-        "samples": len(records),
-        "skipped": dict(skipped),
-        "problems": problems,
-        "digest": hashlib.sha256(records.tobytes()).hexdigest(),
-    }
-
-
-REQUIRED = {"image": "no image", "text": "no caption"}
-
-
-def split_name(name: bytes) -> tuple[bytes, str, int] | None:
-    """Member name -> (key, ``image`` | ``text`` | ``json``, preference), or None if not for us."""
-    slash = name.rfind(b"/") + 1
-    stem, _, extension = name[slash:].partition(b".")
-    kind = MEMBERS.get(extension.decode("latin-1").lower())
-    if not stem or kind is None:
-        return None
-    if stem.startswith(b"__") and stem.endswith(b"__"):  # WebDataset's metadata members
-        return None
-    extension = extension.decode().lower()
-    rank = IMAGES.index(extension) if kind == "image" else 0
-    return name[:slash] + stem, kind, rank
-
-
-def fault_of(member: Member, kind: str, end: int | None = None) -> str | None:
-    """Why a member cannot be used."""
-    if member.kind == "link":
-        return "link member"
-    parts = member.name.split(b"/")
-    if len(member.name) > MAX_NAME or b".." in parts or not parts[0] or b"\0" in member.name:
-        return "unsafe name"
-    if end is not None and member.offset + member.size > end:
-        return "truncated"
-    if not member.size and kind != "json":
-        return f"empty {'image' if kind == 'image' else 'caption'}"
-    return None
 
 
 def _factors(weights: str | None, n: int) -> list[float] | None:
@@ -317,57 +202,3 @@ def _factors(weights: str | None, n: int) -> list[float] | None:
             "by '::', one per source of --train-data"
         )
     return factors
-
-
-def _indexed(paths: Sequence[str], cache_dir, workers: int):
-    index = partial(index_shard, cache_dir=cache_dir)
-    if workers < 2 or len(paths) < 2:
-        yield from map(index, paths)
-        return
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(min(workers, len(paths)), mp_context=context) as pool:
-        yield from pool.map(index, paths, chunksize=4)
-
-
-def _index_path(path: str, cache_dir) -> str:
-    """Beside the shard if that place may be written to, else in the user's cache."""
-    folder, name = os.path.split(os.path.abspath(path))
-    if cache_dir is None:
-        # the mode too: root may write anywhere, but a read-only folder is meant to stay as it is
-        if os.access(folder, os.W_OK) and os.stat(folder).st_mode & 0o222:
-            return os.path.join(folder, name + ".index.npz")
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        cache_dir = os.path.join(cache, "cifd_clip", "index")
-    mark = hashlib.sha256(folder.encode()).hexdigest()[:16]
-    return os.path.join(cache_dir, mark, name + ".index.npz")
-
-
-def _read_meta(place: str) -> dict | None:
-    try:
-        with np.load(place, allow_pickle=False) as index:
-            return json.loads(index["meta"].tobytes())
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
-        return None
-
-
-def _write(place: str, records: np.ndarray, meta: dict) -> None:
-    """Write whole or not at all: several ranks may index the same shard at once."""
-    folder = os.path.dirname(place)
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".index.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(handle, 0o644)
-            meta_bytes = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
-            np.savez(file, records=records, meta=meta_bytes)
-        os.replace(temporary, place)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-@lru_cache(maxsize=128)
-def _records(place: str, digest: str) -> np.ndarray:
-    # the digest is part of the cache's key: a shard may change while the process lives
-    with np.load(place, allow_pickle=False) as index:
-        return index["records"]

@@ -5,100 +5,33 @@ global batch (`training.data.order`), reads their bytes by position, and builds 
 state lives in a loader, so starting at step s gives what an uninterrupted run would have seen.
 """
 
-import atexit
-import os
-import signal
-import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
+from training.data.batch import Batch
 from training.data.decode import (
     BadSample,
     Caps,
     choose_caption,
-    decode_caption,
     decode_captions,
     decode_image,
+    decode_text,
 )
 from training.data.draws import words
 from training.data.index import Sources
 from training.data.order import Order
-from training.data.views import View, draw, private_randomness
+from training.data.views import View, draw, private_randomness, seed_generators
+from training.data.workers import check_limits, data_loader, end, iterate, reads
 from training.errors import Failure
 
 MAX_ATTEMPTS = 64
-JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-@dataclass
-class Batch:
-    """One rank's part of a global batch.
-
-    Attributes:
-        images: per image transform, uint8 (B, 3, H, W), channels last in memory.
-        texts: per tokenizer, int64 (B, context).
-        rows: int64 (B,) global sample ids (-1 when streaming).
-        views: int64 (B,) the view of each sample.
-        keys: the samples' keys.
-        extras: what the fetchers returned.
-        skipped: samples replaced (or, in sequential reading, left out), by reason.
-        shards: shards consumed up to here, when streaming.
-    """
-
-    images: list[Tensor]
-    texts: list[Tensor]
-    rows: Tensor
-    views: Tensor
-    keys: list[str]
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)
-    shards: int = 0
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def pin_memory(self) -> "Batch":
-        """A copy in pinned memory."""
-        return self._map(Tensor.pin_memory)
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """A copy on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def split(self, parts: int) -> list["Batch"]:
-        """``parts`` micro-batches of consecutive rows, which count no skipped samples."""
-        size = len(self) // parts
-        return [self._rows(slice(i * size, (i + 1) * size)) for i in range(parts)]
-
-    def _rows(self, rows: slice) -> "Batch":
-        return Batch(
-            images=[t[rows] for t in self.images],
-            texts=[t[rows] for t in self.texts],
-            rows=self.rows[rows],
-            views=self.views[rows],
-            keys=self.keys[rows],
-            extras={k: t[rows] for k, t in self.extras.items()},
-        )
-
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
-        def apply(value):
-            if isinstance(value, Tensor):
-                return fn(value)
-            if isinstance(value, list):
-                return [apply(v) for v in value]
-            if isinstance(value, dict):
-                return {k: apply(v) for k, v in value.items()}
-            return value
-
-        return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
 
 
 class Fetcher:
@@ -142,12 +75,35 @@ class Recipe:
         return caption, images
 
     def _caption(self, key: bytes, view: int, read) -> str:
+        captions = []
         if self.captions == "all":
             data = read("json", self.caps.max_json, "json: too many bytes")
             captions = [] if data is None else decode_captions(data, self.caps)
-            if captions:
-                return choose_caption(captions, self.seed, view, key)
-        return decode_caption(read("text", self.caps.max_caption, "caption: too long"), self.caps)
+        if not captions:
+            text = read("text", self.caps.max_caption, "caption: too long")
+            captions = decode_text(text, self.caps)
+        if self.captions == "first":
+            return captions[0]
+        return choose_caption(captions, self.seed, view, key)
+
+    def tokens(self, captions: list[str], keys: list[str], views: list[int]) -> list[Tensor]:
+        """Per tokenizer, (B, context); one that masks at random draws from each sample's seed."""
+        return [self._tokens(tokenizer, captions, keys, views) for tokenizer in self.tokenizers]
+
+    def _tokens(self, tokenizer, captions, keys, views) -> Tensor:
+        if getattr(tokenizer, "reduction_fn", None) is None:  # OpenCLIP's name of CLIPA's masks
+            return tokenizer(captions)
+        rows = []
+        for caption, key, view in zip(captions, keys, views):
+            seed_generators(self.seed, "tokens", view, key)
+            rows.append(tokenizer([caption]))
+        return torch.cat(rows)
+
+    def sample_bytes(self) -> int:
+        """Of one sample's images (of its text, there is little)."""
+        image = Image.new("RGB", (64, 64))
+        with private_randomness():
+            return sum(transform(image).nbytes for transform in self.image_transforms)
 
 
 class Assembly:
@@ -174,7 +130,7 @@ class Assembly:
         rows, views = torch.tensor(self.index, dtype=torch.int64).reshape(n, 2).T.contiguous()
         return Batch(
             images=[batch[:n] for batch in self.images],
-            texts=[tokenizer(self.captions) for tokenizer in self.recipe.tokenizers] if n else [],
+            texts=self.recipe.tokens(self.captions, self.keys, views.tolist()) if n else [],
             rows=rows,
             views=views,
             keys=self.keys,
@@ -248,12 +204,13 @@ class Reader:
                         f"({dict(assembly.skipped)}); "
                         "run `python -m training.check_data --deep` on the data"
                     )
-        batch = assembly.finish()
+            batch = assembly.finish()
         for fetcher in self.fetchers:
             batch.extras |= fetcher(batch.rows, batch.views)
         return batch
 
     def _sample(self, row: int, view: int) -> tuple:
+        reads(row)
         shard, place = self.sources.locate(row)
         record = shard.records[place]
         for fetcher in self.fetchers:
@@ -261,7 +218,9 @@ class Reader:
 
         def read(kind: str, limit: int, reason: str) -> bytes | None:
             offset, size = record[kind].tolist()
-            return None if offset < 0 else _read(shard.path, offset, size, limit, reason)
+            if size > limit:
+                raise BadSample(reason)
+            return None if offset < 0 else shard.read(offset, size)
 
         key = record["key"]
         made = self.memory.recall(row, view, lambda: self.recipe.sample(key, view, read))
@@ -318,21 +277,36 @@ class Loader:
         if global_batch % world_size:
             raise ValueError(f"global batch {global_batch} is no multiple of {world_size} ranks")
         recipe = Recipe(image_transforms, tokenizers, seed, captions, caps or Caps())
+        if workers:
+            check_limits(recipe.sample_bytes() * global_batch // world_size, workers, prefetch)
         reader = Reader(sources, recipe, fetchers, Memory(memory))
-        self._steps = _Steps()
+        self._sources, self._steps, self._batches = sources, _Steps(), None
         batches = _StepBatches(reader, order, seed, views or 0, global_batch, rank, world_size)
         self._loader = data_loader(
             batches, self._steps, workers, start_method, pin_memory, prefetch, True
         )
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """This rank's part of the global batches ``start_step`` .. ``stop_step - 1``."""
+    def batches(
+        self,
+        start_step: int,
+        stop_step: int,
+        stopping: Callable[[], bool] | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Batch]:
+        """This rank's part of the global batches ``start_step`` .. ``stop_step - 1``.
+
+        Where batches are waited for, they end when ``stopping()``, and fail after ``timeout``
+        seconds: see `training.data.workers.iterate`.
+        """
+        if self._batches is not None and not self._batches.exhausted:
+            self.close()  # left on the way: its workers still have to do what they were given
         self._steps.range = range(start_step, stop_step)
-        yield from iterate(self._loader)
+        self._batches = iterate(self._loader, stopping, timeout, self._sources.path_of)
+        yield from self._batches
 
     def close(self) -> None:
         """End the workers."""
-        end(self._loader._iterator)
+        end(self._batches)
         self._loader._iterator = None
 
 
@@ -353,27 +327,30 @@ def sequential(
     start_method: str | None = None,
     fetchers: Sequence[Fetcher] = (),
     pin_memory: bool = False,
+    stopping: Callable[[], bool] | None = None,
+    timeout: float | None = None,
 ) -> Iterator[Batch]:
     """Every sample once, in file order: validation, or (with a training view) a teacher's cache.
 
     Bad samples are left out and counted. The batches are those of one process, whatever the number
     of ranks: each reads consecutive ones of ``rows`` (default: all). Other arguments as of
-    `Loader`.
+    `Loader` and its `batches`; who hands in ``stopping`` asks it once more when the batches end.
     """
     rows = range(sources.num_samples) if rows is None else rows
     batches = -(-len(rows) // batch_size)
     first, last = (batches * r // world_size * batch_size for r in (rank, rank + 1))
     rows = rows[first:last]
-    reader = Reader(
-        sources, Recipe(image_transforms, tokenizers, seed, captions, caps or Caps()), fetchers
-    )
-    batches = _RowBatches(reader, rows, batch_size, view)
-    loader = data_loader(batches, range(len(batches)), workers, start_method, pin_memory, 2, False)
-    iterator = iterate(loader)
+    recipe = Recipe(image_transforms, tokenizers, seed, captions, caps or Caps())
+    if workers:
+        check_limits(recipe.sample_bytes() * batch_size, workers)
+    reader = Reader(sources, recipe, fetchers)
+    items = _RowBatches(reader, rows, batch_size, view)
+    loader = data_loader(items, range(len(items)), workers, start_method, pin_memory, 2, False)
+    batches = iterate(loader, stopping, timeout, sources.path_of)
     try:
-        yield from iterator
+        yield from batches
     finally:
-        end(iterator)
+        end(batches)
 
 
 @dataclass
@@ -430,97 +407,7 @@ class _Steps(Sampler):
         return len(self.range)
 
 
-def data_loader(dataset, sampler, workers, start_method, pin_memory, prefetch, persistent):
-    """torch's loader over a data set whose items are whole batches."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=sampler,
-        collate_fn=_same,
-        num_workers=workers,
-        persistent_workers=persistent and workers > 0,
-        prefetch_factor=prefetch if workers else None,
-        multiprocessing_context=start_method if workers else None,
-        worker_init_fn=start_worker,
-        pin_memory=pin_memory,
-        # without its own, the loader would draw its seed from torch's default generator
-        generator=torch.Generator().manual_seed(0),
-    )
-
-
-def start_worker(_: int) -> None:
-    """What each worker process does first.
-
-    A signal to the whole job (SLURM's, or ctrl-C) is the main process's business: a worker that
-    died of it, or ran the handler it inherited, would end the run before it can save. Workers end
-    when the loader closes or the main process is gone.
-    """
-    for number in JOB_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    warnings.filterwarnings("ignore", module="PIL")  # broken EXIF and the like: not worth a line
-
-
-def _same(batch: Batch) -> Batch:
-    return batch
-
-
-_running = weakref.WeakSet()
-
-
-def iterate(loader: DataLoader) -> Iterator[Batch]:
-    """Iterate over a loader whose workers end with this process, however it ends.
-
-    They ignore SIGTERM, which is what torch and Python would otherwise end them with at exit.
-    """
-    # a signal that comes while workers start waits until they ignore it (`start_worker`)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
-    try:
-        iterator = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    if loader.num_workers:
-        _running.add(iterator)
-        # last registered is first run: before torch waits for each worker in turn
-        atexit.unregister(_end_all)
-        atexit.register(_end_all)
-    return iterator
-
-
-def end(iterator: Iterator[Batch] | None) -> None:
-    """End an iterator's workers, if it has any."""
-    if hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
-        for worker in iterator._workers:
-            if worker.is_alive():  # stuck in a read that does not return
-                worker.kill()
-        _running.discard(iterator)
-
-
-def _end_all() -> None:
-    for iterator in list(_running):
-        end(iterator)
-
-
 def _empty(n: int, image: Tensor) -> Tensor:
     """Room for ``n`` images like ``image`` (3, H, W), channels last as decoders make them."""
     channels, height, width = image.shape
     return torch.empty(n, height, width, channels, dtype=image.dtype).permute(0, 3, 1, 2)
-
-
-@lru_cache(maxsize=128)
-def _open(path: str):
-    # closed when it leaves the cache; each process opens its own
-    return open(path, "rb", buffering=0)
-
-
-def _read(path: str, offset: int, size: int, limit: int, reason: str) -> bytes:
-    """Bytes of one member, not read at all when over the limit."""
-    if size > limit:
-        raise BadSample(reason)
-    data = os.pread(_open(path).fileno(), size, offset)
-    if len(data) < size:
-        raise BadSample("truncated")
-    return data

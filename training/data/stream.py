@@ -1,37 +1,81 @@
-"""Remote or piped shards (``pipe:``, ``https://``, ``s3://``): read once through, front to back.
+"""Remote or piped shards (``pipe:``, ``https://``, ``gs://``): read once through, front to back.
 
-The streams are opened by `webdataset`; the tar in them is read by the same rules and limits as a
-local one. What cannot be had without positions: resuming is by shard, not by sample, and the order
-depends on the number of ranks and workers.
+The streams are opened by `webdataset`, which calls ``curl`` and the like (`check_urls`); the tar in
+them is read by the same rules and limits as a local one. What cannot be had without positions:
+resuming is by shard, not by sample, and the order depends on the number of ranks and workers.
 """
 
 import hashlib
 import itertools
 import logging
+import re
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.gopen import gopen
-from webdataset.shardlists import expand_urls
+from webdataset.gopen import gopen, gopen_schemes, rewrite_url
 
 from training.data.decode import BadSample, Caps
 from training.data.draws import permutation, words
-from training.data.index import REQUIRED, fault_of, split_name
-from training.data.loader import Assembly, Batch, Recipe, data_loader, end, iterate
-from training.data.tar import BadTar, members
+from training.data.index import expand_braces, is_remote
+from training.data.loader import MAX_ATTEMPTS, Assembly, Batch, Recipe
+from training.data.shard import REQUIRED, STRAY, fault_of, split_name
+from training.data.tar import BadTar, members, open_regular
 from training.data.views import View, private_randomness
-from training.errors import Failure
+from training.data.workers import check_limits, data_loader, end, iterate, reads
+from training.errors import Failure, UsageError
 
 log = logging.getLogger(__name__)
 
+MAX_BAD = 20_000  # samples in a row that can't be used: two shards of img2dataset's
+_PROGRAMS = {"gs": "gsutil", "ais": "ais"}  # webdataset's; the other schemes' is curl
+_SECRETS = (  # each a place to keep, and what is hidden after it
+    r"(://)[^/\s'\"@]+(?=@)",  # user:password
+    # of a signed URL the whole query: the parts of a signature have many names
+    r"(\?)[^\s'\"]*(?:sig|signature|token|credential|key|secret|password)=[^\s'\"]*",
+    r"((?:authorization|token|secret|password|api-?key)\s*[:=]\s*(?:(?:bearer|basic)\s+)?)[^\s'\"]+",
+    r"(\bhf_)\w+",
+)
+_SECRET = [re.compile(secret, re.IGNORECASE) for secret in _SECRETS]
+
+
+def masked(text: str) -> str:
+    """A URL or command without the passwords, tokens and signatures in it."""
+    for secret in _SECRET:
+        text = secret.sub(r"\1***", text)
+    return text
+
+
+def check_urls(urls: str, flag: str = "--train-data") -> list[str]:
+    """The shards' URLs, all of which can be opened here as far as their schemes tell.
+
+    Raises:
+        UsageError: a scheme that `webdataset` doesn't know, or whose program isn't there.
+    """
+    names = [name for source in urls.split("::") for name in expand_braces(source, flag)]
+    remote = {rewrite_url(url).partition(":")[0]: url for url in names if is_remote(url)}
+    for scheme in remote.keys() - {"file", "pipe"}:
+        what = f"{flag} {masked(remote[scheme])}: {scheme}:"
+        if scheme not in gopen_schemes:
+            known = ", ".join(sorted(gopen_schemes.keys() - {"__default__"}))
+            raise UsageError(
+                f"{what} can't be opened, only {known}; the command of another tool can be "
+                "(pipe:aws s3 cp s3://BUCKET/KEY.tar -)"
+            )
+        program = _PROGRAMS.get(scheme, "curl")
+        if shutil.which(program) is None:
+            raise UsageError(f"{what} needs the program {program}, which is not here")
+    return names
+
 
 def stream_fingerprint(urls: str) -> dict:
-    """What a run records of shards it can't look into beforehand: their names."""
-    names = expand_urls(urls)
+    """What a run records of shards it can't look into beforehand: their names, see `masked`."""
+    names = [masked(name) for name in check_urls(urls)]
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    return {"shards": len(names), "samples": None, "usable": None, "skipped": {}, "hash": digest}
+    counts = dict.fromkeys(("samples", "usable"), "not counted")
+    return {"shards": len(names), **counts, "skipped": {}, "hash": digest}
 
 
 class StreamLoader:
@@ -66,7 +110,7 @@ class StreamLoader:
         caps: Caps | None = None,
         rank: int = 0,
         world_size: int = 1,
-        workers: int = 0,
+        workers: int = 1,
         start_method: str | None = None,
         pin_memory: bool = False,
         prefetch: int = 2,
@@ -74,15 +118,18 @@ class StreamLoader:
     ):
         if global_batch % world_size:
             raise ValueError(f"global batch {global_batch} is no multiple of {world_size} ranks")
+        workers = max(1, workers)  # only what another process reads can be given up
         recipe = Recipe(image_transforms, tokenizers, seed, captions, caps or Caps())
+        size = global_batch // world_size
+        check_limits(recipe.sample_bytes() * size, workers, prefetch)
         data = _Stream(
-            expand_urls(urls),
+            check_urls(urls),
             recipe,
-            global_batch // world_size,
+            size,
             views or 0,
             shards_consumed,
-            rank * max(1, workers),
-            world_size * max(1, workers),
+            rank * workers,
+            world_size * workers,
             shuffle,
         )
         if rank == 0:
@@ -91,15 +138,22 @@ class StreamLoader:
                 "their order depends on ranks and workers; local tars have no such limit",
                 len(data.urls),
             )
-        self.shards_consumed = shards_consumed
-        self._latest = deque([shards_consumed], maxlen=max(1, workers))
+        self.shards_consumed, self._name = shards_consumed, data.name
+        self._latest = deque([shards_consumed], maxlen=workers)
         self._loader = data_loader(data, None, workers, start_method, pin_memory, prefetch, False)
         self._batches = None
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """The next ``stop_step - start_step`` batches of this rank."""
+    def batches(
+        self,
+        start_step: int,
+        stop_step: int,
+        stopping: Callable[[], bool] | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Batch]:
+        """The next ``stop_step - start_step`` batches of this rank; see `Loader.batches`."""
         if self._batches is None:
-            self._batches = iterate(self._loader)
+            self._batches = iterate(self._loader, name=self._name)
+        self._batches.stopping, self._batches.timeout = stopping, timeout
         for batch in itertools.islice(self._batches, stop_step - start_step):
             self._latest.append(batch.shards)
             self.shards_consumed = min(self._latest)
@@ -128,24 +182,50 @@ class _Stream(IterableDataset):
         info = get_worker_info()
         consumer = self.consumer + (info.id if info else 0)
         samples = self._shuffled(consumer)
+        bad, last_good = 0, self.first + consumer
         while True:
             assembly = Assembly(self.recipe, self.batch_size)
             with private_randomness():
                 while len(assembly.keys) < self.batch_size:
                     number, sample = next(samples)
-                    if isinstance(sample, str):
-                        assembly.skipped[sample] += 1
-                        continue
-                    turn = number // len(self.urls)
-                    view = turn % self.views if self.views else turn
-                    key = sample["key"]
                     try:
-                        assembly.add(key, -1, view, *self.recipe.sample(key, view, _from(sample)))
+                        self._add(assembly, number, sample)
+                        bad, last_good = 0, number
                     except BadSample as reason:
                         assembly.skipped[str(reason)] += 1
-            batch = assembly.finish()
+                        bad += 1
+                        shards = (number - last_good) // self.consumers
+                        # bad ones lie together in a stream: more than a shard of them says no more
+                        if bad == MAX_BAD or (bad >= MAX_ATTEMPTS and shards > self._patience):
+                            raise Failure(
+                                f"{bad} samples in a row cannot be used, up to "
+                                f"{self.name(number)} ({dict(assembly.skipped)}); run "
+                                "`python -m training.check_data --deep` on a copy"
+                            ) from None
+                batch = assembly.finish()
             batch.shards = number
             yield batch
+
+    def _add(self, assembly: Assembly, number: int, sample: dict | str) -> None:
+        if isinstance(sample, str):
+            raise BadSample(sample)
+        turn = number // len(self.urls)
+        view = turn % self.views if self.views else turn
+        key = sample["key"]
+        assembly.add(key, -1, view, *self.recipe.sample(key, view, _from(sample)))
+
+    @property
+    def _patience(self) -> int:
+        """Shards in a row without a usable sample, at which the stream is given up."""
+        return min(len(self.urls), 100)
+
+    def name(self, number: int) -> str:
+        """Of a shard of the sequence, to show."""
+        return masked(self._url(number))
+
+    def _url(self, number: int) -> str:
+        turn, place = divmod(number, len(self.urls))
+        return self.urls[permutation(len(self.urls), self.recipe.seed, "shards", turn)[place]]
 
     def _shuffled(self, consumer: int):
         """(shard in reading, sample or reason) in shuffled order."""
@@ -168,19 +248,19 @@ class _Stream(IterableDataset):
         """(shard in reading, sample or reason) of this consumer's shards, pass after pass."""
         barren = 0
         for number in itertools.count(self.first + consumer, self.consumers):
-            turn, place = divmod(number, len(self.urls))
-            url = self.urls[permutation(len(self.urls), self.recipe.seed, "shards", turn)[place]]
-            good = 0
+            url, good = self._url(number), 0
+            reads(number)
             try:
                 for sample in read_shard(url, self.recipe.caps):
                     good += not isinstance(sample, str)
                     yield number, sample
             except (BadTar, OSError) as error:
-                log.warning("%s: %s", url, error)
+                log.warning("%s: %s", masked(url), masked(str(error)))
                 yield number, "shard: damaged or unreadable"
             barren = 0 if good else barren + 1
-            if barren == min(len(self.urls), 100):
-                raise Failure(f"{barren} shards in a row without a usable sample, last {url}")
+            if barren == self._patience:
+                last = masked(url)
+                raise Failure(f"{barren} shards in a row without a usable sample, last {last}")
 
 
 def read_shard(url: str, caps: Caps) -> Iterator[dict | str]:
@@ -189,15 +269,20 @@ def read_shard(url: str, caps: Caps) -> Iterator[dict | str]:
     Raises:
         BadTar, OSError: the stream ends, or its tar is damaged.
     """
-    with gopen(url) as stream:
+    remote = is_remote(url) and not url.startswith("file:")
+    with gopen(url) if remote else open_regular(url.removeprefix("file://")) as stream:
         read = _forward(stream)
         limits = {"image": caps.max_bytes, "text": caps.max_caption, "json": caps.max_json}
-        sample, ranks = {}, {}
+        sample, ranks, keys, strays = {}, {}, set(), {}
         for member in members(read):
             part = split_name(member.name)
             if part is None or member.kind == "other":
                 continue
             key, kind, rank = part
+            if kind is None:
+                strays[member.name.rpartition(b".")[0]] = key
+                continue
+            keys.add(key)
             if sample and (sample["key"] != key or ranks.get(kind) == rank):
                 yield _whole(sample)
                 sample, ranks = {}, {}
@@ -215,6 +300,7 @@ def read_shard(url: str, caps: Caps) -> Iterator[dict | str]:
                 ranks[kind] = rank
         if sample:
             yield _whole(sample)
+        yield from (STRAY for key in strays.values() if key not in keys)
 
 
 def _whole(sample: dict) -> dict | str:

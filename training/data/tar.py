@@ -4,10 +4,16 @@ Own code and not `tarfile`, because an index visits millions of headers (this is
 faster), must not follow sparse or chained headers, and must say where a damaged file ends.
 """
 
+import errno
+import os
+import stat
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
+END_MARK = 2 * BLOCK
+#: Writers pad to whole records: of 10,240 bytes by default, of a power of two when told to.
+RECORDS = (10_240, *(1 << n for n in range(14, 21)))
 MAX_EXTENSION_HEADER = 1 << 16
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -30,7 +36,24 @@ class Member(NamedTuple):
 
 
 class BadTar(Exception):
-    """The file is no plain tar from here on; ``str()`` says why."""
+    """The file is no plain tar from byte ``position`` on; ``str()`` says where and why."""
+
+    def __init__(self, reason: str, position: int = 0):
+        super().__init__(f"from byte {position} on: {reason}" if position else reason)
+        self.position = position
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """A regular file, opened to read; to open a FIFO or a device might wait for ever.
+
+    Raises:
+        OSError: it can't be opened, or is no regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(handle, "rb", buffering=0)
 
 
 def members(read: Callable[[int, int], bytes], end: int | None = None) -> Iterator[Member]:
@@ -41,8 +64,8 @@ def members(read: Callable[[int, int], bytes], end: int | None = None) -> Iterat
         end: the file's size, if known.
 
     Raises:
-        BadTar: at a damaged place; what came before is good. A last member whose data are cut
-            short is yielded first.
+        BadTar: at a damaged place, such as anything but padding after the end mark; what came
+            before is good. A last member whose data are cut short is yielded first.
     """
     position = 0
     name = size = None  # from an extension header, for the member after it
@@ -51,41 +74,56 @@ def members(read: Callable[[int, int], bytes], end: int | None = None) -> Iterat
         if position == 0:
             _check_plain(header)
         if len(header) < BLOCK:
-            raise BadTar(
-                f"truncated in a header at byte {position}"
-                if header
-                else f"ends at byte {position} without an end-of-archive mark (truncated?)"
-            )
-        if header == b"\0" * BLOCK:
-            return
+            reason = "truncated in a header" if header else "no end-of-archive mark (truncated?)"
+            raise BadTar(reason, position)
+        if not any(header):
+            return _check_padding(read, position)
         if not _checksum_holds(header):
-            raise BadTar(f"damaged header at byte {position}" if position else "not a tar")
+            raise BadTar("damaged header" if position else "not a tar", position)
         kind = header[156:157]
         stated = _number(header[124:136], position)
         data = position + BLOCK
         if kind in (b"L", b"K", b"x", b"g", b"X"):
             if stated > MAX_EXTENSION_HEADER:
-                raise BadTar(f"extension header of {stated} bytes at byte {position}")
+                raise BadTar(f"extension header of {stated} bytes", position)
             extension = read(stated, data)
             if kind == b"L":
                 name = extension.rstrip(b"\0")
             elif kind in (b"x", b"X"):
                 pax = _pax(extension, position)
                 if any(key.startswith(b"GNU.sparse") for key in pax):
-                    raise BadTar(f"sparse member at byte {position}")
+                    raise BadTar("sparse member", position)
                 name = pax.get(b"path", name)
                 size = _decimal(pax[b"size"], position) if b"size" in pax else size
             position = data + -(-stated // BLOCK) * BLOCK
             continue
         if kind == b"S":
-            raise BadTar(f"sparse member at byte {position}")
+            raise BadTar("sparse member", position)
         stated = stated if size is None else size
         held = 0 if kind in _WITHOUT_DATA else stated
         yield Member(_name(header) if name is None else name, _KINDS.get(kind, "other"), data, held)
         position = data + -(-held // BLOCK) * BLOCK
         name = size = None
         if end is not None and data + held > end:
-            raise BadTar(f"truncated in the data of a member, at byte {end} of {data + held}")
+            raise BadTar(f"truncated in the data of a member of {held} bytes", end)
+
+
+def _check_padding(read: Callable[[int, int], bytes], start: int) -> None:
+    """Refuse what follows an end mark at ``start`` and is no padding: it may have been samples.
+
+    After a header that was zeroed, and between archives joined by ``cat``, there are data; a
+    download into a preallocated file that broke off ends in more zeros than a writer pads with.
+    """
+    place, most = start, RECORDS[-1] + END_MARK
+    while place <= start + most and (part := read(1 << 16, place)):
+        if part.strip(b"\0"):
+            raise BadTar(
+                "data after an end-of-archive mark (a lost header? archives joined by cat?)", start
+            )
+        place += len(part)
+    zeros, least = place - start - END_MARK, RECORDS[0]
+    if zeros > least and not any(place % size == 0 and zeros < size for size in RECORDS):
+        raise BadTar("more zeros than padding (an unfinished download?)", start)
 
 
 def _checksum_holds(header: bytes) -> bool:
@@ -117,13 +155,13 @@ def _number(field: bytes, position: int) -> int:
     except ValueError:
         number = -1
     if number < 0:
-        raise BadTar(f"damaged header at byte {position}")
+        raise BadTar("damaged header", position)
     return number
 
 
 def _decimal(text: bytes, position: int) -> int:
     if not text.isdigit() or len(text) > 18:
-        raise BadTar(f"damaged extension header at byte {position}")
+        raise BadTar("damaged extension header", position)
     return int(text)
 
 
@@ -135,7 +173,7 @@ def _pax(data: bytes, position: int) -> dict[bytes, bytes]:
         size = _decimal(length, position)
         key, _, value = data[len(length) + 1 : size].removesuffix(b"\n").partition(b"=")
         if size <= len(length) or size > len(data):
-            raise BadTar(f"damaged extension header at byte {position}")
+            raise BadTar("damaged extension header", position)
         records[key] = value
         data = data[size:]
     return records

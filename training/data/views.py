@@ -18,7 +18,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+from training.data.decode import BadSample
 from training.data.draws import seed_of
+
+MAX_RESIZED = 1 << 25  # pixels of a whole image, resized by its shorter side
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,15 @@ def train_view(spec: ImageSpec, aug_cfg: dict | None = None) -> View:
 
 
 def eval_view(spec: ImageSpec) -> View:
-    """OpenCLIP's evaluation transform, up to the uint8 pixels."""
-    return _view(_transform(spec, False))
+    """OpenCLIP's evaluation transform, up to the uint8 pixels.
+
+    It raises `BadSample` on an image that is far too long for it, see `MAX_RESIZED`.
+    """
+    view = _view(_transform(spec, False))
+    if spec.resize_mode != "shortest":
+        return view
+    side = spec.size if isinstance(spec.size, int) else max(spec.size)
+    return View((_Bounded(side), *view.stages), view.finish)
 
 
 def normalise(images: Tensor, spec: ImageSpec) -> Tensor:
@@ -85,11 +95,16 @@ def normalise(images: Tensor, spec: ImageSpec) -> Tensor:
 
 def draw(view_of: View, image: Image.Image, seed: int, view: int, key: bytes) -> Tensor:
     """View number ``view`` of the sample ``key``: a pure function of (seed, view, key, image)."""
-    number = seed_of(seed, "view", view, key)
+    seed_generators(seed, "view", view, key)
+    return view_of(image)
+
+
+def seed_generators(*labels: int | str | bytes) -> None:
+    """Seed torch's default generator and `random` by labels, see `seed_of`."""
+    number = seed_of(*labels)
     # not torch.manual_seed, which also queues a call for every other device
     torch.default_generator.manual_seed(number & (2**63 - 1))
     random.seed(number)
-    return view_of(image)
 
 
 @contextlib.contextmanager
@@ -101,6 +116,19 @@ def private_randomness():
     finally:
         torch.default_generator.set_state(state)
         random.setstate(python)
+
+
+@dataclass(frozen=True)
+class _Bounded:
+    """Refuses an image before a resize of its shorter side to ``side`` makes it huge."""
+
+    side: int
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        shorter, longer = sorted(image.size)
+        if self.side**2 * longer > MAX_RESIZED * shorter:
+            raise BadSample("image: too long for its width")
+        return image
 
 
 def _transform(spec: ImageSpec, is_train: bool, aug_cfg: dict | None = None) -> Compose:

@@ -105,6 +105,10 @@ class StopFlag:
             if number == signal.SIGINT:
                 signal.signal(number, signal.default_int_handler)
 
+    def raised(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._raised is not None
+
     def agreed(self) -> bool:
         """Whether to stop at this step boundary; every rank must ask, and all get one answer."""
         if self._group is None:

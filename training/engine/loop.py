@@ -22,8 +22,18 @@ log = logging.getLogger(__name__)
 class Loader(Protocol):
     """Delivers this rank's part of each global batch."""
 
-    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """Those of steps ``start_step`` .. ``stop_step - 1``."""
+    def batches(
+        self,
+        start_step: int,
+        stop_step: int,
+        stopping: Callable[[], bool] | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Batch]:
+        """Those of steps ``start_step`` .. ``stop_step - 1``.
+
+        Where batches are waited for, they end when ``stopping()``, and fail after ``timeout``
+        seconds.
+        """
 
 
 class Validation(Protocol):
@@ -44,6 +54,7 @@ def train(
     stop: StopFlag | None = None,
     validation: Validation | None = None,
     check_samples: Callable[[Progress], None] = lambda progress: None,
+    data_timeout: float | None = None,
 ) -> bool:
     """Run a trainer to its last step, or until it is told to stop.
 
@@ -55,6 +66,7 @@ def train(
         stop: asked at every step boundary, if there is one.
         validation: looked at when an epoch ends.
         check_samples: raises when too many samples could not be used; called at log lines.
+        data_timeout: seconds after which waiting for a batch is given up; None: never.
 
     Returns:
         Whether all steps are done and nobody asked to stop; after a stop the checkpoint is on disk.
@@ -66,17 +78,14 @@ def train(
     progress, meter = trainer.progress, Meter()
     clock = _Clock(progress)
     saver = _Saver(trainer, loader, config, checkpoints, clock)
-    bar = tqdm(
-        total=trainer.total_steps,
-        initial=progress.step,
-        unit="step",
-        disable=None if trainer.world.rank == 0 else True,
-        dynamic_ncols=True,
-    )
+    bar = _bar(trainer)
 
     stopping = False
     trainer.stage.task.train()
-    batches = loader.batches(progress.step, trainer.total_steps)
+    # One process looks for a signal while it waits for data; of several, all stop at one step.
+    alone = stop is not None and trainer.world.size == 1
+    waiting = {"stopping": stop.raised if alone else None, "timeout": data_timeout}
+    batches = loader.batches(progress.step, trainer.total_steps, **waiting)
     with contextlib.closing(bar):
         for batch in clock.timed(batches):
             meter.add(trainer.step(batch.to(trainer.device)))
@@ -107,9 +116,24 @@ def train(
             if stopping:
                 log.warning("%s: saving step %d and stopping", stop.name, step)
                 break
+        if alone and stop.raised() and not stopping and progress.step < trainer.total_steps:
+            stopping = True
+            saver.save()
+            log.warning("%s: saved step %d while waiting for data", stop.name, progress.step)
     saver.wait()
     clock.account()
     return progress.step == trainer.total_steps and not stopping
+
+
+def _bar(trainer: Trainer) -> tqdm:
+    """Rank 0's progress, on a terminal."""
+    return tqdm(
+        total=trainer.total_steps,
+        initial=trainer.progress.step,
+        unit="step",
+        disable=None if trainer.world.rank == 0 else True,
+        dynamic_ncols=True,
+    )
 
 
 class _Saver:

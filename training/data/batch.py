@@ -1,0 +1,70 @@
+"""A batch, as it travels from the workers to the step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch.
+
+    Attributes:
+        images: per image transform, uint8 (B, 3, H, W), channels last in memory.
+        texts: per tokenizer, int64 (B, context).
+        rows: int64 (B,) global sample ids (-1 when streaming).
+        views: int64 (B,) the view of each sample.
+        keys: the samples' keys.
+        extras: what the fetchers returned.
+        skipped: samples replaced (or, in sequential reading, left out), by reason.
+        shards: shards consumed up to here, when streaming.
+    """
+
+    images: list[Tensor]
+    texts: list[Tensor]
+    rows: Tensor
+    views: Tensor
+    keys: list[str]
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    shards: int = 0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def pin_memory(self) -> "Batch":
+        """A copy in pinned memory."""
+        return self._map(Tensor.pin_memory)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """A copy on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def split(self, parts: int) -> list["Batch"]:
+        """``parts`` micro-batches of consecutive rows, which count no skipped samples."""
+        size = len(self) // parts
+        return [self._rows(slice(i * size, (i + 1) * size)) for i in range(parts)]
+
+    def _rows(self, rows: slice) -> "Batch":
+        return Batch(
+            images=[t[rows] for t in self.images],
+            texts=[t[rows] for t in self.texts],
+            rows=self.rows[rows],
+            views=self.views[rows],
+            keys=self.keys[rows],
+            extras={k: t[rows] for k, t in self.extras.items()},
+        )
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+        def apply(value):
+            if isinstance(value, Tensor):
+                return fn(value)
+            if isinstance(value, list):
+                return [apply(v) for v in value]
+            if isinstance(value, dict):
+                return {k: apply(v) for k, v in value.items()}
+            return value
+
+        return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
