@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+import training.clip.run  # noqa: F401  (imported before the fork, not by each child)
 import training.engine.checkpoint as checkpoint
 from demo.scenes import write
 from training.main import main as train
