@@ -82,34 +82,63 @@ def read_bank_config(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is no bank in the folder.
         BadFile: its configuration is damaged.
     """
-    for name in ("config.json", BANK_WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no RDM bank ({name} is missing)")
-    config = read_json(file := folder / "config.json", FORMAT)
-    try:
-        teacher, rates, hidden = config["teacher"], config["rates"], config["hidden"]
-        valid = {
-            "task": config["task"] == ("clip" if config["classes"] is None else "classifier"),
-            "teacher": all(isinstance(teacher[name], str) for name in ("model", "weights")),
-            "rates": 0 < len(rates) <= MAX_RATES and all(map(is_positive, rates)),
-            "dim": is_count(config["dim"], MAX_WIDTH),
-            "hidden": len(hidden) == 3 and all(is_count(width, MAX_WIDTH) for width in hidden),
-            "scale": is_positive(config["scale"]),
-            "classes": config["classes"] is None or is_count(config["classes"], MAX_CLASSES),
-            "form": config["form"] in FORMS,
-        }
-    except (KeyError, TypeError) as error:
-        raise BadFile(f"{file} is damaged: {error!r}") from error
-    if wrong := [name for name in config if not valid.get(name)]:
-        raise BadFile(f"{file} is damaged: {wrong[0]} is {config[wrong[0]]!r}")
+    checks = {
+        "task": lambda task: task in ("clip", "classifier"),
+        "teacher": is_teacher,
+        "rates": lambda rates: 0 < len(rates) <= MAX_RATES and all(map(is_positive, rates)),
+        "dim": is_width,
+        "hidden": lambda hidden: len(hidden) == 3 and all(map(is_width, hidden)),
+        "scale": is_positive,
+        "classes": lambda classes: classes is None or is_width(classes, MAX_CLASSES),
+        "form": lambda form: form in FORMS,
+    }
+    config = read_config(folder, "RDM bank", BANK_WEIGHTS, checks)
+    if (config["task"] == "clip") != (config["classes"] is None):
+        raise BadFile(f"{folder / 'config.json'} is damaged: its task and its classes disagree")
     return config
 
 
-def is_count(value: Any, largest: int) -> bool:
-    """Whether a value of a file is an integer from 1 to the largest."""
+def read_config(
+    folder: Path, what: str, weights: str, checks: dict[str, Callable[[Any], bool]]
+) -> dict[str, Any]:
+    """The configuration of a folder that `save` wrote.
+
+    Args:
+        folder: where it is.
+        what: its name in messages.
+        weights: the other file that must be there.
+        checks: for each of its keys, whether a value is valid.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        BadFile: a key is missing, is none of these, or has a value that is not valid.
+    """
+    for name in ("config.json", weights):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {what} ({name} is missing)")
+    config = read_json(file := folder / "config.json", FORMAT)
+    if config.keys() != checks.keys():
+        raise BadFile(f"{file} is damaged: expected {', '.join(checks)}, got {', '.join(config)}")
+    for name, value in config.items():
+        try:
+            valid = checks[name](value)
+        except (KeyError, TypeError):
+            valid = False
+        if not valid:
+            raise BadFile(f"{file} is damaged: {name} is {value!r}")
+    return config
+
+
+def is_teacher(value: Any) -> bool:
+    """Whether a value is a teacher's identity."""
+    return all(isinstance(value[name], str) for name in ("model", "weights"))
+
+
+def is_width(value: Any, largest: int = MAX_WIDTH) -> bool:
+    """Whether a value is the width of a layer."""
     return type(value) is int and 0 < value <= largest
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a value of a file is a finite number above 0."""
+    """Whether a value is a finite number above 0."""
     return type(value) in (int, float) and math.isfinite(value) and value > 0

@@ -1,4 +1,4 @@
-"""``python -m experiments.paper_costs``: the paper's arithmetic, counted again.
+"""The paper's arithmetic, counted again.
 
 Appendix D.2, Figure 1(b) and Table 1's costs. Settings that the paper does not print are inferred;
 docs/cost.md says which and why.
@@ -22,7 +22,7 @@ from eval.cost.macs import Count
 from eval.cost.report import short, table
 from eval.cost.stages import FROZEN, TRAINED
 from training.engine.environment import environment
-from training.engine.flags import Parser
+from training.engine.flags import CommandLine
 from training.errors import cli
 
 #: Appendix D.2's settings.
@@ -218,17 +218,13 @@ def si(value: float) -> str:
 
 def main(argv: list[str]) -> None:
     """Print the paper's figures beside ours."""
-    parser = Parser(
-        "python -m experiments.paper_costs",
-        "The paper's own costs, counted again: appendix D.2, Figure 1(b) and Table 1.",
-        "python -m experiments.paper_costs [--json FILE]",
-    )
-    parser.add_argument("--json", metavar="FILE", help="write everything as JSON too")
-    given = parser.given(argv)
+    parser = CommandLine("experiments.paper_costs", __doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON too")
+    args = parser.parse_args(argv)
     text, values = report()
     print(text, end="")
-    if "json" in given:
-        write_json(Path(given["json"]), {**values, "environment": environment()})
+    if args.json:
+        write_json(args.json, {**values, "environment": environment()})
 
 
 if __name__ == "__main__":

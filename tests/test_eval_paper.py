@@ -40,7 +40,7 @@ def ours(table, label, model=None):
     return [
         dict(zip(table.columns, line.cells))
         for line in table.lines
-        if line.who != "printed" and line.label == label and model in (None, line.model)
+        if line.ours and line.label == label and model in (None, line.model)
     ]
 
 

@@ -23,10 +23,10 @@ from cifd_clip.classification.losses import (
     kl_per_sample,
 )
 from cifd_clip.classification.models import Classifier
-from cifd_clip.files import BadFile, read_json
 from cifd_clip.noise import Noise
 from cifd_clip.rdm import RDMBank, classifier_loss
 
+PARAPHRASER_WEIGHTS = "paraphraser.safetensors"
 Losses = dict[str, Tensor]
 Report = dict[str, Tensor]
 
@@ -310,7 +310,7 @@ class Paraphraser(ClassifierTask):
             teacher: identity of the teacher: ``model``, a name, and ``weights``, their hash.
         """
         shape = {"dim": self.dim, "factors": self.factors, "scale": self.scale}
-        artefact.save(self, {"teacher": teacher, **shape}, folder, "paraphraser.safetensors")
+        artefact.save(self, {"teacher": teacher, **shape}, folder, PARAPHRASER_WEIGHTS)
 
     @classmethod
     def load(cls, folder: Path, teacher: dict[str, Any]) -> "Paraphraser":
@@ -321,24 +321,15 @@ class Paraphraser(ClassifierTask):
             BadFile: a file of it is damaged, or its weights are not finite.
             ValueError: it belongs to another teacher than ``teacher``.
         """
-        config_file = folder / "config.json"
-        if not config_file.is_file():
-            raise FileNotFoundError(f"{folder} holds no paraphraser ({config_file} is missing)")
-        config = read_json(config_file, artefact.FORMAT)
-        try:
-            valid = (
-                isinstance(config["teacher"]["weights"], str)
-                and artefact.is_count(config["dim"], artefact.MAX_WIDTH)
-                and artefact.is_count(config["factors"], artefact.MAX_WIDTH)
-                and artefact.is_positive(config["scale"])
-            )
-        except (KeyError, TypeError):
-            valid = False
-        if not valid:
-            raise BadFile(f"{config_file} is damaged: it describes no paraphraser")
-        artefact.check_teacher(f"the paraphraser in {folder}", config["teacher"], teacher)
-        shape = config["dim"], config["factors"], config["scale"]
-        return artefact.load(lambda: cls(*shape), folder / "paraphraser.safetensors")
+        checks = {
+            "teacher": artefact.is_teacher,
+            "dim": artefact.is_width,
+            "factors": artefact.is_width,
+            "scale": artefact.is_positive,
+        }
+        config = artefact.read_config(folder, "paraphraser", PARAPHRASER_WEIGHTS, checks)
+        artefact.check_teacher(f"the paraphraser in {folder}", config.pop("teacher"), teacher)
+        return artefact.load(lambda: cls(**config), folder / PARAPHRASER_WEIGHTS)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Report:

@@ -1,12 +1,9 @@
 """Controlled Information Flow for CLIP (section 3.3, eq. 10–13)."""
 
-from cifd_clip.distributed import World
-from cifd_clip.losses import Features, contrastive_loss
+from cifd_clip.losses import contrastive_loss
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Report
 from cifd_clip.methods.fd import FeatureDistillation
-from cifd_clip.noise import Noise
-from cifd_clip.student import Pooled, Student
 
 DECLARATION = {
     "summary": "the paper's: match teacher and assistants through a bottleneck (eq. 13)",
@@ -31,14 +28,7 @@ class CIFD(FeatureDistillation):
     def uses_logit_scale(self) -> bool:
         return self.options["lambda_cl"] > 0
 
-    def forward(
-        self,
-        student: Student,
-        pooled: Pooled,
-        teachers: list[Features],
-        world: World,
-        noise: Noise | None,
-    ) -> tuple[Losses, Report]:
+    def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         embedded = self.embed(student, pooled, noise)
         losses = {**self.embedding_losses(embedded.compared, teachers), **embedded.losses}
         if self.uses_logit_scale:

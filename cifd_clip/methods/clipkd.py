@@ -5,12 +5,9 @@ import math
 import torch
 from torch import nn
 
-from cifd_clip.distributed import World
 from cifd_clip.losses import Features, contrastive_loss, embedding_loss, relational_kl
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report, total_weight
-from cifd_clip.noise import Noise
-from cifd_clip.student import Pooled, Student
 
 DECLARATION = {
     "summary": "CLIP-KD: task, relational, interactive and feature terms",
@@ -38,14 +35,7 @@ class CLIPKD(Method):
         super().__init__(*args, **kwargs)
         self.cross_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def forward(
-        self,
-        student: Student,
-        pooled: Pooled,
-        teachers: list[Features],
-        world: World,
-        noise: Noise | None,
-    ) -> tuple[Losses, Report]:
+    def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         embedded = self.embed(student, pooled, noise)
         task = world.logits(embedded.contrastive.features())
         labels = world.labels(task)

@@ -1,11 +1,9 @@
 """Feature distillation: match the teachers' embeddings, nothing else."""
 
-from cifd_clip.distributed import World
 from cifd_clip.losses import Features, embedding_loss
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report
-from cifd_clip.noise import Noise
-from cifd_clip.student import Pooled, Student, StudentEmbeddings
+from cifd_clip.student import StudentEmbeddings
 
 DECLARATION = {
     "summary": "feature distillation: match the teacher's embeddings, nothing else",
@@ -22,14 +20,7 @@ class FeatureDistillation(Method):
     def uses_logit_scale(self) -> bool:
         return False
 
-    def forward(
-        self,
-        student: Student,
-        pooled: Pooled,
-        teachers: list[Features],
-        world: World,
-        noise: Noise | None,
-    ) -> tuple[Losses, Report]:
+    def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         embedded = self.embed(student, pooled, noise)
         losses = self.embedding_losses(embedded.compared, teachers)
         return {**losses, **embedded.losses}, embedded.report

@@ -1,11 +1,8 @@
 """Knowledge distillation of the similarity matrix, as OpenCLIP does it."""
 
-from cifd_clip.distributed import World
-from cifd_clip.losses import Features, contrastive_loss, soft_contrastive_loss
+from cifd_clip.losses import contrastive_loss, soft_contrastive_loss
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report, total_weight
-from cifd_clip.noise import Noise
-from cifd_clip.student import Pooled, Student
 
 DECLARATION = {"summary": "OpenCLIP's distillation: the teacher's similarities as soft targets"}
 
@@ -15,14 +12,7 @@ class KnowledgeDistillation(Method):
 
     declaration = DECLARED["kd"]
 
-    def forward(
-        self,
-        student: Student,
-        pooled: Pooled,
-        teachers: list[Features],
-        world: World,
-        noise: Noise | None,
-    ) -> tuple[Losses, Report]:
+    def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         logits = world.logits(student.embed(pooled).features())
         distill = sum(t.weight * soft_contrastive_loss(logits, world.logits(t)) for t in teachers)
         losses = {

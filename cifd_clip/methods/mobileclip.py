@@ -1,11 +1,8 @@
 """MobileCLIP's ensemble distillation (Vasu et al. 2024, section 3), without stored captions."""
 
-from cifd_clip.distributed import World
-from cifd_clip.losses import Features, contrastive_loss, relational_kl
+from cifd_clip.losses import contrastive_loss, relational_kl
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report, total_weight
-from cifd_clip.noise import Noise
-from cifd_clip.student import Pooled, Student
 
 DECLARATION = {
     "summary": "MobileCLIP's ensemble distillation: KL to the mean over teachers",
@@ -21,14 +18,7 @@ class MobileCLIP(Method):
 
     declaration = DECLARED["mobileclip"]
 
-    def forward(
-        self,
-        student: Student,
-        pooled: Pooled,
-        teachers: list[Features],
-        world: World,
-        noise: Noise | None,
-    ) -> tuple[Losses, Report]:
+    def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         share = self.options["lambda_kd"]
         logits = world.logits(student.embed(pooled).features())
         distill = sum(t.weight * relational_kl(logits, world.logits(t)) for t in teachers)

@@ -1,11 +1,8 @@
 """No distillation: OpenCLIP's contrastive loss."""
 
-from cifd_clip.distributed import World
-from cifd_clip.losses import Features, contrastive_loss
+from cifd_clip.losses import contrastive_loss
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report
-from cifd_clip.noise import Noise
-from cifd_clip.student import Pooled, Student
 
 DECLARATION = {"summary": "the contrastive loss alone, without a teacher", "assistants": False}
 
@@ -15,13 +12,6 @@ class Contrastive(Method):
 
     declaration = DECLARED["none"]
 
-    def forward(
-        self,
-        student: Student,
-        pooled: Pooled,
-        teachers: list[Features],
-        world: World,
-        noise: Noise | None,
-    ) -> tuple[Losses, Report]:
+    def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         logits = world.logits(student.embed(pooled).features())
         return {"contrastive_loss": contrastive_loss(logits, world.labels(logits)) / 2}, {}

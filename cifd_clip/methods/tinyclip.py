@@ -1,11 +1,8 @@
 """TinyCLIP's affinity mimicking (Wu et al. 2023, eq. 1) beside the contrastive loss."""
 
-from cifd_clip.distributed import World
-from cifd_clip.losses import Features, contrastive_loss, soft_contrastive_loss
+from cifd_clip.losses import contrastive_loss, soft_contrastive_loss
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report, total_weight
-from cifd_clip.noise import Noise
-from cifd_clip.student import Pooled, Student
 
 DECLARATION = {"summary": "TinyCLIP's affinity mimicking, without its pruning"}
 
@@ -18,14 +15,7 @@ class TinyCLIP(Method):
 
     declaration = DECLARED["tinyclip"]
 
-    def forward(
-        self,
-        student: Student,
-        pooled: Pooled,
-        teachers: list[Features],
-        world: World,
-        noise: Noise | None,
-    ) -> tuple[Losses, Report]:
+    def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         logits = world.logits(student.embed(pooled).features())
         mimicking = sum(t.weight * soft_contrastive_loss(logits, world.logits(t)) for t in teachers)
         losses = {

@@ -51,7 +51,7 @@ def parse(argv: Sequence[str]) -> CostConfig:
     Raises:
         UsageError: a flag is wrong, or one that cost depends on is missing.
     """
-    usage = "eval.cost [@recipe.args] [flags of training.main] [flags]"
+    usage = "python -m eval.cost [@recipe.args] [flags of training.main] [flags]"
     parser = flags.parser("eval.cost", DESCRIPTION, usage)
     add_flags(parser.add_argument_group("cost"), CostConfig, besides=Config)
     gone = "the paper's own figures are counted by `python -m experiments.paper_costs`"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
+from itertools import zip_longest
 from typing import Any
 
 from eval.report.blocks import Block, Heading, Notes
@@ -29,12 +30,14 @@ class Ours:
         runs: how many.
         printed: the paper's figure.
         notes: what sets ours apart from the printed one besides the method.
+        row: whose figure it is; None of a difference.
     """
 
     values: Sequence[float]
     runs: int
     printed: float | None
     notes: tuple[str, ...] = ()
+    row: Row | None = None
 
     @property
     def mean(self) -> float:
@@ -60,22 +63,27 @@ class Line:
 
     label: str
     model: str
-    who: str
     cells: list[float | Ours | str | None]
 
     @property
-    def ours(self) -> bool:
-        """Whether some figure is ours."""
-        return any(isinstance(cell, Ours) for cell in self.cells)
+    def ours(self) -> list[Ours]:
+        """The figures that are ours."""
+        return [cell for cell in self.cells if isinstance(cell, Ours)]
+
+    @property
+    def who(self) -> str:
+        """``printed``, or ``ours, n = 3: cifd``; the least and the most runs where cells differ."""
+        if not self.ours:
+            return "printed"
+        counts = sorted({cell.runs for cell in self.ours})
+        names = {cell.row.name for cell in self.ours if cell.row}
+        named = f": {names.pop()}" if len(names) == 1 else ""
+        return f"ours, n = {'–'.join(map(str, counts[:: len(counts) - 1 or 1]))}{named}"
 
 
 @dataclass
 class PaperTable:
-    """One of the paper's tables with our lines in it.
-
-    Attributes:
-        runs: whose figures ours are.
-    """
+    """One of the paper's tables with our lines in it, and ``runs``: whose figures ours are."""
 
     number: str
     title: str
@@ -107,28 +115,22 @@ def _filled(table: dict[str, Any], rows: list[Row]) -> PaperTable:
     """A table with our lines, and notes on what we lack."""
     filled = PaperTable(table["number"], table["title"], [c["label"] for c in table["columns"]])
     ours: list[list[Line]] = []
-    used: dict[int, Row] = {}
+    lacking = []
     for row in table["rows"]:
         row = {"model": "", **row}
-        filled.lines.append(Line(row["label"], row["model"], "printed", row["printed"]))
         if "delta" in row:
-            lines = _differences(row, *(ours[i] for i in row["delta"]))
+            ours.append(_differences(row, *(ours[i] for i in row["delta"])))
         else:
-            lines, matching = _our_lines(table, row, rows)
-            used |= {id(one): one for one in matching}
-        ours.append(lines)
-        filled.lines += lines
-    lacking = [
-        f"{row['label']} {row.get('model', '')}".strip()
-        for row, lines in zip(table["rows"], ours)
-        if not lines and "delta" not in row and _settings(table, row)
-    ]
-    cells = (cell for line in filled.lines for cell in line.cells if isinstance(cell, Ours))
+            ours.append(_our_lines(table, row, rows))
+            if not ours[-1] and _settings(table, row):
+                lacking.append(f"{row['label']} {row['model']}".strip())
+        filled.lines += [Line(row["label"], row["model"], row["printed"]), *ours[-1]]
+    cells = [cell for line in filled.lines for cell in line.ours]
     apart = dict.fromkeys(note for cell in cells for note in cell.notes)
     filled.notes = [*table["notes"], *(f"{MARK} {note}." for note in apart)]
     if lacking:
         filled.notes.append("No result of ours: " + "; ".join(dict.fromkeys(lacking)) + ".")
-    filled.runs = [_description(row) for row in used.values()]
+    filled.runs = list(dict.fromkeys(_description(cell.row) for cell in cells if cell.row))
     return filled
 
 
@@ -150,26 +152,19 @@ def _resolved(cell: dict[str, Any]) -> dict[str, Any]:
     return {**alone, "method": "none", "student": of}
 
 
-def _our_lines(
-    table: dict[str, Any], row: dict[str, Any], rows: list[Row]
-) -> tuple[list[Line], list[Row]]:
+def _our_lines(table: dict[str, Any], row: dict[str, Any], rows: list[Row]) -> list[Line]:
     """Our lines under a printed row, one for each setting of ours that is this row's."""
     settings = _settings(table, row)
-    of_cell = {i: [r for r in rows if _matches(r.setting, s)] for i, s in settings.items()}
-    lines, used = [], []
-    for place_ in range(max(map(len, of_cell.values()), default=0)):
-        line = Line(row["label"], row["model"], "", [None] * len(table["columns"]))
-        matching = []
-        for i, candidates in of_cell.items():
-            if place_ < len(candidates):
-                figure = settings[i]["dataset"], settings[i]["metric"]
-                line.cells[i] = _figure(candidates[place_], figure, row["printed"][i])
-                matching.append(candidates[place_])
-        if line.ours:
-            line.who = _who(line.cells, matching)
-            lines.append(line)
-            used += matching
-    return lines, used
+    of_cells = ([r for r in rows if _matches(r.setting, one)] for one in settings.values())
+    lines = []
+    for of_line in zip_longest(*of_cells):
+        line = Line(row["label"], row["model"], [None] * len(table["columns"]))
+        for (i, setting), ours in zip(settings.items(), of_line):
+            if ours:
+                figure = setting["dataset"], setting["metric"]
+                line.cells[i] = _figure(ours, figure, row["printed"][i])
+        lines.append(line)
+    return [line for line in lines if line.ours]
 
 
 def _figure(row: Row, figure: Figure, beside: float | None) -> Ours | str:
@@ -179,15 +174,7 @@ def _figure(row: Row, figure: Figure, beside: float | None) -> Ours | str:
     subset = row.setting.subset
     few = [f"Trained on {subset:,} of the training images"] if subset else []
     notes = *few, *row.notes(figure[0])
-    return Ours(values, len(values), beside, notes)
-
-
-def _who(cells: list, rows: list[Row]) -> str:
-    """``ours, n = 3``; the least and the most where cells differ."""
-    counts = sorted({cell.runs for cell in cells if isinstance(cell, Ours)})
-    names = list(dict.fromkeys(row.name for row in rows))
-    named = f": {names[0]}" if len(names) == 1 else ""
-    return f"ours, n = {'–'.join(map(str, counts[:: len(counts) - 1 or 1]))}{named}"
+    return Ours(values, len(values), beside, notes, row)
 
 
 def _differences(row: dict[str, Any], of: list[Line], to: list[Line]) -> list[Line]:
@@ -200,7 +187,7 @@ def _differences(row: dict[str, Any], of: list[Line], to: list[Line]) -> list[Li
             else None
             for x, y, beside in zip(a.cells, b.cells, row["printed"])
         ]
-        lines.append(Line(row["label"], row["model"], _who(cells, []), cells))
+        lines.append(Line(row["label"], row["model"], cells))
     return [line for line in lines if line.ours]
 
 
@@ -265,10 +252,9 @@ def blocks(table: PaperTable) -> list[Block]:
 
 def _cells(line: Line) -> list[Cell]:
     """A line's cells; one that is not printed is a dash, one that we have no setting of empty."""
-    own = line.who != "printed"
-    style = "ours" if own else "printed"
+    style, empty = ("ours", "") if line.ours else ("printed", "—")
     model = f"· {line.model}" if line.model else ""
-    first = Cell(line.who, style=style) if own else Cell(line.label, model, style=style)
+    first = Cell(line.who, style=style) if line.ours else Cell(line.label, model, style=style)
     cells = [first]
     for cell in line.cells:
         if isinstance(cell, Ours):
@@ -276,8 +262,7 @@ def _cells(line: Line) -> list[Cell]:
         elif isinstance(cell, str):
             cells.append(Cell(cell, style="gap"))
         else:
-            missing = "" if own else "—"
-            cells.append(Cell(missing if cell is None else f"{cell:.2f}", style=style))
+            cells.append(Cell(empty if cell is None else f"{cell:.2f}", style=style))
     return cells
 
 
@@ -298,6 +283,6 @@ def records(tables: list[PaperTable]) -> Table:
                     lines.append([*where, paper, ours.text, spread, str(cell.runs), apart, notes])
                 elif isinstance(cell, str):
                     lines.append([*where, "", cell, "", "", "", ""])
-                elif line.who == "printed" and cell is not None:
+                elif not line.ours and cell is not None:
                     lines.append([*where, str(cell), "", "", "", "", ""])
     return Table(columns(*head, words=4), lines)
