@@ -327,6 +327,7 @@ def zeroed(data, start, size):
 DAMAGES = {
     "zeroed header": (lambda data, second: zeroed(data, second, 512), 3),
     "zeroed page": (lambda data, second: zeroed(data, second, 4096), 3),
+    "zeroed end": (lambda data, second: data[:second] + bytes(11_776), 1),
     "joined by cat": (lambda data, second: data + whole_tar_of("d", "e", "f"), 6),
     "unfinished": (lambda data, second: zeroed(data * 20, second, len(data) * 20 - second), 60),
     "end mark within": (lambda data, second: data[:second] + bytes(1024) + data[second:], 3),
@@ -342,6 +343,8 @@ def test_samples_behind_an_end_mark_are_counted_as_lost(tmp_path, name):
     assert keys[0] == "a" and skipped[LOST] >= 1
     assert len(keys) + sum(skipped.values()) >= samples
     assert "byte" in index_shards(str(tar)).shards[0].problems[0]
+    with pytest.raises(BadTar):
+        list(read_shard(str(tar), Caps()))
 
 
 @pytest.mark.parametrize("zeros", [0, 512, 1024, 10_240, 1 << 18], ids=str)

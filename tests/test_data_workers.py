@@ -16,6 +16,7 @@ from training.data.index import index_shards
 from training.data.loader import Loader, sequential
 from training.data.order import Order
 from training.data.views import ImageSpec, View, eval_view
+from training.data.workers import GRACE
 from training.errors import Failure, sentence
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +77,17 @@ def test_waiting_for_a_batch_is_given_up_with_the_name_of_the_shard(tmp_path):
     reading.close()
     assert time.monotonic() - start < 12, "all at once, not one after the other"
     assert gone(*pids)
+
+
+def test_a_loader_that_was_closed_serves_on(tmp_path):
+    reading = loader(index_shards(write_shards(tmp_path, [4])))
+    next(reading.batches(0, 2))
+    reading.close()
+    batches = reading.batches(0, 4)
+    next(batches)
+    time.sleep(GRACE + 2)
+    assert len(list(batches)) == 3, "its new workers are not told to end with the old ones"
+    reading.close()
 
 
 def test_a_stop_ends_the_wait_for_a_batch(tmp_path):

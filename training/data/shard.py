@@ -144,8 +144,8 @@ def verify(shards: Iterable[Shard]) -> None:
                 f"--verify-data: {shard.index} has no hash of the content of {shard.path}: run "
                 "`python -m training.check_data` on the data first"
             )
-        held = file_hash(shard.path), build_index(shard.path)[1]["digest"]
-        if held != (shard.content, shard.digest):
+        held = build_index(shard.path)[1]["digest"], file_hash(shard.path)
+        if held != (shard.digest, shard.content):
             raise UsageError(
                 f"--verify-data: {shard.path} or its index was altered after it was checked, at "
                 "the same size and time: fetch it again"

@@ -20,7 +20,7 @@ from webdataset.gopen import gopen, gopen_schemes, rewrite_url
 from training.data.decode import BadSample, Caps
 from training.data.draws import permutation, words
 from training.data.index import expand_braces, is_remote
-from training.data.loader import MAX_ATTEMPTS, Assembly, Batch, Recipe
+from training.data.loader import Assembly, Batch, Recipe
 from training.data.shard import REQUIRED, STRAY, fault_of, split_name
 from training.data.tar import BadTar, members, open_regular
 from training.data.views import View, private_randomness
@@ -29,8 +29,8 @@ from training.errors import Failure, UsageError
 
 log = logging.getLogger(__name__)
 
-MAX_BAD = 20_000  # samples in a row that can't be used: two shards of img2dataset's
-_PROGRAMS = {"gs": "gsutil", "ais": "ais"}  # webdataset's; the other schemes' is curl
+MAX_BAD, MAX_BARREN = 20_000, 100  # samples and shards in a row without a usable one
+_PROGRAMS = {"gs": "gsutil", "ais": "ais"}  # that webdataset calls; for other schemes it is curl
 _SECRETS = (  # each a place to keep, and what is hidden after it
     r"(://)[^/\s'\"@]+(?=@)",  # user:password
     # of a signed URL the whole query: the parts of a signature have many names
@@ -182,7 +182,7 @@ class _Stream(IterableDataset):
         info = get_worker_info()
         consumer = self.consumer + (info.id if info else 0)
         samples = self._shuffled(consumer)
-        bad, last_good = 0, self.first + consumer
+        bad, last_good = 0, self.first + consumer  # samples in a row, and the shard before them
         while True:
             assembly = Assembly(self.recipe, self.batch_size)
             with private_randomness():
@@ -195,12 +195,11 @@ class _Stream(IterableDataset):
                         assembly.skipped[str(reason)] += 1
                         bad += 1
                         shards = (number - last_good) // self.consumers
-                        # bad ones lie together in a stream: more than a shard of them says no more
-                        if bad == MAX_BAD or (bad >= MAX_ATTEMPTS and shards > self._patience):
+                        if shards > min(len(self.urls), MAX_BARREN) or bad == MAX_BAD:
                             raise Failure(
-                                f"{bad} samples in a row cannot be used, up to "
-                                f"{self.name(number)} ({dict(assembly.skipped)}); run "
-                                "`python -m training.check_data --deep` on a copy"
+                                f"{shards} shards in a row without a usable sample, up to "
+                                f"{self.name(number)} ({dict(assembly.skipped)}); run `python -m "
+                                "training.check_data --deep` on a copy"
                             ) from None
                 batch = assembly.finish()
             batch.shards = number
@@ -213,11 +212,6 @@ class _Stream(IterableDataset):
         view = turn % self.views if self.views else turn
         key = sample["key"]
         assembly.add(key, -1, view, *self.recipe.sample(key, view, _from(sample)))
-
-    @property
-    def _patience(self) -> int:
-        """Shards in a row without a usable sample, at which the stream is given up."""
-        return min(len(self.urls), 100)
 
     def name(self, number: int) -> str:
         """Of a shard of the sequence, to show."""
@@ -246,21 +240,19 @@ class _Stream(IterableDataset):
 
     def _samples(self, consumer: int):
         """(shard in reading, sample or reason) of this consumer's shards, pass after pass."""
-        barren = 0
         for number in itertools.count(self.first + consumer, self.consumers):
-            url, good = self._url(number), 0
+            url, empty = self._url(number), True
             reads(number)
             try:
                 for sample in read_shard(url, self.recipe.caps):
-                    good += not isinstance(sample, str)
+                    empty = False
                     yield number, sample
             except (BadTar, OSError) as error:
                 log.warning("%s: %s", masked(url), masked(str(error)))
                 yield number, "shard: damaged or unreadable"
-            barren = 0 if good else barren + 1
-            if barren == self._patience:
-                last = masked(url)
-                raise Failure(f"{barren} shards in a row without a usable sample, last {last}")
+            else:
+                if empty:
+                    yield number, "shard: empty"
 
 
 def read_shard(url: str, caps: Caps) -> Iterator[dict | str]:

@@ -114,7 +114,7 @@ def _check_padding(read: Callable[[int, int], bytes], start: int) -> None:
     After a header that was zeroed, and between archives joined by ``cat``, there are data; a
     download into a preallocated file that broke off ends in more zeros than a writer pads with.
     """
-    place, most = start, RECORDS[-1] + END_MARK
+    place, most = start + BLOCK, RECORDS[-1] + END_MARK
     while place <= start + most and (part := read(1 << 16, place)):
         if part.strip(b"\0"):
             raise BadTar(
