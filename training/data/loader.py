@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,7 +23,6 @@ from training.data.decode import (
     decode_image,
     decode_text,
 )
-from training.data.draws import words
 from training.data.index import Sources
 from training.data.order import Order
 from training.data.views import View, draw, private_randomness, seed_generators
@@ -369,10 +367,9 @@ class _StepBatches(Dataset):
         local = self.global_batch // self.world_size
         start = step * self.global_batch + self.rank * local
         rows, turns = self.order.rows(start, start + local).T
-        total = np.uint64(self.reader.sources.num_samples)
 
         def substitute(i: int, attempt: int) -> int:
-            return int(words(1, self.seed, "substitute", start + i, attempt)[0] % total)
+            return self.order.any_row(self.seed, "substitute", start + i, attempt)
 
         return self.reader.batch(rows, turns % self.views if self.views else turns, substitute)
 
