@@ -18,6 +18,7 @@ DECLARATION = {
         "lambda_distance": (25.0, "weight of the distances between pairs"),
         "lambda_angle": (50.0, "weight of the angles of triplets"),
     },
+    "spans": {"lambda_distance": (1.0, 250.0), "lambda_angle": (2.0, 500.0)},
 }
 
 #: Rows closer than this are duplicates: they have no direction to match, and no gradient from it.
