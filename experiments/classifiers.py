@@ -22,15 +22,12 @@ def classifier(
     """A run on the CPU that goes on where it was stopped.
 
     Args:
-        name: of the run.
-        method: ``--method``.
         settings: flags in one string; of one given twice, the later holds.
         model: what trains; empty for RDMs and paraphrasers.
         teachers: names of runs.
         more: flags after all others.
         data: the data set's folder.
-        where: more flags that change nothing about the result.
-        other: of `Run`.
+        where, other: of `Run`.
     """
     flags = [f"--method={method}", *settings.split()]
     if model:
@@ -38,5 +35,4 @@ def classifier(
     if teachers:
         flags.append("--teacher=" + ",".join(f"{{{teacher}}}" for teacher in teachers))
     place = (f"--data={data}", "--logs={logs}", "--name={name}", "--resume=latest", *where)
-    place += ("--device=cpu",)
-    return Run(name, "training.classify", (*flags, *more), where=place, **other)
+    return Run(name, "training.classify", (*flags, *more), where=(*place, "--device=cpu"), **other)

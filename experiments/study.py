@@ -43,8 +43,6 @@ class Run:
     """One command.
 
     Attributes:
-        name: of its directory and of its kept result.
-        module: what runs.
         flags: its settings, in which ``{NAME}`` is the directory of a run that it needs. In them
             and in `where`, ``{here}`` is its own directory, ``{name}`` its name, ``{data}`` and
             ``{logs}`` are the study's.
@@ -72,16 +70,12 @@ class Run:
 
     @property
     def depends(self) -> list[str]:
-        """What makes its result another one: `settings`, or its flags."""
+        """What makes its result another one."""
         return list(self.settings or self.flags)
 
 
 def priorities(runs: Iterable[Run]) -> dict[str, float]:
-    """The cost of a run and of the longest chain of runs that waits for it.
-
-    Args:
-        runs: each after those it needs.
-    """
+    """The cost of a run and of the longest chain of runs that waits for it, of runs in order."""
     longest: dict[str, float] = {}
     waiting: Counter = Counter()
     for run in reversed(list(runs)):
@@ -99,7 +93,7 @@ class Study:
         logs: the parent of the run directories.
         data: what ``{data}`` stands for.
         results: where results are kept, in `runs/`; without it every run is wanted for itself.
-        keep: called with the study and a finished run; it keeps the run's results.
+        keep: called with the study and a finished run, to keep its results.
     """
 
     def __init__(
@@ -137,18 +131,14 @@ class Study:
 
     def outstanding(self) -> list[Run]:
         """The runs to execute: those that are wanted, and those whose files they need."""
-        todo: set[str] = set()
-
-        def want(run: Run) -> None:
-            if run.name not in todo and not self.finished(run):
-                todo.add(run.name)
-                for name in run.needs:
-                    want(self.runs[name])
-
-        for run in self.runs.values():
-            if self.results is None or not all(path.is_file() for path in self.kept(run).values()):
-                want(run)
-        return [run for run in self.runs.values() if run.name in todo]
+        todo: list[Run] = []
+        needed: set[str] = set()
+        for run in reversed(self.runs.values()):  # those that need it before it
+            kept = self.results and all(path.is_file() for path in self.kept(run).values())
+            if (run.name in needed or not kept) and not self.finished(run):
+                todo.insert(0, run)
+                needed.update(run.needs)
+        return todo
 
     def check(self) -> None:
         """Refuse results and runs that were made with other settings than these.
@@ -173,7 +163,7 @@ class Study:
     def complete(self) -> str | None:
         """If every result is kept already, a sentence that says so.
 
-        A study with nothing to do would otherwise look like one that has just made its table.
+        With nothing to do, a study would look like one that has just made its table.
         """
         kept = [path for run in self.runs.values() for path in self.kept(run).values()]
         if self.results is None or not all(path.is_file() for path in kept):
@@ -228,7 +218,7 @@ class Study:
         return {name: content[name] for name in ("command", "commit")}
 
     def end(self, run: Run, seconds: float) -> None:
-        """Mark the end of a run whose command leaves no mark, and keep its results."""
+        """Mark the end of a run, where its command does not, and keep its results."""
         if not self.finished(run):
             write_json(self.logs / run.name / "finished.json", {"seconds": seconds})
         self.keep(self, run)
@@ -245,7 +235,9 @@ class _Execution:
         self.active: dict[subprocess.Popen, tuple[Run, float]] = {}
         self.minutes = self.cost = 0.0  # spent on what is finished, and expected of it
         self.signals = 0
-        self.commit = current_commit() if self.waiting else None
+        self.commit = origin()["commit"]
+        if self.waiting and (self.commit or "").endswith("-dirty"):
+            print("note: the checkout has changes that are not committed, and results will say so")
 
     def here(self) -> bool:
         """One after the other in this process."""
@@ -322,14 +314,6 @@ class _Execution:
             rest = duration(max(shared, longest) * self.minutes / self.cost)
             text += f"; {len(left)} of {self.total} to go, about {rest}"
         print(text, flush=True)
-
-
-def current_commit() -> str | None:
-    """The checkout's commit; says so if there are changes beside it."""
-    commit = origin()["commit"]
-    if commit and commit.endswith("-dirty"):
-        print("note: the checkout has changes that are not committed, and results will say so")
-    return commit
 
 
 def output(module: str, *arguments: str) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -84,6 +85,18 @@ def check_weights(name: str, pretrained: str, flag: str, force_quick_gelu: bool 
         )
 
 
+def forced(config: StudentConfig) -> dict[str, Any]:
+    """What the student's architecture is changed by, as ``create_model`` takes it."""
+    size = config.force_image_size
+    return {
+        "force_quick_gelu": config.force_quick_gelu,
+        "force_custom_text": config.force_custom_text,
+        "force_patch_dropout": config.force_patch_dropout,
+        "force_image_size": size[0] if size and len(size) == 1 else size,
+        "force_context_length": config.force_context_length,
+    }
+
+
 def build_student(config: StudentConfig, seed: int) -> nn.Module:
     """The student, initialised from the seed or from ``--pretrained``."""
     if "multimodal_cfg" in student_config(config):
@@ -95,23 +108,18 @@ def build_student(config: StudentConfig, seed: int) -> nn.Module:
         )
     if config.pretrained:
         check_weights(config.model, config.pretrained, "--pretrained", config.force_quick_gelu)
-    size = config.force_image_size
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "student"))
         model = _create(
             config.model,
             config.pretrained or None,
             "--model",
-            force_quick_gelu=config.force_quick_gelu,
-            force_custom_text=config.force_custom_text,
-            force_patch_dropout=config.force_patch_dropout,
-            force_image_size=size[0] if size and len(size) == 1 else size,
-            force_context_length=config.force_context_length,
+            **forced(config),
             force_preprocess_cfg=preprocess_overrides(config),
             pretrained_image=config.pretrained_image,
             cache_dir=config.cache_dir,
         )
-    if size and any("pos_embed" in name for name in model.visual.state_dict()):
+    if config.force_image_size and any("pos_embed" in name for name in model.visual.state_dict()):
         raise UsageError(
             f"--force-image-size with --model {config.model}: stock OpenCLIP can't load a timm "
             "tower whose position embedding was resized; give the size in a --model-config of its "
