@@ -237,7 +237,8 @@ def make_loader(config: Config, sources: Sources | None, trainer: Trainer) -> Lo
         replacement=config.dataset_resampled,
     )
     options["memory"] = int(config.view_memory * 2**30)
-    return Loader(order, sources, *inputs, fetchers=stage.source.fetchers(sources), **options)
+    options["fetchers"] = stage.source.fetchers(sources)
+    return Loader(order, stage.source.images_of(sources), *inputs, **options)
 
 
 def epoch_steps(config: Config, sources: Sources | None) -> int:

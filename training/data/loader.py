@@ -210,11 +210,16 @@ class Reader:
         return batch
 
     def _sample(self, row: int, view: int) -> tuple:
-        reads(row)
-        shard, place = self.sources.locate(row)
-        record = shard.records[place]
         for fetcher in self.fetchers:
             fetcher.check(row, view)
+        key, read = self.members(row, view)
+        made = self.memory.recall(row, view, lambda: self.recipe.sample(key, view, read))
+        return key, row, view, *made
+
+    def members(self, row: int, view: int) -> tuple[bytes, Callable]:
+        """A sample's key, and ``read`` as `Recipe.sample` takes it."""
+        reads(row)
+        shard, record = self.sources.record(row, view)
 
         def read(kind: str, limit: int, reason: str) -> bytes | None:
             offset, size = record[kind].tolist()
@@ -222,9 +227,7 @@ class Reader:
                 raise BadSample(reason)
             return None if offset < 0 else shard.read(offset, size)
 
-        key = record["key"]
-        made = self.memory.recall(row, view, lambda: self.recipe.sample(key, view, read))
-        return key, row, view, *made
+        return record["key"], read
 
 
 class Loader:
@@ -316,11 +319,10 @@ def sequential(
     tokenizers: Sequence[Callable],
     *,
     batch_size: int,
+    spans: Sequence[tuple[range, int]] | None = None,
     seed: int = 0,
-    view: int = 0,
     captions: str = "first",
     caps: Caps | None = None,
-    rows: range | None = None,
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
@@ -330,22 +332,28 @@ def sequential(
     stopping: Callable[[], bool] | None = None,
     timeout: float | None = None,
 ) -> Iterator[Batch]:
-    """Every sample once, in file order: validation, or (with a training view) a teacher's cache.
+    """Samples in order: validation, or (with training views) a teacher's cache.
 
     Bad samples are left out and counted. The batches are those of one process, whatever the number
-    of ranks: each reads consecutive ones of ``rows`` (default: all). Other arguments as of
-    `Loader` and its `batches`; who hands in ``stopping`` asks it once more when the batches end.
+    of ranks, each of which reads consecutive ones.
+
+    Args:
+        spans: (rows, view), of which batches are parts; default: all rows at view 0.
+        others: as of `Loader` and its `batches`; who hands in ``stopping`` asks it once more when
+            the batches end.
     """
-    rows = range(sources.num_samples) if rows is None else rows
-    batches = -(-len(rows) // batch_size)
-    first, last = (batches * r // world_size * batch_size for r in (rank, rank + 1))
-    rows = rows[first:last]
+    parts = [
+        (rows[first : first + batch_size], view)
+        for rows, view in ([(range(sources.num_samples), 0)] if spans is None else spans)
+        for first in range(0, len(rows), batch_size)
+    ]
+    parts = parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]
     recipe = Recipe(image_transforms, tokenizers, seed, captions, caps or Caps())
     if workers:
         check_limits(recipe.sample_bytes() * batch_size, workers)
     reader = Reader(sources, recipe, fetchers)
-    items = _RowBatches(reader, rows, batch_size, view)
-    loader = data_loader(items, range(len(items)), workers, start_method, pin_memory, 2, False)
+    items = _RowBatches(reader, parts)
+    loader = data_loader(items, range(len(parts)), workers, start_method, pin_memory, 2, False)
     batches = iterate(loader, stopping, timeout, sources.path_of)
     try:
         yield from batches
@@ -379,19 +387,14 @@ class _StepBatches(Dataset):
 
 @dataclass
 class _RowBatches(Dataset):
-    """Batch number -> `Batch` of consecutive rows."""
+    """Batch number -> `Batch` of consecutive rows at one view."""
 
     reader: Reader
-    rows: range
-    batch_size: int
-    view: int
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+    parts: list[tuple[range, int]]
 
     def __getitem__(self, number: int) -> Batch:
-        rows = self.rows[number * self.batch_size : (number + 1) * self.batch_size]
-        return self.reader.batch(rows, [self.view] * len(rows))
+        rows, view = self.parts[number]
+        return self.reader.batch(rows, [view] * len(rows))
 
 
 class _Steps(Sampler):

@@ -8,7 +8,7 @@ resolution see the same crop of one sample.
 
 import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import Compose, Normalize, ToTensor
+from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from training.data.decode import BadSample
 from training.data.draws import seed_of
@@ -79,6 +79,17 @@ def eval_view(spec: ImageSpec) -> View:
         return view
     side = spec.size if isinstance(spec.size, int) else max(spec.size)
     return View((_Bounded(side), *view.stages), view.finish)
+
+
+def stored_view(spec: ImageSpec, size: tuple[int, int]) -> View:
+    """The transform of an image that is a training view of ``size`` (height, width) already."""
+    wanted = height_width(spec.size)
+    return View(() if wanted == size else (Resize(wanted, InterpolationMode.BICUBIC),))
+
+
+def height_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """An `ImageSpec`'s size, spelled out."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def normalise(images: Tensor, spec: ImageSpec) -> Tensor:
