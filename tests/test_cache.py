@@ -104,6 +104,7 @@ def test_a_stale_or_foreign_cache_is_refused(flags, teacher, cache, tmp_path):
     wrong = {
         "its views is 2": ["--views", "3"],
         "its view_seed is 0": ["--view-seed", "1"],
+        "its image_backend is 'pil'": ["--image-backend", "torch"],
         "its captions is 'first'": ["--captions", "all"],
         "its aug_cfg is": ["--aug-cfg", "scale=(0.5,1.0)"],
         "belongs to": ["--distill-model", "ViT-B-16", "--distill-pretrained", "openai"],

@@ -188,6 +188,16 @@ def test_a_student_reads_stored_views_and_nothing_of_the_originals(
     assert lines(tmp_path / "alone")[-1]["loss"] > 0
 
 
+def test_a_cache_names_the_backend_that_its_students_read_with(command, flags, cache, tmp_path):
+    folder = str(tmp_path / "c")
+    assert write_cache([*command, "--teacher-cache", folder, "--image-backend", "torch"]) == 0
+    read = [*flags, "--distill", "fd", "--teacher-cache", folder, "--logs", str(tmp_path)]
+    assert main([*read, "--name", "run", "--workers", "1"]) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["image_backend"] == "torch"
+    with pytest.raises(UsageError, match="its image_backend is 'torch'"):
+        main([*read, "--name", "pil", "--image-backend", "pil"])
+
+
 def test_writing_goes_on_where_it_was_stopped_and_mends_a_damaged_tar(command, cache, tmp_path):
     again = [*command, "--teacher-cache", str(tmp_path)]
     first = sorted(cache.glob("*.view?.tar"))

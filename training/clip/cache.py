@@ -150,7 +150,8 @@ class CachedTeachers:
     Args:
         directories: one cache per teacher.
         names: the architecture and weights of each teacher that the command line names, if it does.
-        wanted: this run's view_seed, views, captions and aug_cfg, which the caches must match.
+        wanted: this run's view_seed, views, captions, aug_cfg and image_backend, which the caches
+            must match.
     """
 
     def __init__(self, directories: list[Path], names: list[TeacherName], wanted: dict[str, Any]):
@@ -172,7 +173,7 @@ class CachedTeachers:
                     f"--teacher-cache '{directory}' was written with the weights '{written}', "
                     f"--distill-pretrained names '{weights}': leave it out, or write another cache"
                 )
-        wanted |= {"stored_views": self.configs[0]["stored_views"]}
+        wanted = {**wanted, "stored_views": self.configs[0]["stored_views"]}
         for directory in directories:
             check_config(directory, wanted)
 

@@ -86,7 +86,7 @@ class Caches:
                 f"--teacher-cache names {len(config.caches)} folders for {len(names)} teachers"
             )
         configs = [model_config(name, "--distill-model") for name, _ in names]
-        self.transforms = Transforms(config.aug_cfg)
+        self.transforms = Transforms(config.aug_cfg, config.image_backend)
         live = build_teachers(names, device, config.cache_dir)
         self.teachers = LiveTeachers(live, configs, self.transforms)
         self.autocast = get_autocast(config.precision, device.type)
@@ -115,7 +115,8 @@ class Caches:
 
     def _view_writer(self) -> ViewWriter:
         size = tuple(self.stored["size"])
-        view = train_view(replace(self.transforms.specs[0], size=size), self.config.aug_cfg)
+        spec = replace(self.transforms.specs[0], size=size)
+        view = train_view(spec, self.config.aug_cfg, self.config.image_backend)
         recipe = Recipe([view], [], self.config.view_seed)
         return ViewWriter(Reader(self.sources, recipe), [], self.config.view_quality)
 
@@ -145,6 +146,7 @@ class Caches:
                 "views": self.config.views,
                 "captions": self.config.captions,
                 "aug_cfg": self.config.aug_cfg,
+                "image_backend": self.config.image_backend,
                 "precision": self.config.precision,
                 "stored_views": self.stored,
             }

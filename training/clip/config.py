@@ -113,6 +113,13 @@ class DataConfig:
         0, "augmentations of an image, taken in turn; 0: a new one each pass", least=0
     )
     view_seed: int = flag(0, "of augmentations and captions [--seed, or the cache's own]")
+    image_backend: str = flag(
+        "pil",
+        "what decodes and resizes training images; pil: OpenCLIP's exact pixels; torch: the same "
+        "but for rounding, in half the time; images of over twice the size are read at half theirs "
+        "[pil, or the cache's own]",
+        choices=("pil", "torch"),
+    )
     view_memory: float = flag(
         0.0,
         "decoded views that each reading process holds: for small data and --views",

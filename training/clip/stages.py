@@ -53,6 +53,7 @@ class Transforms:
 
     Args:
         aug_cfg: ``--aug-cfg``.
+        backend: ``--image-backend`` of the training views.
 
     Attributes:
         normalised: whether the training views are, and are floats.
@@ -60,11 +61,11 @@ class Transforms:
             views are drawn.
     """
 
-    def __init__(self, aug_cfg: dict | None = None):
-        self.aug_cfg = aug_cfg
+    def __init__(self, aug_cfg: dict | None = None, backend: str = "pil"):
+        self.aug_cfg, self.backend = aug_cfg, backend
         self.view_size: tuple[int, int] | None = None
         try:
-            self.normalised = bool(train_view(ImageSpec(), aug_cfg).finish)
+            self.normalised = bool(train_view(ImageSpec(), aug_cfg, backend).finish)
         except (TypeError, ValueError) as error:
             shown = " ".join(f"{key}={value}" for key, value in aug_cfg.items())
             raise UsageError(f"--aug-cfg {shown}: OpenCLIP can't use it: {error}") from error
@@ -100,8 +101,8 @@ class Transforms:
     def train_views(self) -> list[View]:
         """The augmenting transforms, or those of stored views."""
         if self.view_size is not None:
-            return [stored_view(spec, self.view_size) for spec in self.specs]
-        return [train_view(spec, self.aug_cfg) for spec in self.specs]
+            return [stored_view(spec, self.view_size, self.backend) for spec in self.specs]
+        return [train_view(spec, self.aug_cfg, self.backend) for spec in self.specs]
 
     def eval_views(self) -> list[View]:
         """The transforms without augmentation."""
@@ -190,7 +191,7 @@ class RDMStage(ClipStage):
     """Stage 1: train the bank of the (only) teacher."""
 
     def __init__(self, config: Config, device: torch.device):
-        self.transforms = Transforms(config.aug_cfg)
+        self.transforms = Transforms(config.aug_cfg, config.image_backend)
         self.source = make_teachers(config, config, config.cache_dir, device, self.transforms)
         self.bank = make_bank(config, self.source.identities[0], config.rates, config.seed)
         self.rates = self.bank.rates
@@ -223,7 +224,7 @@ class StudentStage(ClipStage):
     def __init__(
         self, config: Config, device: torch.device, world: World, bank: Path | None = None
     ):
-        self.transforms = Transforms(config.aug_cfg)
+        self.transforms = Transforms(config.aug_cfg, config.image_backend)
         # The student.
         self.config = student_config(config)
         model = build_student(config, config.seed)
@@ -339,7 +340,8 @@ def make_teachers(
 ) -> LiveTeachers | CachedTeachers:
     """The teachers of the command line, from their caches or run on every batch."""
     if method.caches:
-        wanted = {n: getattr(data, n) for n in ("view_seed", "views", "captions", "aug_cfg")}
+        names = ("view_seed", "views", "captions", "aug_cfg", "image_backend")
+        wanted = {name: getattr(data, name) for name in names}
         cached = CachedTeachers(method.caches, method.teachers, wanted)
         transforms.view_size = cached.view_size
         return cached

@@ -5,6 +5,7 @@ global batch (`training.data.order`), reads their bytes by position, and builds 
 state lives in a loader, so starting at step s gives what an uninterrupted run would have seen.
 """
 
+import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from training.data.decode import (
 from training.data.draws import words
 from training.data.index import Sources
 from training.data.order import Order
+from training.data.pixels import decode_pixels
 from training.data.views import View, draw, private_randomness, seed_generators
 from training.data.workers import check_limits, data_loader, end, iterate, reads
 from training.errors import Failure
@@ -70,9 +72,13 @@ class Recipe:
         images = []
         if self.image_transforms:
             data = read("image", self.caps.max_bytes, "image: too many bytes")
-            image = decode_image(data, self.caps)
-            images = [draw(t, image, self.seed, view, key) for t in self.image_transforms]
+            images = self._images(data, key, view)
         return caption, images
+
+    def _images(self, data: bytes, key: bytes, view: int) -> list[Tensor]:
+        least = max(transform.least for transform in self.image_transforms)
+        image = decode_pixels(data, self.caps, least) if least else decode_image(data, self.caps)
+        return [draw(t, image, self.seed, view, key) for t in self.image_transforms]
 
     def _caption(self, key: bytes, view: int, read) -> str:
         captions = []
@@ -101,9 +107,12 @@ class Recipe:
 
     def sample_bytes(self) -> int:
         """Of one sample's images (of its text, there is little)."""
-        image = Image.new("RGB", (64, 64))
+        if not self.image_transforms:
+            return 0
+        file = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(file, "PNG")
         with private_randomness():
-            return sum(transform(image).nbytes for transform in self.image_transforms)
+            return sum(image.nbytes for image in self._images(file.getvalue(), b"", 0))
 
 
 class Assembly:

@@ -21,6 +21,7 @@ from cifd_clip.files import writing
 from training.data.decode import BadSample
 from training.data.index import Sources
 from training.data.loader import Reader
+from training.data.pixels import picture
 from training.data.shard import Shard, index_shard
 from training.data.tar import BLOCK
 from training.data.views import private_randomness
@@ -36,8 +37,7 @@ def libraries() -> dict[str, str]:
 def encoded(image: Tensor, quality: int) -> bytes:
     """uint8 (3, H, W) -> JPEG."""
     buffer = io.BytesIO()
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    picture.save(buffer, "JPEG", quality=quality, subsampling=SUBSAMPLING)
+    picture(image).save(buffer, "JPEG", quality=quality, subsampling=SUBSAMPLING)
     return buffer.getvalue()
 
 
