@@ -1,7 +1,7 @@
 """Batches of a data set, the same whatever the number of ranks and workers.
 
-A worker is handed a step number and nothing else: it works out the rows of its rank's part of that
-global batch (`training.data.order`), reads their bytes by position, and builds the whole batch. No
+A worker is handed a number and nothing else: it works out the rows of that chunk of its rank's part
+of a global batch (`training.data.order`), reads their bytes by position, and makes them tensors. No
 state lives in a loader, so starting at step s gives what an uninterrupted run would have seen.
 """
 
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from training.data.batch import Batch
+from training.data.batch import Batch, Chunks, assembled, chunk_rows
 from training.data.decode import (
     BadSample,
     Caps,
@@ -260,7 +260,7 @@ class Loader:
         fetchers: `Fetcher` objects.
         memory: bytes of images that each process holds, to make each view once.
         pin_memory: hand out pinned batches.
-        prefetch: batches each worker works ahead.
+        prefetch: chunks each worker works ahead, or more of them: all together a batch.
 
     The workers live until `close` and serve one `batches` at a time.
     """
@@ -289,13 +289,17 @@ class Loader:
         if global_batch % world_size:
             raise ValueError(f"global batch {global_batch} is no multiple of {world_size} ranks")
         recipe = Recipe(image_transforms, tokenizers, seed, captions, caps or Caps())
+        local = global_batch // world_size
+        rows = chunk_rows(local)
+        self._per_batch, self._pinned = local // rows, pin_memory
         if workers:
-            check_limits(recipe.sample_bytes() * global_batch // world_size, workers, prefetch)
+            prefetch = max(prefetch, -(-self._per_batch // workers))  # a batch, all together
+            check_limits(recipe.sample_bytes() * rows, workers, prefetch)
         reader = Reader(sources, recipe, fetchers, Memory(memory))
-        self._sources, self._steps, self._batches = sources, _Steps(), None
-        batches = _StepBatches(reader, order, seed, views or 0, global_batch, rank, world_size)
+        self._sources, self._numbers, self._batches = sources, _Numbers(), None
+        chunks = _Chunks(reader, order, seed, views or 0, rows, local, rank, world_size)
         self._loader = data_loader(
-            batches, self._steps, workers, start_method, pin_memory, prefetch, True
+            chunks, self._numbers, workers, start_method, pin_memory, prefetch, True
         )
 
     def batches(
@@ -304,7 +308,7 @@ class Loader:
         stop_step: int,
         stopping: Callable[[], bool] | None = None,
         timeout: float | None = None,
-    ) -> Iterator[Batch]:
+    ) -> Iterator[Batch | Chunks]:
         """This rank's part of the global batches ``start_step`` .. ``stop_step - 1``.
 
         Where batches are waited for, they end when ``stopping()``, and fail after ``timeout``
@@ -312,9 +316,9 @@ class Loader:
         """
         if self._batches is not None and not self._batches.exhausted:
             self.close()  # left on the way: its workers still have to do what they were given
-        self._steps.range = range(start_step, stop_step)
+        self._numbers.range = range(start_step * self._per_batch, stop_step * self._per_batch)
         self._batches = iterate(self._loader, stopping, timeout, self._sources.path_of)
-        yield from self._batches
+        yield from assembled(self._batches, self._per_batch, self._pinned)
 
     def close(self) -> None:
         """End the workers."""
@@ -371,21 +375,22 @@ def sequential(
 
 
 @dataclass
-class _StepBatches(Dataset):
-    """Step number -> `Batch`."""
+class _Chunks(Dataset):
+    """Number of a chunk, counted from this rank's first -> `Batch` of its ``size`` rows."""
 
     reader: Reader
     order: Order
     seed: int
     views: int
-    global_batch: int
+    size: int
+    local: int
     rank: int
     world_size: int
 
-    def __getitem__(self, step: int) -> Batch:
-        local = self.global_batch // self.world_size
-        start = step * self.global_batch + self.rank * local
-        rows, turns = self.order.rows(start, start + local).T
+    def __getitem__(self, number: int) -> Batch:
+        step, first = divmod(number * self.size, self.local)
+        start = (step * self.world_size + self.rank) * self.local + first
+        rows, turns = self.order.rows(start, start + self.size).T
         total = np.uint64(self.reader.sources.num_samples)
 
         def substitute(i: int, attempt: int) -> int:
@@ -406,8 +411,8 @@ class _RowBatches(Dataset):
         return self.reader.batch(rows, [view] * len(rows))
 
 
-class _Steps(Sampler):
-    """The step numbers that the loader serves next."""
+class _Numbers(Sampler):
+    """The numbers of the chunks that the loader serves next."""
 
     def __init__(self):
         self.range = range(0)
