@@ -55,7 +55,8 @@ def random_teacher(args: argparse.Namespace, folder: Path) -> str:
 def untrained_bank(flags: list[str], count: int, folder: Path) -> Path:
     """A bank of `count` RDMs for the teacher that flags of a feature distillation name."""
     config = parse_args(["--train-data=-", *flags])
-    device, transforms = torch.device(config.device), Transforms(config.aug_cfg)
+    device = torch.device(config.device)
+    transforms = Transforms(config.aug_cfg, config.image_backend)
     teachers = make_teachers(config, config, config.cache_dir, device, transforms)
     generator = torch.Generator().manual_seed(config.seed)
     bank = RDMBank(

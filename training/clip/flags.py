@@ -242,7 +242,8 @@ def resolved(
         values["rates"] = ()
     if cache is not None:
         values["views"] = given.get("views") or cache["views"]
-        values.setdefault("view_seed", cache["view_seed"])
+        for name in ("view_seed", "image_backend"):
+            values.setdefault(name, cache[name])
     values.setdefault("view_seed", seed)
     # The optimizer.
     values |= engine.share_batch(given, Config.batch_size, world_size)

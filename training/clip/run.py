@@ -248,7 +248,8 @@ def make_loader(
         kept=kept,
     )
     options["memory"] = int(config.view_memory * 2**30)
-    return Loader(order, sources, *inputs, fetchers=stage.source.fetchers(sources), **options)
+    options["fetchers"] = stage.source.fetchers(sources)
+    return Loader(order, stage.source.images_of(sources), *inputs, **options)
 
 
 def epoch_steps(config: Config, sources: Sources | None, kept: np.ndarray | None = None) -> int:

@@ -38,7 +38,7 @@ from training.clip.models import (
 )
 from training.data.index import Sources
 from training.data.loader import Batch, Fetcher
-from training.data.views import ImageSpec, View, eval_view, normalise, train_view
+from training.data.views import ImageSpec, View, eval_view, normalise, stored_view, train_view
 from training.engine.config import OptimConfig
 from training.engine.optim import one_adamw
 from training.engine.stage import Stage
@@ -55,12 +55,19 @@ class Transforms:
 
     Args:
         aug_cfg: ``--aug-cfg``.
+        backend: ``--image-backend`` of the training views.
+
+    Attributes:
+        normalised: whether the training views are, and are floats.
+        view_size: (height, width) of stored views, which are no more than resized; None: training
+            views are drawn.
     """
 
-    def __init__(self, aug_cfg: dict | None = None):
-        self.aug_cfg = aug_cfg
+    def __init__(self, aug_cfg: dict | None = None, backend: str = "pil"):
+        self.aug_cfg, self.backend = aug_cfg, backend
+        self.view_size: tuple[int, int] | None = None
         try:
-            self._normalised = bool(train_view(ImageSpec(), aug_cfg).finish)
+            self.normalised = bool(train_view(ImageSpec(), aug_cfg, backend).finish)
         except (TypeError, ValueError) as error:
             shown = " ".join(f"{key}={value}" for key, value in aug_cfg.items())
             raise UsageError(f"--aug-cfg {shown}: OpenCLIP can't use it: {error}") from error
@@ -78,7 +85,7 @@ class Transforms:
 
     def _shared(self, spec: ImageSpec) -> ImageSpec:
         """What models that share an image agree in."""
-        return spec if self._normalised else replace(spec, mean=(), std=())
+        return spec if self.normalised else replace(spec, mean=(), std=())
 
     def add_texts(self, name: str, config: dict) -> int:
         """The place in ``Batch.texts`` of a model's tokens."""
@@ -94,8 +101,10 @@ class Transforms:
         return self._tokenizer_keys.index(key)
 
     def train_views(self) -> list[View]:
-        """The augmenting transforms."""
-        return [train_view(spec, self.aug_cfg) for spec in self.specs]
+        """The augmenting transforms, or those of stored views."""
+        if self.view_size is not None:
+            return [stored_view(spec, self.view_size, self.backend) for spec in self.specs]
+        return [train_view(spec, self.aug_cfg, self.backend) for spec in self.specs]
 
     def eval_views(self) -> list[View]:
         """The transforms without augmentation."""
@@ -128,6 +137,10 @@ class LiveTeachers:
     def answers(self, batch: Batch) -> bool:
         """Whether they know the batch: a cache knows training views alone."""
         return True
+
+    def images_of(self, sources: Sources) -> Sources:
+        """Where a data set's samples are read from: there."""
+        return sources
 
     def __call__(self, batch: Batch) -> list[Features]:
         """Every teacher's features of a batch."""
@@ -200,7 +213,7 @@ class RDMStage(ClipStage):
     """Stage 1: train the bank of the (only) teacher."""
 
     def __init__(self, config: Config, device: torch.device):
-        self.transforms = Transforms(config.aug_cfg)
+        self.transforms = Transforms(config.aug_cfg, config.image_backend)
         self.source = make_teachers(config, config, config.cache_dir, device, self.transforms)
         self.bank = make_bank(config, self.source.identities[0], config.rates, config.seed)
         self.rates = self.bank.rates
@@ -233,7 +246,7 @@ class StudentStage(ClipStage):
     def __init__(
         self, config: Config, device: torch.device, world: World, bank: Path | None = None
     ):
-        self.transforms = Transforms(config.aug_cfg)
+        self.transforms = Transforms(config.aug_cfg, config.image_backend)
         # The student.
         self.config = student_config(config)
         model = build_student(config, config.seed)
@@ -356,8 +369,11 @@ def make_teachers(
 ) -> LiveTeachers | CachedTeachers:
     """The teachers of the command line, from their caches or run on every batch."""
     if method.caches:
-        wanted = {n: getattr(data, n) for n in ("view_seed", "views", "captions", "aug_cfg")}
-        return CachedTeachers(method.caches, method.teachers, wanted)
+        names = ("view_seed", "views", "captions", "aug_cfg", "image_backend")
+        wanted = {name: getattr(data, name) for name in names}
+        cached = CachedTeachers(method.caches, method.teachers, wanted)
+        transforms.view_size = cached.view_size
+        return cached
     configs = [model_config(name, "--distill-model") for name, _ in method.teachers]
     return LiveTeachers(build_teachers(method.teachers, device, cache_dir), configs, transforms)
 
