@@ -14,7 +14,7 @@ import torch
 from open_clip_train.precision import get_autocast
 from tqdm import tqdm
 
-from cifd_clip import Features, Teacher
+from cifd_clip import Features, Teacher, World
 from cifd_clip.files import file_hash, read_json, write_json
 from training.clip.cache import check_config, is_complete, shard_name, write_shard
 from training.clip.config import CACHE_FORMAT, CacheConfig, read_cache_config
@@ -27,6 +27,7 @@ from training.data.views import ImageSpec, normalise, train_view
 from training.engine.config import ProcessConfig
 from training.engine.control import barrier, end_processes, start_logging, start_processes
 from training.engine.flags import Given, construct
+from training.engine.lease import held
 from training.errors import Failure, UsageError
 
 #: How far a recomputed unit vector may lie from the stored float16 one (amp_bf16 is coarser).
@@ -132,7 +133,12 @@ class Cache:
         print(f"about {_duration(seconds * passes)} at {1 / seconds:.0f} images/s", flush=True)
         with tqdm(total=passes, unit="image", disable=None, dynamic_ncols=True) as bar:
             for number in left:
-                write_shard(self.directory, shards[number], self._shard(number, bar))
+                # Tasks share the folder; each shard has one writer.
+                with held(
+                    self.directory / f"{shard_name(shards[number])}.lease", World(), wait=True
+                ):
+                    if not is_complete(self.directory, shards[number]):
+                        write_shard(self.directory, shards[number], self._shard(number, bar))
 
     def verify(self, numbers: list[int]) -> None:
         """Re-read every file's hash, and recompute the first samples of the first shard.
