@@ -14,6 +14,7 @@ from cifd_clip import World
 from runs import ROOT
 from training.engine import lease
 from training.engine.checkpoint import Checkpoints
+from training.engine.control import STOPPED_EXIT
 from training.engine.lease import Lease, held
 from training.errors import Failure, UsageError
 
@@ -154,3 +155,30 @@ def test_a_lease_ends_with_its_block_and_with_an_error_in_it(path):
     assert not path.exists()
     with held(path, World()) as mine:
         mine.check()
+
+
+def test_the_second_of_two_starts_of_one_run_is_refused_and_the_first_goes_on(flags, tmp_path):
+    command = [
+        *flags,
+        "--epochs",
+        "9999",
+        "--save-frequency",
+        "0",
+        "--logs",
+        str(tmp_path),
+        "--name",
+        "run",
+    ]
+    command = [sys.executable, "-m", "training.main", *command, "--resume", "latest"]
+    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "run" / "lease.json").exists():
+            assert first.poll() is None
+            time.sleep(0.1)
+        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert second.returncode == UsageError.exit_code
+        assert f"run is being written by process {first.pid} on" in second.stderr.splitlines()[-1]
+    finally:
+        first.terminate()
+    assert first.wait(timeout=60) == STOPPED_EXIT
+    assert not list((tmp_path / "run").glob("*lease*"))

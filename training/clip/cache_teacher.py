@@ -133,12 +133,11 @@ class Cache:
         print(f"about {_duration(seconds * passes)} at {1 / seconds:.0f} images/s", flush=True)
         with tqdm(total=passes, unit="image", disable=None, dynamic_ncols=True) as bar:
             for number in left:
-                # Tasks share the folder; each shard has one writer.
-                with held(
-                    self.directory / f"{shard_name(shards[number])}.lease", World(), wait=True
-                ):
-                    if not is_complete(self.directory, shards[number]):
-                        write_shard(self.directory, shards[number], self._shard(number, bar))
+                # Tasks share the folder; a shard has one writer.
+                shard = shards[number]
+                with held(self.directory / f"{shard_name(shard)}.lease", World(), wait=True):
+                    if not is_complete(self.directory, shard):
+                        write_shard(self.directory, shard, self._shard(number, bar))
 
     def verify(self, numbers: list[int]) -> None:
         """Re-read every file's hash, and recompute the first samples of the first shard.
