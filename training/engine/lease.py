@@ -63,7 +63,8 @@ class Lease:
         make_folder(path.parent)
         self._file = self._claim(wait)
         self._released = threading.Event()
-        threading.Thread(target=self._live, daemon=True).start()
+        self._life = threading.Thread(target=self._live, daemon=True)
+        self._life.start()
 
     def check(self) -> None:
         """Raise `Failure` when the lease is no longer this process's."""
@@ -77,6 +78,7 @@ class Lease:
     def release(self) -> None:
         """Let others have it."""
         self._released.set()
+        self._life.join(timeout=BEAT)  # a file system that does not answer may hold it
         if _holder(_read(self.path)) == self.holder:
             self.path.unlink()
 
