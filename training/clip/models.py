@@ -15,7 +15,7 @@ from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
-from cifd_clip.files import write_tensors
+from cifd_clip.files import make_folder, sync_tree, write_tensors
 from cifd_clip.noise import derive_seed
 from cifd_clip.teacher import Teacher
 from training.clip.config import OWN_WEIGHTS, StudentConfig, TeacherName
@@ -204,12 +204,13 @@ def save_student(
 
     And the files of a Hugging Face tokenizer, which OpenCLIP looks for there; its own has none.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     if isinstance(tokenizer, HFTokenizer):
         tokenizer.save_pretrained(directory)
     save_config_for_hf(model, directory / "open_clip_config.json", config)
     path = directory / "open_clip_model.safetensors"
     write_tensors(path, model.state_dict(), {"format": "pt"})
+    sync_tree(directory)  # what the libraries wrote
 
 
 def _create(name: str, pretrained: str | None, flag: str, **options) -> nn.Module:

@@ -44,6 +44,7 @@ from training.engine.control import (
     start_processes,
 )
 from training.engine.flags import Given, construct
+from training.engine.lease import Lease, held
 from training.engine.loop import train
 from training.engine.metrics import MetricWriter
 from training.engine.run import RunDirectory
@@ -123,8 +124,20 @@ def run(
     Returns:
         Whether it is finished; False when a signal stopped it with a checkpoint on disk.
     """
+    with held(path / "lease.json", world) as lease:
+        return _run(config, path, world, device, bank, lease)
+
+
+def _run(
+    config: Config,
+    path: Path,
+    world: World,
+    device: torch.device,
+    bank: Path | None,
+    lease: Lease | None,
+) -> bool:
     directory = RunDirectory(config, path)
-    if all_gather_object(world, directory.finished)[0]:
+    if all_gather_object(world, world.rank == 0 and directory.finished)[0]:
         log.info("%s is finished already", path)
         return True
     # What trains, on what data.
@@ -137,7 +150,7 @@ def run(
     stage = RDMStage(config, device) if rdm else StudentStage(config, device, world, bank)
     trainer = Trainer(stage, config, steps_per_epoch, world, device, config.precision, config.name)
     # Where it goes on.
-    checkpoints = Checkpoints(directory.checkpoints, config.keep)
+    checkpoints = Checkpoints(directory.checkpoints, config.keep, lease)
     checkpoint = checkpoints.agreed(world) if config.resume else None
     if checkpoint is not None:
         trainer.load(checkpoint[1])
@@ -163,8 +176,8 @@ def run(
             config.data_timeout or None,
         )
         if finished and world.rank == 0:
-            stage.finish(path)
-            directory.write("finished.json", trainer.progress.state())
+            lease.check()
+            directory.finish(trainer.progress.state(), stage.finish(path))
             log.info("finished %s in %.0f s", path, trainer.progress.seconds)
     finally:
         stop.close()

@@ -229,9 +229,10 @@ class RDMStage(ClipStage):
     def load(self, payload: dict[str, Any]) -> None:
         self.bank.load_state_dict(payload["bank"])
 
-    def finish(self, directory: Path) -> None:
+    def finish(self, directory: Path) -> Path:
         self.bank.save(directory / "bank")
         logging.info("wrote the bank %s", directory / "bank")
+        return directory / "bank"
 
 
 class StudentStage(ClipStage):
@@ -313,10 +314,11 @@ class StudentStage(ClipStage):
         if self.average is not None:
             _load(self.task, payload["training"])
 
-    def finish(self, directory: Path) -> None:
+    def finish(self, directory: Path) -> Path:
         tokenizer = self.transforms.tokenizers[self.texts]
         save_student(self.shipped.student.model, self.config, directory / "student", tokenizer)
         logging.info("wrote the student %s", directory / "student")
+        return directory / "student"
 
 
 def _content(task: DistillationTask) -> dict[str, Any]:
