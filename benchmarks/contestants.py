@@ -56,7 +56,7 @@ def untrained_bank(flags: list[str], count: int, folder: Path) -> Path:
     """A bank of `count` RDMs for the teacher that flags of a feature distillation name."""
     config = parse_args(["--train-data=-", *flags])
     device, transforms = torch.device(config.device), Transforms(config.aug_cfg)
-    teachers = make_teachers(config, config, config.cache_dir, device, transforms)
+    teachers = make_teachers(config, device, transforms)
     generator = torch.Generator().manual_seed(config.seed)
     bank = RDMBank(
         teachers.identities[0], list(RATES[:count]), teachers.dims[0], generator=generator

@@ -43,7 +43,7 @@ def start(given: Given) -> int:
     sources = index_shards(config.train_data, cache_dir=config.index_dir)
     part, parts = config.parts
     shards = list(range(sources.counts.size))[part - 1 :: parts][world.rank :: world.size]
-    teachers = build_teachers(config.teachers, device, config.cache_dir)
+    teachers = build_teachers(config, device)
     if len(config.caches) != len(teachers):
         raise UsageError(
             f"--teacher-cache names {len(config.caches)} folders for {len(teachers)} teachers"
@@ -95,6 +95,7 @@ class Cache:
             "captions": config.captions,
             "aug_cfg": config.aug_cfg,
             "precision": config.precision,
+            "distill_precision": config.distill_precision,
         }
 
     def begin(self) -> None:
