@@ -228,7 +228,7 @@ def test_two_jobs_that_write_the_same_cache_do_not_disturb_each_other(flags, tea
     for job in jobs:
         _, errors = job.communicate()
         assert job.returncode == 0, errors.decode()
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob("*.tmp")) and not list(folder.glob("*.lease"))
 
 
 def test_a_cache_says_whose_it_is(cache):

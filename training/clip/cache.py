@@ -266,6 +266,10 @@ class CachedTeachers:
         """What the loader needs to deliver the embeddings."""
         return [CacheFetcher(d, sources, i) for i, d in enumerate(self.directories)]
 
+    def answers(self, batch: Batch) -> bool:
+        """Whether their features of the batch are stored, as they are of training views."""
+        return bool(batch.extras)
+
     def __call__(self, batch: Batch) -> list[Features]:
         """Every teacher's stored features of a batch."""
         return [self._features(batch, i, t) for i, t in enumerate(self.identities)]

@@ -40,6 +40,7 @@ from training.data.workers import data_loader, end, iterate
 from training.engine.config import ProcessConfig
 from training.engine.control import barrier, end_processes, start_logging, start_processes
 from training.engine.flags import Given, construct
+from training.engine.lease import held
 from training.errors import Failure, UsageError
 
 #: How far a recomputed unit vector may lie from the stored float16 one (amp_bf16 is coarser).
@@ -62,9 +63,11 @@ def start(given: Given) -> int:
         if world.rank == 0:
             caches.begin()
         barrier(world)
-        caches.write(shards)
-        caches.verify(shards)
-        barrier(world)
+        # Tasks share the folders; a part has one writer.
+        with held(config.caches[0] / f"part-{part}-of-{parts}.lease", world, wait=True):
+            caches.write(shards)
+            caches.verify(shards)
+            barrier(world)
     end_processes()
     return 0
 

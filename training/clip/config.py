@@ -138,7 +138,10 @@ class DataConfig:
     index_dir: str | None = flag(
         None, "where shard indexes go [beside the shards]", metavar="DIR", free=True
     )
-    val_data: str = flag("", "held-out shards: losses every epoch", metavar="SHARDS")
+    val_data: str = flag("", "held-out shards: losses and recall every epoch", metavar="SHARDS")
+    val_fraction: float = flag(
+        0.0, "hold out this share of the training samples instead, by their keys", least=0, below=1
+    )
     val_frequency: int = flag(1, "epochs between validations", least=0, free=True)
     workers: int = flag(4, "loader workers per process", least=0, free=True)
     worker_start: str | None = flag(

@@ -323,6 +323,8 @@ def _check(config: Config) -> None:
         raise UsageError(
             f"--rdm-bank belongs to methods with a teacher, not to --distill {config.distill}"
         )
+    if config.val_data and config.val_fraction:
+        raise UsageError("--val-data and --val-fraction both say what is held out: give one")
     if config.use_bn_sync and config.accum_freq > 1:
         raise UsageError(
             "--use-bn-sync with --accum-freq > 1 is not supported: batch statistics of a "

@@ -44,6 +44,8 @@ from training.engine.optim import one_adamw
 from training.engine.stage import Stage
 from training.errors import UsageError
 
+RECALL_AT = (1, 5, 10)
+
 
 class Transforms:
     """The distinct image transforms and tokenizers that a run's models need.
@@ -132,6 +134,10 @@ class LiveTeachers:
         """Nothing that the loader would have to deliver."""
         return []
 
+    def answers(self, batch: Batch) -> bool:
+        """Whether they know the batch: a cache knows training views alone."""
+        return True
+
     def images_of(self, sources: Sources) -> Sources:
         """Where a data set's samples are read from: there."""
         return sources
@@ -187,6 +193,22 @@ class ClipStage(Stage[Batch]):
         return {name: value.float() * len(batch) for name, value in {**losses, **report}.items()}
 
 
+def retrieval(features: Features, captions: Tensor) -> dict[str, Tensor]:
+    """Recall at 1, 5 and 10 among a batch's pairs, both ways: (b,) 0 or 1 each.
+
+    Args:
+        features: of the batch.
+        captions: (b, L) tokens. Pairs of one caption match each other; a tie counts as a miss.
+    """
+    same = (captions[:, None] == captions).all(-1)
+    scores, hits = features.image.float() @ features.text.float().t(), {}
+    for way, rows in (("image", scores.t()), ("text", scores)):
+        best = rows.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
+        before = ((rows >= best) & ~same).sum(1)
+        hits |= {f"{way}_retrieval_recall@{k}": (before < k).float() for k in RECALL_AT}
+    return hits
+
+
 class RDMStage(ClipStage):
     """Stage 1: train the bank of the (only) teacher."""
 
@@ -207,9 +229,10 @@ class RDMStage(ClipStage):
     def load(self, payload: dict[str, Any]) -> None:
         self.bank.load_state_dict(payload["bank"])
 
-    def finish(self, directory: Path) -> None:
+    def finish(self, directory: Path) -> Path:
         self.bank.save(directory / "bank")
         logging.info("wrote the bank %s", directory / "bank")
+        return directory / "bank"
 
 
 class StudentStage(ClipStage):
@@ -272,6 +295,13 @@ class StudentStage(ClipStage):
         weights, output = self.options["lambda_n"], self.options.get("rdm_output", "rounded")
         return with_assistants(self.bank, targets, weights, noise, output, self.first_space)
 
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """How well the batch's pairs find each other, and losses where the teachers answer."""
+        images, texts = self.inputs(batch)
+        features = self.shipped.student.embed(self.shipped.encode(images, texts)).features()
+        recall = {name: hits.sum() for name, hits in retrieval(features, texts).items()}
+        return recall | (super().measure(batch) if self.source.answers(batch) else {})
+
     def payload(self) -> dict[str, Any]:
         """``state_dict`` is what ships; with an average, what trains lies under ``training``."""
         content = _content(self.shipped)
@@ -284,10 +314,11 @@ class StudentStage(ClipStage):
         if self.average is not None:
             _load(self.task, payload["training"])
 
-    def finish(self, directory: Path) -> None:
+    def finish(self, directory: Path) -> Path:
         tokenizer = self.transforms.tokenizers[self.texts]
         save_student(self.shipped.student.model, self.config, directory / "student", tokenizer)
         logging.info("wrote the student %s", directory / "student")
+        return directory / "student"
 
 
 def _content(task: DistillationTask) -> dict[str, Any]:

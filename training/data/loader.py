@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,7 +24,6 @@ from training.data.decode import (
     decode_image,
     decode_text,
 )
-from training.data.draws import words
 from training.data.index import Sources
 from training.data.order import Order
 from training.data.pixels import decode_pixels
@@ -391,10 +389,9 @@ class _Chunks(Dataset):
         step, first = divmod(number * self.size, self.local)
         start = (step * self.world_size + self.rank) * self.local + first
         rows, turns = self.order.rows(start, start + self.size).T
-        total = np.uint64(self.reader.sources.num_samples)
 
         def substitute(i: int, attempt: int) -> int:
-            return int(words(1, self.seed, "substitute", start + i, attempt)[0] % total)
+            return self.order.any_row(self.seed, "substitute", start + i, attempt)
 
         return self.reader.batch(rows, turns % self.views if self.views else turns, substitute)
 
