@@ -57,7 +57,7 @@ def untrained_bank(flags: list[str], count: int, folder: Path) -> Path:
     config = parse_args(["--train-data=-", *flags])
     device = torch.device(config.device)
     transforms = Transforms(config.aug_cfg, config.image_backend)
-    teachers = make_teachers(config, config, config.cache_dir, device, transforms)
+    teachers = make_teachers(config, device, transforms)
     generator = torch.Generator().manual_seed(config.seed)
     bank = RDMBank(
         teachers.identities[0], list(RATES[:count]), teachers.dims[0], generator=generator

@@ -40,6 +40,8 @@ STEPS |= {
         ["--lambda-cl", "0"],
     )
 }
+TRIPLE = ["--batch-size", "4", "--grad-checkpointing", "--torchcompile"]
+STEPS["cifd × 2 ranks, checkpointed, compiled"] = ("cifd", TRIPLE, "=")
 #: Flags that the single rank needs too, because they change what is computed.
 MEANING = ("--ibm-site", "--ibm-branch", "--no-ibm", "--lambda-cl")
 

@@ -19,7 +19,7 @@ from shards import Letters, sample, write_tar
 from training.cache_teacher import main as write_cache
 from training.check_data import check
 from training.clip.cache import view_path
-from training.clip.config import TeacherName
+from training.clip.flags import parse_args
 from training.clip.models import build_teachers
 from training.data.index import index_shards
 from training.data.loader import Loader, Reader, Recipe
@@ -162,7 +162,8 @@ def cache(command, tmp_path_factory):
 
 
 def test_the_teacher_embeds_the_pixels_that_the_student_sees(cache, scenes, teacher):
-    (model,) = build_teachers([TeacherName(teacher, None)], torch.device("cpu"))
+    config = parse_args(["--train-data=-", "--distill", "kd", "--distill-model", teacher])
+    (model,) = build_teachers(config, torch.device("cpu"))
     (shard,) = index_shards(str(scenes / "train")).shards
     (embeddings,) = [load_file(path) for path in cache.glob("*.safetensors")]
     spec = ImageSpec.of(model.model.visual.preprocess_cfg)

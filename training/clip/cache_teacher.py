@@ -91,7 +91,7 @@ class Caches:
             )
         configs = [model_config(name, "--distill-model") for name, _ in names]
         self.transforms = Transforms(config.aug_cfg, config.image_backend)
-        live = build_teachers(names, device, config.cache_dir)
+        live = build_teachers(config, device)
         self.teachers = LiveTeachers(live, configs, self.transforms)
         self.autocast = get_autocast(config.precision, device.type)
         # With the first caption only, no view changes the text.
@@ -152,6 +152,7 @@ class Caches:
                 "aug_cfg": self.config.aug_cfg,
                 "image_backend": self.config.image_backend,
                 "precision": self.config.precision,
+                "distill_precision": self.config.distill_precision,
                 "stored_views": self.stored,
             }
             description = json.loads(json.dumps(description))

@@ -50,6 +50,11 @@ class MethodConfig:
         "teacher weights, one per --distill-model; none for local-dir: models",
         metavar="TAG|PATH[,...]",
     )
+    distill_precision: str = flag(
+        "fp32",
+        "of the teachers' weights [bf16 under --precision amp_bf16 on a GPU, else fp32]",
+        choices=("fp32", "bf16"),
+    )
     teacher_cache: str = flag(
         "",
         "teacher embeddings written by training.cache_teacher",
@@ -179,7 +184,12 @@ class StudentConfig:
     lock_text_unlocked_layers: int = flag(0, "last layers left trainable")
     cache_dir: str | None = flag(None, "where OpenCLIP keeps downloaded weights", free=True)
     grad_checkpointing: bool = flag(False, "recompute activations to save memory")
-    torchcompile: bool = flag(False, "compile the student's towers")
+    torchcompile: bool = flag(False, "compile the towers, the teachers' too")
+    custom_blocks: bool | None = flag(
+        None,
+        "OpenCLIP's custom attention in its own ViT and text towers, the teachers' too [on a GPU]",
+        free=True,
+    )
     use_bn_sync: bool = flag(False, "batch normalisation over all GPUs")
 
 

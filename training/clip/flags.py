@@ -248,6 +248,10 @@ def resolved(
     # The optimizer.
     values |= engine.share_batch(given, Config.batch_size, world_size)
     values["precision"] = engine.default_precision(given, device_type)
+    gpu = device_type == "cuda"
+    values.setdefault("custom_blocks", gpu)
+    half = gpu and values["precision"] == "amp_bf16"
+    values.setdefault("distill_precision", "bf16" if half else "fp32")
     vit = "vit" in model.lower()
     values.setdefault("beta2", 0.98 if vit else 0.999)
     values.setdefault("eps", 1e-6 if vit else 1e-8)

@@ -25,8 +25,9 @@ from cifd_clip import (
 )
 from cifd_clip.losses import Features
 from cifd_clip.noise import Noise, derive_seed
+from cifd_clip.towers import compile_towers
 from training.clip.cache import CachedTeachers
-from training.clip.config import Config, DataConfig, MethodConfig
+from training.clip.config import Config, MethodConfig
 from training.clip.models import (
     build_student,
     build_teachers,
@@ -214,7 +215,7 @@ class RDMStage(ClipStage):
 
     def __init__(self, config: Config, device: torch.device):
         self.transforms = Transforms(config.aug_cfg, config.image_backend)
-        self.source = make_teachers(config, config, config.cache_dir, device, self.transforms)
+        self.source = make_teachers(config, device, self.transforms)
         self.bank = make_bank(config, self.source.identities[0], config.rates, config.seed)
         self.rates = self.bank.rates
         self.task = RDMTask(self.bank).to(device)
@@ -258,7 +259,7 @@ class StudentStage(ClipStage):
         if config.use_bn_sync and world.size > 1:
             model = convert_sync_batchnorm(model)  # timm's keeps the activations of its own layers
         # Its teachers, and the embedding space of each teacher and assistant.
-        self.source = make_teachers(config, config, config.cache_dir, device, self.transforms)
+        self.source = make_teachers(config, device, self.transforms)
         self.bank = None if bank is None else load_bank(bank, self.source).to(device)
         self.options = config.options
         dims = list(self.source.dims)
@@ -275,7 +276,7 @@ class StudentStage(ClipStage):
         if config.ema is not None:
             self.average = copy.deepcopy(self.task).requires_grad_(False).eval()
         if config.torchcompile:
-            self.task.student.compile()
+            compile_towers(self.task.student)
 
     def _fix_temperature(self, model: nn.Module) -> None:
         """No term trains the temperature: ship the teacher's, and give it no gradient."""
@@ -363,21 +364,17 @@ def make_bank(
 
 
 def make_teachers(
-    method: MethodConfig,
-    data: DataConfig,
-    cache_dir: str | None,
-    device: torch.device,
-    transforms: Transforms,
+    config: Config, device: torch.device, transforms: Transforms
 ) -> LiveTeachers | CachedTeachers:
     """The teachers of the command line, from their caches or run on every batch."""
-    if method.caches:
+    if config.caches:
         names = ("view_seed", "views", "captions", "aug_cfg", "image_backend")
-        wanted = {name: getattr(data, name) for name in names}
-        cached = CachedTeachers(method.caches, method.teachers, wanted)
+        wanted = {name: getattr(config, name) for name in names}
+        cached = CachedTeachers(config.caches, config.teachers, wanted)
         transforms.view_size = cached.view_size
         return cached
-    configs = [model_config(name, "--distill-model") for name, _ in method.teachers]
-    return LiveTeachers(build_teachers(method.teachers, device, cache_dir), configs, transforms)
+    configs = [model_config(name, "--distill-model") for name, _ in config.teachers]
+    return LiveTeachers(build_teachers(config, device), configs, transforms)
 
 
 def load_bank(folder: Path, source: LiveTeachers | CachedTeachers) -> RDMBank:

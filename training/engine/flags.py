@@ -177,7 +177,7 @@ def _argument(f: Field) -> dict[str, Any]:
         text = f"{text} [{shown}]".strip()
     options["help"] = text.replace("%", "%%")
     if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction if default is True else "store_true"
+        options["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
     elif get_origin(kind) is tuple:
         options.setdefault("nargs", "+")
         options["type"] = get_args(kind)[0]

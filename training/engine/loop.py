@@ -189,6 +189,7 @@ class _Clock:
         self._mark, self._waited, self._samples = self._start[0], 0.0, 0
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        first = True
         while True:
             start = time.monotonic()
             batch = next(batches, None)
@@ -196,7 +197,11 @@ class _Clock:
             if batch is None:
                 return
             self._samples += len(batch)
+            start = time.monotonic()
             yield batch
+            if first:  # what is compiled is compiled in it
+                log.info("the first step took %.1f s", time.monotonic() - start)
+                first = False
 
     def pause(self) -> None:
         """Leave what was done since the last line (a validation) out of the next one."""
