@@ -59,7 +59,7 @@ def held_out(
         stage.transforms.eval_views(),
         stage.transforms.tokenizers,
         batch_size=VALIDATION_BATCH,
-        rows=rows,
+        spans=[(rows, 0)],
         rank=world.rank,
         world_size=world.size,
         workers=config.workers,
