@@ -7,9 +7,10 @@ files' hashes, written last. NAME holds the shard's own digest, so a cache serve
 of shards it has, in any order. A sample that could not be used is all NaN, and in no tar.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from cifd_clip.files import file_hash, read_json, write_json, write_tensors
+from cifd_clip.files import BadFile, file_hash, read_json, write_json, write_tensors
 from cifd_clip.losses import Features
 from training.clip.config import CACHE_FORMAT, TeacherName, read_cache_config
 from training.data.decode import BadSample
@@ -27,9 +28,11 @@ from training.data.index import Sources
 from training.data.loader import Batch, Fetcher
 from training.data.shard import Shard, index_shard
 from training.data.stored import StoredViews, libraries
-from training.errors import UsageError
+from training.errors import Failure, UsageError
 
 MODALITIES = ("image", "text")
+#: How far float16 may move the square of a unit vector's norm.
+NORM_TOLERANCE = 0.01
 
 
 def shard_name(shard: Shard) -> str:
@@ -85,6 +88,56 @@ def write_shard(
     write_json(directory / f"{name}.json", content, CACHE_FORMAT)
 
 
+def damaged_files(directory: Path, name: str) -> list[Path]:
+    """A shard's files that are not what its manifest says; where there is none, that is noted."""
+    files = read_json(directory / f"{name}.json", CACHE_FORMAT)["files"]
+    stamp = _stamp(directory, files)
+    damaged = [
+        directory / file
+        for file, entry in files.items()
+        if stamp[file] is None or file_hash(directory / file) != entry["sha256"]
+    ]
+    if not damaged:
+        with contextlib.suppress(OSError):  # a cache may be read-only
+            write_json(directory / f"{name}.verified.json", stamp)
+    return damaged
+
+
+@cache
+def verify_shard(directory: Path, name: str) -> None:
+    """Refuse a shard whose files were altered since they were last compared with its manifest.
+
+    Raises:
+        Failure: so they were.
+    """
+    files = read_json(directory / f"{name}.json", CACHE_FORMAT)["files"]
+    with contextlib.suppress(BadFile):
+        if read_json(directory / f"{name}.verified.json") == _stamp(directory, files):
+            return
+    if damaged := damaged_files(directory, name):
+        raise Failure(
+            f"{damaged[0]} is not what training.cache_teacher wrote: run `python -m "
+            "training.cache_teacher` again, which finds and replaces what is damaged"
+        )
+
+
+def are_unit(rows: np.ndarray) -> np.ndarray:
+    """Which rows (..., T) are unit vectors; those with a NaN are none."""
+    rows = rows.astype(np.float32)
+    return abs((rows * rows).sum(axis=-1) - 1) < NORM_TOLERANCE
+
+
+def _stamp(directory: Path, files: dict[str, dict]) -> dict[str, list | None]:
+    """What tells that files are still those that were hashed."""
+    stamp: dict[str, list | None] = {}
+    for file, entry in files.items():
+        stamp[file] = None
+        with contextlib.suppress(OSError):
+            status = (directory / file).stat()
+            stamp[file] = [status.st_size, status.st_mtime_ns, entry["sha256"]]
+    return stamp
+
+
 def read_embeddings(path: Path) -> dict[str, np.ndarray]:
     """A shard's embeddings, whose values are read from the file when they are looked at."""
     with safe_open(path, "pt") as file:
@@ -118,9 +171,14 @@ class CacheFetcher(Fetcher):
 
     def check(self, row: int, view: int) -> None:
         shard, place = self.sources.place(row)
-        images = self._array(shard, "image")
-        if np.isnan(images[view % len(images), place, 0]):
-            raise BadSample("teacher cache: nothing stored")
+        verify_shard(self.directory, self.names[shard])
+        for modality in MODALITIES:
+            array = self._array(shard, modality)
+            embedding = array[view % len(array), place]
+            if not are_unit(embedding):
+                stored = not np.isnan(embedding).all()
+                what = "no unit vector" if stored else "nothing stored"
+                raise BadSample(f"teacher cache: {what}")
 
     def __call__(self, rows: Tensor, views: Tensor) -> dict[str, Tensor]:
         rows, views = rows.numpy(), views.numpy()

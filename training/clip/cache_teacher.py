@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cifd_clip import Features
-from cifd_clip.files import file_hash, read_json, write_json
+from cifd_clip.files import write_json
 from training.clip.cache import (
     MODALITIES,
     check_config,
+    damaged_files,
     is_complete,
     read_embeddings,
     shard_name,
@@ -269,15 +270,14 @@ class Caches:
         """
         for folder in self.config.caches:
             for number in numbers:
-                manifest = folder / f"{shard_name(self.sources.shards[number])}.json"
-                for file, entry in read_json(manifest, CACHE_FORMAT)["files"].items():
-                    if file_hash(folder / file) != entry["sha256"]:
-                        manifest.unlink()
-                        (folder / file).unlink()
-                        raise Failure(
-                            f"{folder / file} is damaged; its shard is marked as missing: run the "
-                            "same command again"
-                        )
+                name = shard_name(self.sources.shards[number])
+                for path in damaged_files(folder, name):
+                    (folder / f"{name}.json").unlink()
+                    path.unlink(missing_ok=True)
+                    raise Failure(
+                        f"{path} is damaged; its shard is marked as missing: run the same command "
+                        "again"
+                    )
         if numbers:
             self._recompute(numbers[0])
         print(f"{self.config.teacher_cache}: {len(numbers)} shards verified", flush=True)

@@ -330,7 +330,7 @@ def sequential(
     tokenizers: Sequence[Callable],
     *,
     batch_size: int,
-    spans: Sequence[tuple[range, int]] | None = None,
+    spans: Sequence[tuple[Sequence[int], int]] | None = None,
     seed: int = 0,
     captions: str = "first",
     caps: Caps | None = None,
@@ -401,7 +401,7 @@ class _RowBatches(Dataset):
     """Batch number -> `Batch` of consecutive rows at one view."""
 
     reader: Reader
-    parts: list[tuple[range, int]]
+    parts: list[tuple[Sequence[int], int]]
 
     def __getitem__(self, number: int) -> Batch:
         rows, view = self.parts[number]
