@@ -1,7 +1,6 @@
 """Plots as SVG text that depends on nothing but the numbers."""
 
 import io
-import math
 import re
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -179,9 +178,3 @@ def _log_axis(axis) -> None:
     axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.yaxis.set_minor_formatter(ticker.NullFormatter())
-
-
-def finite(x: Sequence[float], y: Sequence[float | None]) -> tuple[list[float], list[float]]:
-    """The points whose y is a finite number."""
-    kept = [(a, b) for a, b in zip(x, y) if b is not None and math.isfinite(b)]
-    return [a for a, _ in kept], [b for _, b in kept]
