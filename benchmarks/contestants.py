@@ -62,7 +62,8 @@ def configuration(flags: list[str]) -> Config:
 def teachers(flags: list[str]) -> LiveTeachers:
     """The teachers that flags name: to be built once, and shared."""
     config = configuration(flags)
-    return make_teachers(config, torch.device(config.device), Transforms(config.aug_cfg))
+    transforms = Transforms(config.aug_cfg, config.image_backend)
+    return make_teachers(config, torch.device(config.device), transforms)
 
 
 def untrained_bank(source: LiveTeachers, count: int, folder: Path) -> Path:

@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import training.clip.stages
 from runs import assert_bit_equal, final, lines
@@ -104,6 +104,7 @@ def test_a_stale_or_foreign_cache_is_refused(flags, teacher, cache, tmp_path):
     wrong = {
         "its views is 2": ["--views", "3"],
         "its view_seed is 0": ["--view-seed", "1"],
+        "its image_backend is 'pil'": ["--image-backend", "torch"],
         "its captions is 'first'": ["--captions", "all"],
         "its aug_cfg is": ["--aug-cfg", "scale=(0.5,1.0)"],
         "belongs to": ["--distill-model", "ViT-B-16", "--distill-pretrained", "openai"],
@@ -121,7 +122,7 @@ def test_writing_goes_on_where_it_was_stopped_and_mends_a_damaged_file(
     folder = tmp_path / "cache"
     command = [*flags, "--distill-model", teacher, "--views", "1", "--teacher-cache", str(folder)]
     assert write_cache(command) == 0
-    (stored,) = folder.glob("*.image.npy")
+    (stored,) = folder.glob("*.safetensors")
     whole = stored.read_bytes()
     damaged = bytearray(whole)
     damaged[-1] ^= 1
@@ -141,10 +142,10 @@ def test_samples_that_could_not_be_embedded_are_replaced_not_taught(
     copy.mkdir()
     for path in cache.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    (stored,) = copy.glob("*.image.npy")
-    images = np.load(stored)
-    images[:, 7] = np.nan
-    np.save(stored, images)
+    (stored,) = copy.glob("*.safetensors")
+    embeddings = load_file(stored)
+    embeddings["image"][:, 7] = torch.nan
+    save_file(embeddings, stored)
     command = [*flags, "--distill", "fd", "--teacher-cache", str(copy), "--logs", str(tmp_path)]
     assert main([*command, "--name", "run"]) == 0
     assert final(tmp_path / "run")["progress"]["skipped"] == {"teacher cache: nothing stored": 1}
@@ -165,7 +166,7 @@ def test_two_jobs_that_write_the_same_cache_do_not_disturb_each_other(flags, tea
     for job in jobs:
         _, errors = job.communicate()
         assert job.returncode == 0, errors.decode()
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob("*.tmp")) and not list(folder.glob("*.lease"))
 
 
 def test_a_cache_says_whose_it_is(cache):

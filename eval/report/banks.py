@@ -6,10 +6,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from eval.report import plots
-from eval.report.blocks import Block, Heading, Paragraph, Plot
+from eval.report.blocks import Heading, Paragraph, Plot
 from eval.report.rows import TASKS
 from eval.report.runs import Setting, Source, classifier_setting
-from eval.report.table import Table, columns, mean
+from eval.report.table import Block, Table, columns, mean
 from training.engine.result import BankResult, EmbeddingMap, Reconstruction, Result
 
 #: What is drawn of a data set, of the metrics that it has.

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from eval.report import banks, paper, plots
-from eval.report.blocks import Block, Heading, Paragraph, Plot, Retrieval
+from eval.report.blocks import Heading, Paragraph, Plot, Retrieval
 from eval.report.paper import PaperTable
 from eval.report.rows import (
     Row,
@@ -16,7 +16,7 @@ from eval.report.rows import (
     several,
 )
 from eval.report.runs import Source
-from eval.report.table import Table, columns
+from eval.report.table import Block, Table, columns
 from training.clip.config import Config
 from training.engine.result import BankResult, Result
 
@@ -160,13 +160,7 @@ def examples_section(sources: list[Source], colours: Colours) -> list[Block]:
             for query in examples.queries:
                 answer = examples.model, colours.get(examples.model), query
                 cards.setdefault((query.caption, query.image), []).append(answer)
-    if not cards:
-        return []
-    note = (
-        "A caption, the image it was written for, and the five images each model finds nearest to "
-        "it. A frame marks the right one."
-    )
-    return [Heading("Retrieved images"), Paragraph(note), Retrieval(list(cards.values()))]
+    return [Heading("Retrieved images"), Retrieval(list(cards.values()))] if cards else []
 
 
 def provenance_section(sources: list[Source]) -> list[Block]:

@@ -15,10 +15,10 @@ from importlib.resources import files
 from itertools import zip_longest
 from typing import Any
 
-from eval.report.blocks import Block, Heading, Notes
+from eval.report.blocks import Heading, Notes
 from eval.report.rows import MARK, Figure, Row
 from eval.report.runs import Setting
-from eval.report.table import Cell, Column, Table, columns, mean
+from eval.report.table import Block, Cell, Column, Table, columns, mean
 
 
 @dataclass(frozen=True)

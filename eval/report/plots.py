@@ -10,9 +10,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from markupsafe import Markup
 from matplotlib import ticker
-
-from eval.report.table import Html
 
 #: colours that stay apart for colour-blind readers (Okabe and Ito, 2008), and a grey
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -44,11 +43,11 @@ Curve = tuple[str, str, Sequence[float], Sequence[float]]  # label, colour, x, y
 Measured = tuple[str, Sequence[float], Sequence[float], Sequence[float] | None, float | None]
 
 
-def _drawn(draw: Callable[..., plt.Figure]) -> Callable[..., Html]:
+def _drawn(draw: Callable[..., plt.Figure]) -> Callable[..., Markup]:
     """A function that draws a figure, as one that gives its SVG."""
 
     @wraps(draw)
-    def svg_of(*args, **options) -> Html:
+    def svg_of(*args, **options) -> Markup:
         buffer = io.StringIO()
         with plt.rc_context(STYLE):
             figure = draw(*args, **options)
@@ -60,7 +59,7 @@ def _drawn(draw: Callable[..., plt.Figure]) -> Callable[..., Html]:
         svg = re.sub(r"font-family: [^;\"']+(?:'[^']*'[^;\"]*)*", "font-family: inherit", svg)
         svg = re.sub(r"(font: [\d. a-z]*\d+px )[^;\"]+", r"\1sans-serif", svg)
         sized = r'<svg ([^>]*?)width="[^"]+" height="[^"]+"|<svg '
-        return Html(re.sub(sized, r"<svg \1", svg, count=1))
+        return Markup(re.sub(sized, r"<svg \1", svg, count=1))
 
     return svg_of
 

@@ -242,7 +242,8 @@ def resolved(
         values["rates"] = ()
     if cache is not None:
         values["views"] = given.get("views") or cache["views"]
-        values.setdefault("view_seed", cache["view_seed"])
+        for name in ("view_seed", "image_backend"):
+            values.setdefault(name, cache[name])
     values.setdefault("view_seed", seed)
     # The optimizer.
     values |= engine.share_batch(given, Config.batch_size, world_size)
@@ -326,6 +327,8 @@ def _check(config: Config) -> None:
         raise UsageError(
             f"--rdm-bank belongs to methods with a teacher, not to --distill {config.distill}"
         )
+    if config.val_data and config.val_fraction:
+        raise UsageError("--val-data and --val-fraction both say what is held out: give one")
     if config.use_bn_sync and config.accum_freq > 1:
         raise UsageError(
             "--use-bn-sync with --accum-freq > 1 is not supported: batch statistics of a "

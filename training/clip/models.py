@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -14,7 +15,7 @@ from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
-from cifd_clip.files import write_tensors
+from cifd_clip.files import make_folder, sync_tree, write_tensors
 from cifd_clip.noise import derive_seed
 from cifd_clip.teacher import Teacher
 from cifd_clip.towers import use_custom_blocks
@@ -87,6 +88,18 @@ def check_weights(name: str, pretrained: str, flag: str, force_quick_gelu: bool 
         )
 
 
+def forced(config: StudentConfig) -> dict[str, Any]:
+    """What the student's architecture is changed by, as ``create_model`` takes it."""
+    size = config.force_image_size
+    return {
+        "force_quick_gelu": config.force_quick_gelu,
+        "force_custom_text": config.force_custom_text,
+        "force_patch_dropout": config.force_patch_dropout,
+        "force_image_size": size[0] if size and len(size) == 1 else size,
+        "force_context_length": config.force_context_length,
+    }
+
+
 def build_student(config: StudentConfig, seed: int) -> nn.Module:
     """The student, initialised from the seed or from ``--pretrained``."""
     if "multimodal_cfg" in student_config(config):
@@ -98,23 +111,18 @@ def build_student(config: StudentConfig, seed: int) -> nn.Module:
         )
     if config.pretrained:
         check_weights(config.model, config.pretrained, "--pretrained", config.force_quick_gelu)
-    size = config.force_image_size
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "student"))
         model = _create(
             config.model,
             config.pretrained or None,
             "--model",
-            force_quick_gelu=config.force_quick_gelu,
-            force_custom_text=config.force_custom_text,
-            force_patch_dropout=config.force_patch_dropout,
-            force_image_size=size[0] if size and len(size) == 1 else size,
-            force_context_length=config.force_context_length,
+            **forced(config),
             force_preprocess_cfg=preprocess_overrides(config),
             pretrained_image=config.pretrained_image,
             cache_dir=config.cache_dir,
         )
-    if size and any("pos_embed" in name for name in model.visual.state_dict()):
+    if config.force_image_size and any("pos_embed" in name for name in model.visual.state_dict()):
         raise UsageError(
             f"--force-image-size with --model {config.model}: stock OpenCLIP can't load a timm "
             "tower whose position embedding was resized; give the size in a --model-config of its "
@@ -204,12 +212,13 @@ def save_student(
 
     And the files of a Hugging Face tokenizer, which OpenCLIP looks for there; its own has none.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     if isinstance(tokenizer, HFTokenizer):
         tokenizer.save_pretrained(directory)
     save_config_for_hf(model, directory / "open_clip_config.json", config)
     path = directory / "open_clip_model.safetensors"
     write_tensors(path, model.state_dict(), {"format": "pt"})
+    sync_tree(directory)  # what the libraries wrote
 
 
 def _create(name: str, pretrained: str | None, flag: str, **options) -> nn.Module:

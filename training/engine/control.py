@@ -5,8 +5,9 @@ import logging
 import os
 import signal
 from argparse import Namespace
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,9 @@ from open_clip_train.distributed import init_distributed_device
 
 from cifd_clip import World
 from training.engine.config import ProcessConfig
-from training.errors import UsageError
+from training.errors import Failure, UsageError
+
+T = TypeVar("T")
 
 #: Exit code of a run that was asked to stop and saved itself: start it again with --resume latest.
 STOPPED_EXIT = 75  # EX_TEMPFAIL
@@ -63,6 +66,20 @@ def all_gather_object(world: World, item: Any) -> list[Any]:
     if world.size > 1:
         dist.all_gather_object(items, item)
     return items
+
+
+def by_rank_0(world: World, function: Callable[[], T]) -> T | None:
+    """What a function returns on rank 0, None on the others; if it fails, it does on all ranks."""
+    result, problem = None, None
+    if world.rank == 0:
+        try:
+            result = function()
+        except (Failure, OSError) as error:
+            problem = error
+    barrier(world)  # it may take longer than a collective may
+    if problem := all_gather_object(world, problem)[0]:
+        raise problem
+    return result
 
 
 def barrier(world: World) -> None:

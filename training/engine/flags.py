@@ -31,6 +31,7 @@ def flag(default: Any, help: str = "", **options: Any) -> Any:
         help: one line.
         options: ``choices``, ``metavar``, ``nargs``, ``action`` of argparse; ``least`` (the value
             is at least this), ``above`` and ``below`` (strictly), which `check_ranges` checks;
+            ``span``: the lowest and highest value that `training.tune` tries;
             ``free``: whether a resumed run may change it.
     """
     metadata = {"help": help, **options}

@@ -77,7 +77,7 @@ def train(
     """
     progress, meter = trainer.progress, Meter()
     clock = _Clock(progress)
-    saver = _Saver(trainer, loader, config, checkpoints, clock)
+    saver = _Saver(trainer, loader, config, checkpoints, writer, clock)
     bar = _bar(trainer)
 
     stopping = False
@@ -145,10 +145,11 @@ class _Saver:
         loader: Loader,
         config: RunConfig,
         checkpoints: Checkpoints | None,
+        writer: MetricWriter | None,
         clock: "_Clock",
     ):
         self.trainer, self.loader, self.config = trainer, loader, config
-        self.checkpoints, self.clock = checkpoints, clock
+        self.checkpoints, self.writer, self.clock = checkpoints, writer, clock
         self.last = time.monotonic()
 
     def due(self, epoch_end: bool) -> bool:
@@ -166,6 +167,8 @@ class _Saver:
         """Copy the state, to be written in the background; all ranks count the time."""
         self.clock.account()
         self.trainer.progress.shards = getattr(self.loader, "shards_consumed", 0)
+        if self.writer is not None:
+            self.writer.sync()
         if self.checkpoints is not None:
             self.checkpoints.save(self.trainer.progress.step, self.trainer.payload())
         self.last = time.monotonic()
