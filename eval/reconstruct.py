@@ -145,7 +145,6 @@ class ClipBank(Bank):
         super().__init__(folder, args.out, args.split, rdms, run)
 
     def open(self, dataset: str) -> Folder:
-        """One of the data sets."""
         return datasets.open_folder(self.root, dataset, self.split)
 
     def measure(self, folder: Folder) -> Measured:
@@ -233,7 +232,6 @@ class ClassifierBank(Bank):
         super().__init__(folder, args.out, "test", rdms, run)
 
     def open(self, dataset: str) -> Images:
-        """The test images."""
         if dataset == "imagenet":
             table = load_photos(self.data, "val", self.forward.workers)
             trained = read_run(self.run, "data.json")["train"]
@@ -245,7 +243,6 @@ class ClassifierBank(Bank):
 
     @torch.no_grad()
     def measure(self, images: Images) -> Measured:
-        """Accuracies."""
         table, size = images.table, EVALUATION_BATCH
         outputs = [self.networks(b) for b in table.in_order(torch.arange(len(table)), size)]
         logits, spaces = (

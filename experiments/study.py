@@ -216,7 +216,6 @@ class Study:
         return execution.side_by_side() if jobs else execution.here()
 
     def begin(self, run: Run, commit: str | None) -> None:
-        """Write down what a run is started with."""
         content = {"command": self.spelled(run), "commit": commit, "flags": run.depends}
         write_json(self.logs / run.name / "study.json", content, FORMAT)
 
@@ -262,7 +261,6 @@ class _Execution:
         return True
 
     def side_by_side(self) -> bool:
-        """As processes, some at a time."""
         previous = {number: signal.signal(number, self._stop) for number in SIGNALS}
         try:
             while (self.waiting and not self.signals) or self.active:
