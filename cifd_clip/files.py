@@ -31,7 +31,7 @@ def writing(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     without those that the process's umask takes away.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # Named after the process: several may write one file at once.
     temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
@@ -53,20 +53,33 @@ def writing_folder(path: Path) -> Iterator[Path]:
     Whoever writes into it need not do so durably: libraries with writers of their own, say. What
     stands at ``path`` already must be an empty folder.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
         folder = Path(temporary) / path.name  # the temporary one is private to its user
         folder.mkdir()
         yield folder
-        for content in (*folder.rglob("*"), folder):
-            _sync(content)
+        sync_tree(folder)
         folder.rename(path)
     sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it where they are missing; they survive a power cut."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder (new, renamed, removed) survive a power cut."""
     _sync(folder)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make all that is in a folder survive a power cut."""
+    for content in (*folder.rglob("*"), folder):
+        _sync(content)
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cifd_clip.files import read_json, write_json, write_text
+from training.children import duration, last_line, signals, start
 from training.engine.environment import origin
 from training.engine.flags import CommandLine
 from training.errors import Failure, UsageError
@@ -30,10 +30,6 @@ from training.errors import Failure, UsageError
 FORMAT = 1  # of study.json
 #: Exit code of a run, and of a study, that was asked to stop and can go on.
 STOPPED = os.EX_TEMPFAIL
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-#: glibc keeps what a step frees for the next one, in place of giving it back and getting fresh
-#: pages: a teacher of CIFAR-100 trains some 6 % faster.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
 
 def command_line(module: str, doc: str) -> argparse.ArgumentParser:
@@ -261,24 +257,21 @@ class _Execution:
         return True
 
     def side_by_side(self) -> bool:
-        previous = {number: signal.signal(number, self._stop) for number in SIGNALS}
-        try:
-            while (self.waiting and not self.signals) or self.active:
-                self._start_ready()
-                time.sleep(0.2)
-                for process in [p for p in self.active if p.poll() is not None]:
-                    self._ended(process, *self.active.pop(process))
-        except BaseException:
-            self._stop()
-            for process in self.active:
-                process.wait()
-            raise
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with signals(self._stop):
+            try:
+                while (self.waiting and not self.signals) or self.active:
+                    self._start_ready()
+                    time.sleep(0.2)
+                    for process in [p for p in self.active if p.poll() is not None]:
+                        self._ended(process, *self.active.pop(process))
+            except BaseException:
+                self._stop()
+                for process in self.active:
+                    process.wait()
+                raise
         return not self.waiting
 
-    def _stop(self, *_) -> None:
+    def _stop(self) -> None:
         """Let the runs save themselves; at a second signal, end them."""
         self.signals += 1
         for process in self.active:
@@ -325,18 +318,6 @@ class _Execution:
         print(text, flush=True)
 
 
-def start(command: list[str], threads: int, log: Path | None = None) -> subprocess.Popen:
-    """``python`` with these words as a process, which writes to the log or the terminal."""
-    environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": str(threads)}
-    # A session of its own: ctrl-C reaches it through us, once.
-    options = {"env": environment, "start_new_session": True}
-    if log is None:
-        return subprocess.Popen([sys.executable, *command], **options)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as out:
-        return subprocess.Popen([sys.executable, *command], stdout=out, stderr=out, **options)
-
-
 def output(module: str, *arguments: str) -> str:
     """What a command writes to stdout.
 
@@ -348,19 +329,6 @@ def output(module: str, *arguments: str) -> str:
     if done.returncode:
         raise Failure(f"python -m {module} failed: {last_line(done.stderr)}")
     return done.stdout
-
-
-def last_line(text: str) -> str:
-    """The last line that is not blank."""
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "without a word")
-
-
-def duration(minutes: float) -> str:
-    """``40 s``, ``3 min``, ``2 h 05 min``."""
-    if minutes < 2:
-        return f"{60 * minutes:.0f} s"
-    hours, rest = divmod(round(minutes), 60)
-    return f"{hours} h {rest:02} min" if hours else f"{rest} min"
 
 
 def say(text: str) -> None:

@@ -143,7 +143,7 @@ def with_caches(runs: list[Line], site: Site) -> tuple[list[Line], list[list[str
 
 def cache_name(name: str, weights: str | None, config: Config) -> str:
     """The folder of a teacher's cache, another one for each of what a run refuses a cache for."""
-    usual = {"captions": "first", "aug_cfg": {}, "view_seed": 0}
+    usual = {"captions": "first", "aug_cfg": {}, "view_seed": 0, "image_backend": "pil"}
     chosen = {flag: getattr(config, flag) for flag in usual}
     other = (f"{flag}-{value}" for flag, value in chosen.items() if value != usual[flag])
     text = "-".join([name.removeprefix("local-dir:"), *filter(None, [weights]), *other])

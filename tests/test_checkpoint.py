@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cifd_clip.files import file_hash, read_json, write_json
 from training.engine.checkpoint import Checkpoints
 from training.errors import Failure
 
@@ -66,3 +67,39 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path):
         damage(path)
     with pytest.raises(Failure, match=r"all of the 2 checkpoints in .* are damaged"):
         made.newest()
+
+
+@pytest.mark.parametrize("left", [["latest.json", "step_00000002.pt"], ["step_0*.pt"], []])
+def test_a_run_whose_checkpoints_were_purged_does_not_begin_again(left, tmp_path):
+    made = Checkpoints(tmp_path / "checkpoints")
+    for step in (1, 2):
+        made.save(step, {"step": step})
+    made.wait()
+    kept = {path for pattern in left for path in made.directory.glob(pattern)}
+    for path in set(made.directory.iterdir()) - kept:
+        path.unlink()
+    if kept:
+        made.record.unlink()
+    with pytest.raises(Failure, match=r"checkpoints holds no checkpoint, and .* shows that"):
+        made.newest()
+
+
+def test_a_first_save_that_was_cut_short_begins_again(tmp_path):
+    made = Checkpoints(tmp_path / "checkpoints")
+    made.save(1, {"step": 1})
+    made.wait()
+    for path in (made.record, made.directory / "latest.json", *made.directory.glob("step_*.json")):
+        path.unlink()
+    assert made.newest() is None
+
+
+def test_a_payload_that_does_not_load_is_passed_over(tmp_path, caplog):
+    made = Checkpoints(tmp_path)
+    for step in (1, 2):
+        made.save(step, {"step": step})
+    made.wait()
+    manifest, path = tmp_path / "step_00000002.json", tmp_path / "step_00000002.pt"
+    path.write_bytes(b"whole, and no checkpoint")
+    write_json(manifest, {**read_json(manifest, 1), "sha256": file_hash(path)}, 1)
+    assert made.newest() == (tmp_path / "step_00000001.pt", {"step": 1})
+    assert "step_00000002.pt is passed over: it can't be loaded" in caplog.text

@@ -71,7 +71,8 @@ def test_a_folder_appears_whole_with_everything_in_it_synced(tmp_path, monkeypat
         (folder / "part" / "note").write_text("content")
         assert not (tmp_path / "runs" / "out").exists()
     assert (tmp_path / "runs" / "out" / "part" / "note").read_text() == "content"
-    assert synced == {"note", "part", "out", "runs"}
+    new = {"note", "part", "out", "runs"}
+    assert synced == {*new, tmp_path.name}, "and the folder in which a new one appears"
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["out"]
     (tmp_path / "plain").mkdir()
     assert (tmp_path / "runs" / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode

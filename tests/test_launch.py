@@ -1,6 +1,7 @@
 """Several processes, launched as torchrun and srun launch them, are one run."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import torch.multiprocessing as mp
 
 from cifd_clip import World
 from runs import ROOT, final, lines
+from training.engine.checkpoint import Checkpoints
 from training.engine.control import STOPPED_EXIT, barrier
 from training.errors import Failure
 from training.main import main
@@ -78,12 +80,7 @@ def test_ranks_that_see_other_folders_do_not_go_on_from_other_checkpoints(flags,
     (tmp_path / "shared" / "run" / "finished.json").unlink()
     command += ["--batch-size", "12", "--resume", "latest"]
     ranks = launch(command, tmp_path / "log", own={1: ["--logs", str(tmp_path / "of its node")]})
-    try:
-        assert ranks[1].wait(timeout=300) == Failure.exit_code
-        assert ranks[0].poll() is None, "torchrun and srun end the others"
-    finally:
-        ranks[0].kill()
-        ranks[0].wait()
+    assert [rank.wait(timeout=300) for rank in ranks] == [Failure.exit_code] * 2
     told = (tmp_path / "log.1").read_text()
     assert "can't be read by process 1" in told and "one folder for all nodes" in told
 
@@ -111,3 +108,39 @@ def test_torchrun_trains_the_bank_and_the_student_in_one_go(flags, teacher, tmp_
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "rdm" / "finished.json").is_file()
     assert (tmp_path / "run" / "student" / "open_clip_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_a_process_whose_data_do_not_come_is_left_by_all_with_the_last_checkpoint_whole(
+    signalled, flags, scenes, tmp_path
+):
+    (shard,) = (scenes / "train").glob("*.tar")
+    dead = tmp_path / "dead"
+    shards = f"pipe:cat {shard}::pipe:test -e {dead} && sleep 999; cat {shard}"
+    command = [*flags, "--train-data", shards, "--train-num-samples", "96", "--batch-size", "12"]
+    command += ["--logs", str(tmp_path), "--name", "run", "--epochs", "9999"]
+    command += ["--save-every-n-steps", "1", "--data-timeout", "60" if signalled else "5"]
+    ranks = launch(command, tmp_path / "log")
+    logs = [tmp_path / f"log.{rank}" for rank in (0, 1)]
+    try:
+        while not (tmp_path / "run" / "checkpoints.json").is_file():
+            assert all(rank.poll() is None for rank in ranks), logs[0].read_text()
+            time.sleep(0.02)
+        dead.touch()
+        start = time.monotonic()
+        if signalled:
+            time.sleep(5)
+            for rank in ranks:
+                rank.terminate()
+        codes = [rank.wait(timeout=60) for rank in ranks]
+        assert time.monotonic() - start < 60
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [STOPPED_EXIT if signalled else Failure.exit_code] * 2
+    what = (
+        "SIGTERM: data don't come" if signalled else r"no batch for 5 seconds: data worker \d+ re"
+    )
+    for log in logs:
+        assert re.search(f"error: process [01]: {what}", log.read_text())
+    assert Checkpoints(tmp_path / "run" / "checkpoints").newest()

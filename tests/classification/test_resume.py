@@ -15,7 +15,7 @@ from runs import assert_bit_equal, final, lines
 from training.classify import main
 from training.engine.control import STOPPED_EXIT
 from training.engine.trainer import Trainer
-from training.errors import UsageError
+from training.errors import Failure, UsageError
 
 
 def signal_at(step: int) -> Callable:
@@ -165,5 +165,5 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again_for_its_test_fi
     flags = ["--model=cnn2", f"--logs={tmp_path}"]
     run = run_photos(photos, "pruned", *flags)
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(UsageError, match=r"--final: .*pruned is finished, and there is no checkp"):
+    with pytest.raises(Failure, match=r"pruned/checkpoints holds no checkpoint, and .* shows that"):
         run_photos(photos, "pruned", *flags, "--resume=latest", "--final")

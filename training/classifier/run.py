@@ -33,6 +33,7 @@ from training.engine.checkpoint import Checkpoints
 from training.engine.config import ProcessConfig
 from training.engine.control import (
     STOPPED_EXIT,
+    Peers,
     StopFlag,
     all_gather_object,
     barrier,
@@ -42,6 +43,7 @@ from training.engine.control import (
 )
 from training.engine.environment import environment
 from training.engine.flags import Given, construct
+from training.engine.lease import Lease, held
 from training.engine.loop import train
 from training.engine.metrics import MetricWriter
 from training.engine.run import RunDirectory
@@ -83,14 +85,17 @@ def start(given: Given, bank: tuple[float, ...] = ()) -> int:
     config = resolve(given, world.size, device.type, bank)
     if config.model and config.model not in NAMES:
         raise UsageError(f"--model {config.model}: there are {', '.join(NAMES)}")
-    directory = RunDirectory(config)
-    finished = directory.finished and not (config.final and lacks_test(directory))
-    finished = all_gather_object(world, finished)[0]
-    if finished:
-        log.info("%s is finished already", directory.path)
-    else:
-        with closing(directory):
-            finished = run(config, directory, world, device)
+    path = Path(config.logs) / config.name
+    with held(path / "lease.json", world) as lease:
+        directory = RunDirectory(config, path)
+        finished = world.rank == 0 and directory.finished
+        finished = finished and not (config.final and lacks_test(directory))
+        finished = all_gather_object(world, finished)[0]
+        if finished:
+            log.info("%s is finished already", path)
+        else:
+            with closing(directory):
+                finished = run(config, directory, world, device, lease)
     end_processes()
     return 0 if finished else STOPPED_EXIT
 
@@ -100,8 +105,14 @@ def lacks_test(directory: RunDirectory) -> bool:
     return any(result.read(path).metrics is None for path in directory.path.glob("result*.json"))
 
 
-def run(config: Config, directory: RunDirectory, world: World, device: torch.device) -> bool:
-    """One run directory from wherever it is to its end.
+def run(
+    config: Config,
+    directory: RunDirectory,
+    world: World,
+    device: torch.device,
+    lease: Lease | None = None,
+) -> bool:
+    """One run directory, under its lease, from wherever it is to its end.
 
     Returns:
         Whether it is finished; False when a signal stopped it with a checkpoint on disk.
@@ -118,13 +129,8 @@ def run(config: Config, directory: RunDirectory, world: World, device: torch.dev
     stage = ClassifierStage(task, source, trained_rates(config), config.ema)
     trainer = Trainer(stage, config, epochs.per_epoch, world, device, config.precision, config.name)
     # Where it goes on.
-    checkpoints = Checkpoints(directory.checkpoints, config.keep)
+    checkpoints = Checkpoints(directory.checkpoints, config.keep, lease)
     checkpoint = checkpoints.agreed(world) if config.resume else None
-    if checkpoint is None and directory.finished:
-        raise UsageError(
-            f"--final: {directory.path} is finished, and there is no checkpoint left to evaluate: "
-            "train it again, under another --name"
-        )
     if checkpoint is not None:
         trainer.load(checkpoint[1])
     else:  # a resumed run has counted its teachers' answers already
@@ -139,15 +145,16 @@ def run(config: Config, directory: RunDirectory, world: World, device: torch.dev
     stop = StopFlag(world)
     held_out = Rows(images.table, on(device, images.held_out), stage, world)
     try:
-        finished = train(
-            trainer,
-            EpochLoader(epochs, stage.needs_images),
-            config,
-            checkpoints if world.rank == 0 else None,
-            writer,
-            stop,
-            held_out if config.holdout else None,
-        )
+        with Peers(world, checkpoints.busy):
+            finished = train(
+                trainer,
+                EpochLoader(epochs, stage.needs_images),
+                config,
+                checkpoints if world.rank == 0 else None,
+                writer,
+                stop,
+                held_out if config.holdout else None,
+            )
     finally:
         stop.close()
         checkpoints.join()
@@ -320,17 +327,20 @@ def finish(
         result.write(path / name, record)
 
     if config.method == "rdm":
-        shipped.bank.save(path / "bank")
+        weights = path / "bank"
+        shipped.bank.save(weights)
         for i, rate in enumerate(config.rates):
             one = {k: m and {n: v[i] for n, v in m.items()} for k, m in measured.items()}
             write(f"result_R{rate:g}.json", one, role="rdm", rate=rate)
     elif config.method == "paraphraser":
-        shipped.save(path / "paraphraser", teachers[0].identity)
+        weights = path / "paraphraser"
+        shipped.save(weights, teachers[0].identity)
         write("result.json", measured, role="paraphraser")
     else:
-        write_tensors(path / "model.safetensors", shipped.student.state_dict())
-        write("result.json", measured, file_hash(path / "model.safetensors"))
-    directory.write("finished.json", progress.state())
+        weights = path / "model.safetensors"
+        write_tensors(weights, shipped.student.state_dict())
+        write("result.json", measured, file_hash(weights))
+    directory.finish(progress.state(), weights)
     log.info("finished %s in %.0f s", path, progress.seconds)
     for line in summary(measured):
         log.info("%s", line)

@@ -15,11 +15,14 @@ from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
-from cifd_clip.files import write_tensors
+from cifd_clip.files import make_folder, sync_tree, write_tensors
 from cifd_clip.noise import derive_seed
 from cifd_clip.teacher import Teacher
-from training.clip.config import OWN_WEIGHTS, StudentConfig, TeacherName
+from cifd_clip.towers import use_custom_blocks
+from training.clip.config import OWN_WEIGHTS, Config, StudentConfig
 from training.errors import UsageError
+
+TEACHER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --distill-precision
 
 
 def add_model_configs(paths: Iterable[str]) -> None:
@@ -125,6 +128,8 @@ def build_student(config: StudentConfig, seed: int) -> nn.Module:
             "tower whose position embedding was resized; give the size in a --model-config of its "
             "own"
         )
+    if config.custom_blocks:
+        use_custom_blocks(model)
     if config.lock_image:
         model.lock_image_tower(config.lock_image_unlocked_groups, config.lock_image_freeze_bn_stats)
     if config.lock_text:
@@ -134,19 +139,22 @@ def build_student(config: StudentConfig, seed: int) -> nn.Module:
     return model
 
 
-def build_teachers(
-    names: Iterable[TeacherName], device: torch.device, cache_dir: str | None = None
-) -> list[Teacher]:
+def build_teachers(config: Config, device: torch.device) -> list[Teacher]:
     """The frozen teachers on their device, each with its own embedding space."""
     teachers = []
-    for space, (name, pretrained) in enumerate(names):
-        options = {"cache_dir": cache_dir, "require_pretrained": True}
+    for space, (name, pretrained) in enumerate(config.teachers):
+        options = {"cache_dir": config.cache_dir, "require_pretrained": True}
         if pretrained:
             check_weights(name, pretrained, "--distill-pretrained")
             options["force_preprocess_cfg"] = images_of(pretrained)
         model = _create(name, pretrained, "--distill-model", **options)
-        teachers.append(Teacher(model, name, space))
+        if config.custom_blocks:
+            use_custom_blocks(model)
+        teachers.append(Teacher(model, name, space))  # known by its weights as they were read
+        teachers[-1].cast(TEACHER_DTYPES[config.distill_precision])
         model.to(device, memory_format=torch.channels_last)  # convolutions run faster
+        if config.torchcompile:
+            teachers[-1].compile()
         images = {k: model.visual.preprocess_cfg[k] for k in ("size", "mean", "std")}
         shown = ", ".join(f"{key} {value}" for key, value in images.items())
         logging.info("teacher %s, weights %s, images of %s", name, teachers[-1].weights[:12], shown)
@@ -204,12 +212,13 @@ def save_student(
 
     And the files of a Hugging Face tokenizer, which OpenCLIP looks for there; its own has none.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     if isinstance(tokenizer, HFTokenizer):
         tokenizer.save_pretrained(directory)
     save_config_for_hf(model, directory / "open_clip_config.json", config)
     path = directory / "open_clip_model.safetensors"
     write_tensors(path, model.state_dict(), {"format": "pt"})
+    sync_tree(directory)  # what the libraries wrote
 
 
 def _create(name: str, pretrained: str | None, flag: str, **options) -> nn.Module:

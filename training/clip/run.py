@@ -7,19 +7,20 @@ import contextlib
 import logging
 import operator
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cifd_clip import World
 from training.clip.config import Config, ProcessConfig
 from training.clip.flags import resolve
+from training.clip.heldout import held_out, split
 from training.clip.models import add_model_configs, build_student
-from training.clip.stages import ClipStage, RDMStage, StudentStage
+from training.clip.stages import RDMStage, StudentStage
 from training.data.index import (
     NotAShard,
     Sources,
@@ -28,21 +29,24 @@ from training.data.index import (
     index_shards,
     is_remote,
 )
-from training.data.loader import Batch, Loader, sequential
+from training.data.loader import Loader
 from training.data.order import Order
 from training.data.shard import verify
 from training.data.stream import StreamLoader, stream_fingerprint
 from training.engine.checkpoint import Checkpoints
 from training.engine.control import (
     STOPPED_EXIT,
+    Peers,
     StopFlag,
     all_gather_object,
     barrier,
     end_processes,
     start_logging,
     start_processes,
+    together,
 )
 from training.engine.flags import Given, construct
+from training.engine.lease import Lease, held
 from training.engine.loop import train
 from training.engine.metrics import MetricWriter
 from training.engine.run import RunDirectory
@@ -50,9 +54,6 @@ from training.engine.trainer import Progress, Trainer
 from training.errors import UsageError
 
 log = logging.getLogger(__name__)
-
-#: Rows of a held-out batch: a contrastive loss depends on it, and must not on the processes.
-VALIDATION_BATCH = 256
 
 
 def start(given: Given, files: dict[str, Any]) -> int:
@@ -125,24 +126,39 @@ def run(
     Returns:
         Whether it is finished; False when a signal stopped it with a checkpoint on disk.
     """
+    with held(path / "lease.json", world) as lease:
+        return _run(config, path, world, device, bank, lease)
+
+
+def _run(
+    config: Config,
+    path: Path,
+    world: World,
+    device: torch.device,
+    bank: Path | None,
+    lease: Lease | None,
+) -> bool:
     directory = RunDirectory(config, path)
-    if all_gather_object(world, directory.finished)[0]:
+    if all_gather_object(world, world.rank == 0 and directory.finished)[0]:
         log.info("%s is finished already", path)
         return True
     # What trains, on what data.
     sources = None if is_remote(config.train_data) else open_data(config, world)
-    steps_per_epoch = epoch_steps(config, sources)
+    kept, held = (
+        split(sources, config.val_fraction) if sources and config.val_fraction else (None, None)
+    )
+    steps_per_epoch = epoch_steps(config, sources, kept)
     rdm = config.distill == "rdm"
     stage = RDMStage(config, device) if rdm else StudentStage(config, device, world, bank)
     trainer = Trainer(stage, config, steps_per_epoch, world, device, config.precision, config.name)
     # Where it goes on.
-    checkpoints = Checkpoints(directory.checkpoints, config.keep)
+    checkpoints = Checkpoints(directory.checkpoints, config.keep, lease)
     checkpoint = checkpoints.agreed(world) if config.resume else None
     if checkpoint is not None:
         trainer.load(checkpoint[1])
     # Whatever may still be wrong with the command line is found before the directory is taken.
-    loader = make_loader(config, sources, trainer)
-    validation = held_out(config, stage, world)
+    loader = make_loader(config, sources, trainer, kept)
+    validation = held_out(config, stage, world, sources, held)
     writer = None
     if world.rank == 0:
         directory.open()
@@ -150,21 +166,22 @@ def run(
         writer = MetricWriter(path, config, directory.config, trainer.progress.step)
     stop = StopFlag(world)
     try:
-        finished = train(
-            trainer,
-            loader,
-            config,
-            checkpoints if world.rank == 0 else None,
-            writer,
-            stop,
-            validation,
-            partial(check_bad_fraction, config),
-            config.data_timeout or None,
-        )
-        if finished and world.rank == 0:
-            stage.finish(path)
-            directory.write("finished.json", trainer.progress.state())
-            log.info("finished %s in %.0f s", path, trainer.progress.seconds)
+        with Peers(world, checkpoints.busy):
+            finished = train(
+                trainer,
+                loader,
+                config,
+                checkpoints if world.rank == 0 else None,
+                writer,
+                stop,
+                validation,
+                partial(check_bad_fraction, config),
+                config.data_timeout or None,
+            )
+            if finished and world.rank == 0:
+                lease.check()
+                directory.finish(trainer.progress.state(), stage.finish(path))
+                log.info("finished %s in %.0f s", path, trainer.progress.seconds)
     finally:
         stop.close()
         loader.close()
@@ -187,7 +204,7 @@ def open_data(config: Config, world: World) -> Sources:
     factors = config.train_data_upsampling_factors
     sources = index_shards(config.train_data, weights=factors, cache_dir=config.index_dir)
     if config.verify_data:
-        verify(sources.shards)
+        together(world, lambda: verify(sources.shards[world.rank :: world.size]))
     for problem in sources.problems:
         log.warning("%s", problem)
     bad = sum(sources.skipped.values())
@@ -212,8 +229,17 @@ def check_bad_fraction(config: Config, progress: Progress) -> None:
         )
 
 
-def make_loader(config: Config, sources: Sources | None, trainer: Trainer) -> Loader | StreamLoader:
-    """What delivers this rank's part of each global batch; remote shards (no sources) stream."""
+def make_loader(
+    config: Config, sources: Sources | None, trainer: Trainer, kept: np.ndarray | None = None
+) -> Loader | StreamLoader:
+    """What delivers this rank's part of each global batch.
+
+    Args:
+        config: of the run.
+        sources: local shards; None: remote ones, which are streamed.
+        trainer: of the run.
+        kept: rows to train on; None: all.
+    """
     stage, world = trainer.stage, trainer.world
     inputs = (stage.transforms.train_views(), stage.transforms.tokenizers)
     options = {
@@ -235,12 +261,14 @@ def make_loader(config: Config, sources: Sources | None, trainer: Trainer) -> Lo
         config.seed,
         window=config.shuffle_window,
         replacement=config.dataset_resampled,
+        kept=kept,
     )
     options["memory"] = int(config.view_memory * 2**30)
-    return Loader(order, sources, *inputs, fetchers=stage.source.fetchers(sources), **options)
+    options["fetchers"] = stage.source.fetchers(sources)
+    return Loader(order, stage.source.images_of(sources), *inputs, **options)
 
 
-def epoch_steps(config: Config, sources: Sources | None) -> int:
+def epoch_steps(config: Config, sources: Sources | None, kept: np.ndarray | None = None) -> int:
     """Optimizer steps of an epoch: its samples, in whole global batches."""
     if sources is None:
         if not config.train_num_samples:
@@ -249,49 +277,20 @@ def epoch_steps(config: Config, sources: Sources | None) -> int:
             )
         for flag in (
             *("teacher_cache", "view_memory"),
-            *("train_data_upsampling_factors", "dataset_resampled"),
+            *("train_data_upsampling_factors", "dataset_resampled", "val_fraction"),
         ):
             if getattr(config, flag):
                 raise UsageError(
                     f"--{flag.replace('_', '-')} needs local --train-data, whose samples have "
                     "numbers"
                 )
-    samples = config.train_num_samples or sources.num_samples
+    samples = config.train_num_samples or (sources.num_samples if kept is None else len(kept))
     if samples < config.global_batch:
         raise UsageError(
             f"an epoch has {samples} samples, less than one global batch of "
             f"{config.global_batch}: lower --batch-size or raise --train-num-samples"
         )
     return samples // config.global_batch
-
-
-@dataclass
-class HeldOut:
-    """``--val-data``, every some epochs; see `training.engine.loop.Validation`."""
-
-    every_epochs: int
-    batches: partial
-
-    def __call__(self) -> Iterable[Batch]:
-        return self.batches()
-
-
-def held_out(config: Config, stage: ClipStage, world: World) -> HeldOut | None:
-    """The batches of ``--val-data``, or None."""
-    if not config.val_data:
-        return None
-    batches = partial(
-        sequential,
-        index_shards(config.val_data, cache_dir=config.index_dir, flag="--val-data"),
-        stage.transforms.eval_views(),
-        stage.transforms.tokenizers,
-        batch_size=VALIDATION_BATCH,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.workers,
-        start_method=config.worker_start,
-    )
-    return HeldOut(config.val_frequency, batches)
 
 
 def describe(

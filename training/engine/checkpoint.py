@@ -16,9 +16,18 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from cifd_clip import World
-from cifd_clip.files import BadFile, file_hash, read_json, sync_folder, write_json, writing
+from cifd_clip.files import (
+    BadFile,
+    file_hash,
+    make_folder,
+    read_json,
+    sync_folder,
+    write_json,
+    writing,
+)
 from training.engine.config import FORMAT
-from training.engine.control import all_gather_object
+from training.engine.control import all_gather_object, together
+from training.engine.lease import Lease
 from training.errors import Failure
 
 log = logging.getLogger(__name__)
@@ -30,10 +39,14 @@ class Checkpoints:
     Args:
         directory: where they lie; created when the first one is written.
         keep: how many of the newest stay; 0 keeps all.
+        lease: of the run; nothing is saved once it is another process's.
+
+    Beside the directory, ``checkpoints.json`` says that one was written, whatever becomes of it.
     """
 
-    def __init__(self, directory: Path, keep: int = 0):
-        self.directory, self.keep = directory, keep
+    def __init__(self, directory: Path, keep: int = 0, lease: Lease | None = None):
+        self.directory, self.keep, self.lease = directory, keep, lease
+        self.record = directory.with_suffix(".json")
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -42,11 +55,20 @@ class Checkpoints:
 
         A write that fails (a full disk) is logged and leaves the older checkpoints as they are;
         `wait` raises it.
+
+        Raises:
+            Failure: the run is another process's now.
         """
         self.join()
+        if self.lease is not None:
+            self.lease.check()
         host = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), payload)
         self._thread = threading.Thread(target=self._write, args=(step, host))
         self._thread.start()
+
+    def busy(self) -> bool:
+        """Whether one is being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
         """Wait until the last save is on disk.
@@ -65,19 +87,30 @@ class Checkpoints:
         """The newest checkpoint that verifies, loaded on the CPU; None when there is none.
 
         Raises:
-            Failure: there are some, and all of them are damaged.
+            Failure: there are some, and all of them are damaged; or there were some.
         """
         manifests = sorted(self.directory.glob("step_*.json"), reverse=True)
         for manifest in manifests:
             path = manifest.with_suffix(".pt")
             problem = _problem(path, manifest)
             if problem is None:
-                return path, _read(path)
+                try:
+                    return path, _read(path)
+                except Exception as error:  # of torch or pickle, of any kind
+                    problem = f"it can't be loaded: {error}"
             log.warning("checkpoint %s is passed over: %s", path.name, problem)
         if manifests:
             raise Failure(
                 f"all of the {len(manifests)} checkpoints in {self.directory} are damaged: bring "
-                "one back from a copy, or move the folder away to begin again"
+                "one back from a copy, or choose another --name to begin again"
+            )
+        # One file of weights alone is a first save that was cut short.
+        weights = sorted(self.directory.glob("*.pt"))[1:]
+        signs = (self.record, self.directory / "latest.json", *weights)
+        if sign := next((path for path in signs if path.exists()), None):
+            raise Failure(
+                f"{self.directory} holds no checkpoint, and {sign} shows that one was written: "
+                "bring it back from a copy, or choose another --name to begin again"
             )
         return None
 
@@ -87,18 +120,23 @@ class Checkpoints:
         Raises:
             Failure: as `newest`, or this rank can't read what rank 0 can.
         """
-        newest = self.newest() if world.rank == 0 else None
+        newest = together(world, self.newest, only=0)
         name = all_gather_object(world, newest and newest[0].name)[0]
-        if world.rank == 0 or name is None:
-            return newest
+        if name is None:
+            return None
         path = self.directory / name
-        problem = _problem(path, path.with_suffix(".json"))
-        if problem is not None:
-            raise Failure(
-                f"{path}, where the run goes on, can't be read by process {world.rank} "
-                f"({problem}): --logs must be one folder for all nodes"
-            )
-        return path, _read(path)
+
+        def read() -> tuple[Path, dict[str, Any]]:
+            if newest is not None:
+                return newest
+            if problem := _problem(path, path.with_suffix(".json")):
+                raise Failure(
+                    f"{path}, where the run goes on, can't be read by process {world.rank} "
+                    f"({problem}): --logs must be one folder for all nodes"
+                )
+            return path, _read(path)
+
+        return together(world, read)
 
     def join(self) -> None:
         """Wait until nothing is being written."""
@@ -109,13 +147,14 @@ class Checkpoints:
     def _write(self, step: int, payload: dict[str, Any]) -> None:
         path = self.directory / f"step_{step:08d}.pt"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_folder(self.directory)
             for stale in self.directory.glob("*.tmp"):
                 stale.unlink()
             size, digest = _write_hashed(path, payload)
             manifest = {"file": path.name, "step": step, "size": size, "sha256": digest}
             write_json(path.with_suffix(".json"), manifest, FORMAT)
             write_json(self.directory / "latest.json", manifest, FORMAT)
+            write_json(self.record, {"step": step}, FORMAT)
             self._prune(path.with_suffix(".json"))
             self._failure = None
         except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk

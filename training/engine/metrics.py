@@ -1,7 +1,9 @@
 """Metrics: averaged on the device, read when a line is due, written to every place."""
 
 import json
+import logging
 import math
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +16,8 @@ from torch import Tensor
 from cifd_clip import World
 from cifd_clip.files import write_text
 from training.engine.config import RunConfig
+
+log = logging.getLogger(__name__)
 
 
 class Meter:
@@ -112,8 +116,13 @@ class MetricWriter:
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{k}": v for k, v in scalars.items()}, step=step)
 
+    def sync(self) -> None:
+        """Make the lines survive a power cut."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush and close every writer."""
+        self.sync()
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -142,11 +151,18 @@ def _finite(value: Any) -> Any:
 def _forget_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    kept, last = [], step
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:  # the line a kill cut short
+            of = int(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):  # cut short, or damaged
             continue
+        last = max(last, of)
+        if of <= step and line.endswith("\n"):
+            kept.append(line)
+    if last > step:
+        log.warning(
+            "steps %d to %d were logged, and there is no checkpoint of them: they are run again",
+            *(step + 1, last),
+        )
     write_text(path, "".join(kept))

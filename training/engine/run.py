@@ -5,11 +5,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from cifd_clip.files import read_json, write_json
+from cifd_clip.files import BadFile, file_hash, make_folder, read_json, write_json
 from training.engine.config import FORMAT, free_to_change, record
 from training.engine.environment import environment
 from training.engine.flags import spelled
 from training.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 
 class RunDirectory:
@@ -33,7 +35,7 @@ class RunDirectory:
                     "--resume latest"
                 )
             _check_same(self.path, self.read("config.json"), self.config, free_to_change(config))
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
 
     @property
     def checkpoints(self) -> Path:
@@ -42,8 +44,28 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has done all its steps."""
-        return (self.path / "finished.json").is_file()
+        """Whether the run has done all its steps, and what it ships is there and whole."""
+        if not (self.path / "finished.json").is_file():
+            return False
+        try:
+            files = self.read("finished.json")["files"]
+            damaged = [f for f, digest in files.items() if file_hash(self.path / f) != digest]
+        except (BadFile, OSError, KeyError) as error:
+            damaged = [error]
+        for each in damaged:
+            log.warning("%s had finished, but is not whole: %s", self.path, each)
+        return not damaged
+
+    def finish(self, state: dict[str, Any], shipped: Path) -> None:
+        """Write that the run has done all its steps, and what it ships: last of all.
+
+        Args:
+            state: of its progress.
+            shipped: a file or a folder of files.
+        """
+        files = [f for f in (shipped, *shipped.rglob("*")) if f.is_file()]
+        digests = {str(f.relative_to(self.path)): file_hash(f) for f in sorted(files)}
+        self.write("finished.json", {**state, "files": digests})
 
     def open(self) -> None:
         """Write config and environment and start logging to ``out.log`` (rank 0)."""
