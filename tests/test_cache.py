@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save_file
 
 import training.clip.stages
@@ -160,6 +161,54 @@ def stored(folder) -> dict[str, torch.Tensor]:
     """What the one shard of a cache holds, a copy."""
     (path,) = folder.glob("*.safetensors")
     return {modality: tensor.clone() for modality, tensor in load_file(path).items()}
+
+
+@pytest.fixture(scope="module")
+def blind_teacher(teacher, scenes, tmp_path_factory) -> tuple[str, set[str]]:
+    """A teacher that makes NaN of a word, and the keys of the captions that have it."""
+    folder = tmp_path_factory.mktemp("blind") / "teacher"
+    shutil.copytree(teacher.removeprefix("local-dir:"), folder)
+    weights = load_file(folder / "open_clip_model.safetensors")
+    (word,) = SimpleTokenizer().encode("purple")
+    weights["token_embedding.weight"][word] = torch.nan
+    save_file(weights, folder / "open_clip_model.safetensors", {"format": "pt"})
+    (shard,) = index_shards(str(scenes / "train")).shards
+    captions = {r["key"].decode(): shard.read(*r["text"]).decode() for r in shard.records}
+    keys = {key for key, caption in captions.items() if "purple" in caption}
+    assert 3 < len(keys) < 48
+    return f"local-dir:{folder}", keys
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_samples_of_which_a_live_teacher_makes_no_number_are_replaced_and_named(
+    blind_teacher, flags, tmp_path, accumulated
+):
+    name, keys = blind_teacher
+    command = [*flags, "--distill=clipkd", f"--distill-model={name}", "--max-bad-fraction=0.5"]
+    command += [f"--accum-freq={accumulated}", f"--batch-size={24 // accumulated}"]
+    assert main([*command, f"--logs={tmp_path}", "--name=run"]) == 0
+    state = final(tmp_path / "run")
+    assert state["progress"]["skipped"] == {"teacher: features not finite": len(keys)}
+    assert state["progress"]["nonfinite_steps"] == 0
+    assert all(torch.isfinite(t).all() for t in state["state_dict"].values())
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert {key for key in keys if key in log} == keys
+
+
+def test_samples_of_which_a_teacher_makes_no_number_are_in_no_cache(
+    blind_teacher, flags, tmp_path, capsys
+):
+    name, keys = blind_teacher
+    folder = tmp_path / "cache"
+    command = [*flags, f"--teacher-cache={folder}", "--max-bad-fraction=0.5"]
+    assert write_cache([*command, f"--distill-model={name}", "--views=2"]) == 0
+    (manifest,) = [p for p in folder.glob("*-*.json") if ".verified" not in p.name]
+    assert set(json.loads(manifest.read_text())["not_finite"]) == keys
+    assert all(key in capsys.readouterr().out for key in sorted(keys)[:1])
+    assert main([*command, "--distill=clipkd", f"--logs={tmp_path}", "--name=run"]) == 0
+    skipped = final(tmp_path / "run")["progress"]["skipped"]
+    assert skipped["teacher cache: nothing stored"] >= len(keys), "replaced ones may be such too"
+    assert final(tmp_path / "run")["progress"]["nonfinite_steps"] == 0
 
 
 DAMAGES = {

@@ -8,6 +8,7 @@ of shards it has, in any order. A sample that could not be used is all NaN, and 
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -76,15 +77,28 @@ def is_complete(directory: Path, shard: Shard) -> bool:
 
 
 def write_shard(
-    directory: Path, shard: Shard, embeddings: dict[str, Tensor], views: Sequence[Shard] = ()
+    directory: Path,
+    shard: Shard,
+    embeddings: dict[str, Tensor],
+    views: Sequence[Shard] = (),
+    not_finite: Sequence[str] = (),
 ) -> None:
-    """Write one shard's embeddings, of views that are stored already; its manifest appears last."""
+    """Write one shard's embeddings; its manifest appears last.
+
+    Args:
+        directory: the cache.
+        shard: of the data set.
+        embeddings: ``image`` (V, samples, T), ``text`` (V or 1, samples, T).
+        views: the stored ones, if they are.
+        not_finite: keys of samples of which the teacher made no finite features.
+    """
     name = shard_name(shard)
     path = directory / f"{name}.safetensors"
     write_tensors(path, embeddings)
     files = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}}
     files |= {Path(v.path).name: {"bytes": v.bytes, "sha256": v.content} for v in views}
-    content = {"samples": shard.samples, "files": files, "libraries": libraries()}
+    content = {"samples": shard.samples, "not_finite": list(not_finite), "files": files}
+    content["libraries"] = libraries()
     write_json(directory / f"{name}.json", content, CACHE_FORMAT)
 
 
@@ -265,6 +279,10 @@ class CachedTeachers:
     def fetchers(self, sources: Sources) -> list[CacheFetcher]:
         """What the loader needs to deliver the embeddings."""
         return [CacheFetcher(d, sources, i) for i, d in enumerate(self.directories)]
+
+    def bad_samples(self) -> Counter[str]:
+        """None: what is stored is looked at when it is read."""
+        return Counter()
 
     def answers(self, batch: Batch) -> bool:
         """Whether their features of the batch are stored, as they are of training views."""

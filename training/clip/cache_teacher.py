@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from open_clip_train.precision import get_autocast
 from torch import Tensor
@@ -70,6 +71,24 @@ def start(given: Given) -> int:
             barrier(world)
     end_processes()
     return 0
+
+
+def without_infinite(embeddings: dict[str, Tensor], placed: Tensor) -> np.ndarray:
+    """Make NaN of every row that holds an infinity or a NaN, as of samples that can't be used.
+
+    Args:
+        embeddings: of a shard, (V or 1, samples, T) each.
+        placed: (V, samples) which of them were computed.
+
+    Returns:
+        (samples,) the samples of which a computed row is not finite.
+    """
+    bad = torch.zeros(placed.shape[1], dtype=torch.bool)
+    for rows in embeddings.values():
+        finite = rows.isfinite().all(dim=-1)
+        bad |= (placed[: len(rows)] & ~finite).any(dim=0)
+        rows[~finite] = torch.nan
+    return bad.numpy()
 
 
 class Caches:
@@ -173,11 +192,15 @@ class Caches:
         left = [n for n in numbers if not self._complete(n)]
         views = self.store_views(left) if self.stored else {}
         sources = StoredViews(self.sources, views) if self.stored else self.sources
-        for number, embeddings in self._embeddings(sources, left):
+        for number, embeddings, placed in self._embeddings(sources, left):
             shard = self.sources.shards[number]
             for folder, own in zip(self.config.caches, embeddings):
                 stored = views.get(number, ()) if folder == self.config.caches[0] else ()
-                write_shard(folder, shard, own, stored)
+                bad = without_infinite(own, placed)
+                keys = [key.decode("utf-8", "replace") for key in shard.records["key"][bad]]
+                if keys:
+                    print(f"{folder}: {shard.path}: features that are not finite: {keys}")
+                write_shard(folder, shard, own, stored, keys)
 
     def _complete(self, number: int) -> bool:
         return all(
@@ -207,8 +230,8 @@ class Caches:
 
     def _embeddings(
         self, sources: Sources, numbers: list[int]
-    ) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
-        """(shard number, every teacher's embeddings of it), shard by shard."""
+    ) -> Iterator[tuple[int, list[dict[str, Tensor]], Tensor]]:
+        """(shard number, every teacher's embeddings, (V, samples) which there are), by shard."""
         views = range(self.config.views)
         spans = [(sources.rows_of(n), view) for n in numbers for view in views]
         total = sum(len(rows) for rows, _ in spans)
@@ -218,11 +241,13 @@ class Caches:
         with closing(bar), closing(batches):
             for number in numbers:
                 rows, of_shard = sources.rows_of(number), self._empty(sources.counts[number])
+                placed = torch.zeros(len(views), len(rows), dtype=torch.bool)
                 while batch is not None and int(batch[0].rows[0]) in rows:
+                    placed[batch[0].views, batch[0].rows - rows.start] = True
                     self._place(of_shard, batch[0], batch[1], rows.start)
                     bar.update(len(batch[0]))
                     batch = next(batches, None)
-                yield number, [{m: t.cpu() for m, t in own.items()} for own in of_shard]
+                yield number, [{m: t.cpu() for m, t in own.items()} for own in of_shard], placed
 
     def _empty(self, samples: int) -> list[dict[str, Tensor]]:
         """Room for a shard's embeddings, on the device: no batch waits for a copy."""
@@ -260,7 +285,7 @@ class Caches:
         for batch in batches:
             if len(batch):
                 with self.autocast():
-                    yield batch, self.teachers(batch.to(self.device))
+                    yield batch, self.teachers.features(batch.to(self.device))
 
     def verify(self, numbers: list[int]) -> None:
         """Re-read every file's hash, and recompute the first samples of the first shard.
