@@ -16,7 +16,8 @@ import training.clip.stages
 from cifd_clip.files import file_hash
 from runs import assert_bit_equal, final, lines
 from training.cache_teacher import main as write_cache
-from training.clip.cache import verify_shard, write_shard
+from training.clip.cache import shard_name, verify_shard, write_shard
+from training.clip.calibrate import find_shards
 from training.data.index import index_shards
 from training.errors import Failure, UsageError
 from training.main import main
@@ -149,7 +150,8 @@ def test_samples_that_could_not_be_embedded_are_replaced_not_taught(
     embeddings["image"][:, 7] = torch.nan
     embeddings["image"][:, 8, 3] = torch.nan
     embeddings["text"][:, 9] *= 2
-    write_shard(copy, *index_shards(str(scenes / "train")).shards, embeddings)
+    (shard,) = index_shards(str(scenes / "train")).shards
+    write_shard(copy, shard_name(shard), embeddings)
     command = [*flags, "--distill", "fd", "--teacher-cache", str(copy), "--logs", str(tmp_path)]
     assert main([*command, "--name", "run"]) == 0
     skipped = final(tmp_path / "run")["progress"]["skipped"]
@@ -209,6 +211,30 @@ def test_samples_of_which_a_teacher_makes_no_number_are_in_no_cache(
     skipped = final(tmp_path / "run")["progress"]["skipped"]
     assert skipped["teacher cache: nothing stored"] >= len(keys), "replaced ones may be such too"
     assert final(tmp_path / "run")["progress"]["nonfinite_steps"] == 0
+
+
+def test_held_out_data_are_cached_too_and_measured_as_with_the_live_teacher(
+    flags, teacher, scenes, tmp_path, no_teacher, monkeypatch
+):
+    monkeypatch.undo()
+    folder, held_out = str(tmp_path / "cache"), ["--val-data", str(scenes / "val")]
+    written = [*flags, f"--distill-model={teacher}", "--views=1", f"--teacher-cache={folder}"]
+    assert write_cache(written) == 0
+    run = [*flags, *held_out, "--distill=clipkd", f"--logs={tmp_path}"]
+    with pytest.raises(UsageError, match=r"lacks 1 of 1 shards of --val-data"):
+        main([*run, f"--teacher-cache={folder}"])
+    assert write_cache([*written, *held_out]) == 0
+    assert main([*run, f"--distill-model={teacher}", "--views=1", "--name=live"]) == 0
+    assert main([*run, f"--teacher-cache={folder}", "--name=cached"]) == 0
+    rdm = ["--distill=rdm", "--rates=100", "--name=bank", f"--teacher-cache={folder}"]
+    assert main([*run, *rdm]) == 0
+    (live,), (cached,) = lines(tmp_path / "live", "val"), lines(tmp_path / "cached", "val")
+    assert live.keys() == cached.keys()
+    assert sum(name.endswith("_loss") for name in live) > 1, "the teacher's terms are among them"
+    for name in live.keys() - {"kind"}:
+        assert cached[name] == pytest.approx(live[name], rel=5e-3, abs=0.04), name
+    (shard,) = index_shards(str(scenes / "train")).shards
+    assert find_shards(Path(folder), None) == [shard_name(shard)], "calibration leaves them alone"
 
 
 DAMAGES = {

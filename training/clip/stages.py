@@ -137,7 +137,7 @@ class LiveTeachers:
         """Who they are."""
         return [t.identity for t in self.teachers]
 
-    def fetchers(self, sources: Sources) -> list[Fetcher]:
+    def fetchers(self, sources: Sources, held_out: bool = False) -> list[Fetcher]:
         """Nothing that the loader would have to deliver."""
         return []
 
