@@ -116,3 +116,12 @@ def test_a_folder_that_stands_in_the_way_is_named_and_scripts_do_not_meet_it(ins
     )  # fmt: skip
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert f"{tmp_path}/training/__init__.py stands in the way" in done.stderr
+
+
+def test_the_commit_of_a_repository_around_the_package_is_not_recorded_as_its_own(installed):
+    user = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "of a user"]):
+        subprocess.run([*user, *words], cwd=installed.parent, check=True)
+    code = "from training.engine.environment import origin, versions; print(origin(), versions())"
+    done = python(code, installed.parent, installed)
+    assert "'commit': None" in done.stdout and "'cifd_clip': '0." in done.stdout, done.stderr
