@@ -87,7 +87,7 @@ def _trace(tower: Tower, example: Tensor, path: Path, input_name: str) -> None:
             path,
             input_names=[input_name],
             output_names=[f"{path.stem}_features"],
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
             external_data=False,
             verbose=False,
