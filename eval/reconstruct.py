@@ -7,7 +7,6 @@ way, rounding takes the place of noise, as in stage 2.
 import math
 from argparse import Namespace
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from training.classifier.teachers import (
     load_rdms,
     load_teacher,
 )
-from training.engine.environment import origin
+from training.engine.environment import origin, versions
 from training.engine.result import BankResult, EmbeddingMap, Metrics, Provenance, Reconstruction
 from training.engine.run import bank_folder, holds_bank, read_run
 from training.errors import UsageError
@@ -101,7 +100,7 @@ class Bank:
             data={data.split: data.fingerprint},
             precision=self.forward.precision,
             device=self.forward.device.type,
-            versions={name: version(name) for name in (*zeroshot.PACKAGES, "scikit-learn")},
+            versions=versions(*zeroshot.PACKAGES, "scikit-learn"),
         )
 
     def result(self, data: "Folder | Images", provenance: Provenance) -> BankResult:
