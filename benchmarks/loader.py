@@ -137,8 +137,8 @@ def check_equal_pixels(sources, size: int, seed: int, samples: int = 50) -> None
     ours, decode = train_view(spec), ImageHandler("pilrgb")
     stock = image_transform(size, is_train=True, mean=spec.mean, std=spec.std)
     for row in range(0, sources.num_samples, max(1, sources.num_samples // samples)):
-        shard, place = sources.locate(row)
-        offset, length = shard.records[place]["image"]
+        shard, record = sources.record(row, view=0)
+        offset, length = record["image"]
         with open(shard.path, "rb") as file:
             file.seek(offset)
             data = file.read(length)

@@ -12,24 +12,33 @@ Two things are done differently from the textbook chain of 3×3 matrix products:
 
   so both tails are exact and finite at any |v| without a floor, and the gradient there is the
   slope of the tail, which pulls outliers back. The difference δ = u − l is carried through the
-  layers by itself: subtracting two large logits would cancel.
+  layers by itself, forward and backward: subtracting two large logits would cancel, and so would
+  their gradients. Between the modes of a trained channel, where gates g are near −1, so would
+  d + g·t, t = tanh(a + d) − tanh(a): it is written (d − t) + (1 + g)·t, two positive terms.
 * The network has three units a layer: as matrix products it is all overhead. It is written as
-  element-wise arithmetic on (rows, channels) slabs that stay in the processor's cache, and the
-  backward pass recomputes them instead of storing some forty activations per value.
+  element-wise arithmetic on (rows, channels) slabs, which stay in a CPU's cache and which a GPU
+  runs compiled to a few kernels; the backward pass recomputes them instead of storing some forty
+  activations per value.
 """
 
 import math
-from itertools import pairwise
+from collections.abc import Iterable
+from itertools import pairwise, zip_longest
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from cifd_clip.compiled import Compiled
+
 FILTERS = (1, 3, 3, 3, 3, 1)
-# Values per slab on a CPU: large enough for torch to share a slab between threads (from 32,768
-# values each), small enough for the last-level cache. See `python -m benchmarks.entropy`.
+LAYERS = [(fan_out, fan_in) for fan_in, fan_out in pairwise(FILTERS)]
+# Values per slab. On a CPU: large enough for torch to share a slab between threads (from 32,768
+# values each), small enough for the last-level cache (`python -m benchmarks.entropy`). On a GPU:
+# so many that launches don't count, so few that sixty float32 tensors of them fit in 2 GiB.
 CPU_SLAB_VALUES = 1 << 17
+GPU_SLAB_VALUES = 1 << 23
 
 Units = list[Tensor]  # one (rows, channels) tensor per unit of a layer
 
@@ -51,12 +60,11 @@ class FactorizedDensity(nn.Module):
     ):
         super().__init__()
         self.channels = channels
-        layers = len(FILTERS) - 1
-        scale = init_scale ** (1 / layers)
+        scale = init_scale ** (1 / len(LAYERS))
         self.matrices = nn.ParameterList()
         self.biases = nn.ParameterList()
         self.factors = nn.ParameterList()
-        for fan_in, fan_out in pairwise(FILTERS):
+        for fan_out, fan_in in LAYERS:
             weight = math.log(math.expm1(1 / scale / fan_out))
             self.matrices.append(torch.full((channels, fan_out, fan_in), weight))
             bias = torch.empty(channels, fan_out, 1)
@@ -73,14 +81,8 @@ class FactorizedDensity(nn.Module):
         Returns:
             (B, C) float32, in nats.
         """
-        return -_LogLikelihood.apply(values.float(), *self._effective_parameters())
-
-    def _effective_parameters(self) -> list[Tensor]:
-        """Monotone weights, biases and gates, laid out with channels innermost."""
-        weights = [F.softplus(m).permute(1, 2, 0).contiguous() for m in self.matrices]
-        biases = [b.squeeze(-1).t().contiguous() for b in self.biases]
-        gates = [torch.tanh(f).squeeze(-1).t().contiguous() for f in self.factors]
-        return [*weights, *biases, *gates]
+        parameters = _effective(self.matrices, self.biases, self.factors)
+        return -_LogLikelihood.apply(values.float(), *parameters)
 
     def _apply(self, fn, recurse=True):
         def move_without_cast(tensor: Tensor) -> Tensor:
@@ -90,12 +92,33 @@ class FactorizedDensity(nn.Module):
         return super()._apply(move_without_cast, recurse)
 
 
-def _split(parameters: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    layers = len(FILTERS) - 1
-    return (
-        list(parameters[:layers]),
-        list(parameters[layers : 2 * layers]),
-        list(parameters[2 * layers :]),
+def _effective(
+    matrices: Iterable[Tensor], biases: Iterable[Tensor], factors: Iterable[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Monotone weights (33, C), biases (13, C), gates g (12, C) and 1 + g, of all layers.
+
+    1 + g comes from the factor: made of a g near −1 it would be rounding. Its gradient is in g's.
+    """
+
+    def packed(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([t.flatten(1) for t in tensors], 1).t().contiguous()
+
+    factors = packed(factors)
+    opening = 2 * torch.sigmoid(2 * factors.detach())
+    return F.softplus(packed(matrices)), packed(biases), torch.tanh(factors), opening
+
+
+def _layers(weights: Tensor, biases: Tensor, gates: Tensor, opening: Tensor) -> list[tuple]:
+    """Each layer's weights (out, in, C), biases, gates and 1 + g (out, C); the last has no gate."""
+    units = [fan_out for fan_out, _ in LAYERS]
+    by_layer = weights.split([fan_out * fan_in for fan_out, fan_in in LAYERS])
+    return list(
+        zip_longest(
+            [weight.unflatten(0, shape) for weight, shape in zip(by_layer, LAYERS)],
+            biases.split(units),
+            gates.split(units[:-1]),
+            opening.split(units[:-1]),
+        )
     )
 
 
@@ -111,37 +134,96 @@ def _affine(weight: Tensor, inputs: Units, bias: Tensor | None) -> Units:
     return outputs
 
 
+def _remainder(a: Tensor, d: Tensor, tanh_lower: Tensor, tanh_upper: Tensor) -> Tensor:
+    """d − t for t = tanh(a + d) − tanh(a), d > 0, without cancellation.
+
+    Up to ½ t = tanh(d)·(1 − tanh(a)·tanh(a + d)), where d − tanh(d) is, by Lambert's continued
+    fraction and to float32's last place, d·m / (105 + 10z + m) with z = d² and m = z·(35 + z). What
+    d has above ½ is added as it is: nothing cancels there.
+    """
+    near = d.clamp(max=0.5)
+    tanh_near = (a + near).tanh_()
+    z = near.square()
+    m = (z + 35).mul_(z)
+    of_tanh = (m * near).div_(m.add_(z, alpha=10).add_(105))
+    rest = of_tanh.addcmul(near - of_tanh, tanh_lower * tanh_near)
+    return rest.add_((d - near).sub(tanh_upper).add_(tanh_near))
+
+
 def _run(values: Tensor, parameters: tuple[Tensor, ...], tape: list | None = None):
     """Lower logit and difference of the logits of one slab, (rows, C) each.
 
     Args:
-        tape: receives per hidden layer (lower inputs, upper inputs, tanh lower, tanh upper).
+        tape: receives per layer its inputs, lower and difference, and of a hidden layer's units
+            tanh(a), tanh(a + d) and their difference t.
     """
-    weights, biases, gates = _split(parameters)
     lower: Units = [values - 0.5]
-    difference: Units = [torch.ones_like(values)]
-    for layer, (weight, bias) in enumerate(zip(weights, biases)):
-        if tape is not None:
-            inputs = (lower, [a + d for a, d in zip(lower, difference)])
+    difference: Units = [torch.ones_like(values[:1])]  # of a bin: the same in every row
+    for weight, bias, gates, opening in _layers(*parameters):
+        kept = [lower, difference]
         lower, difference = _affine(weight, lower, bias), _affine(weight, difference, None)
-        if layer == len(gates):
-            if tape is not None:
-                tape.append((*inputs, None, None))
-            break
-        tanh_lower = [torch.tanh(a) for a in lower]
-        tanh_upper = [(a + d).tanh_() for a, d in zip(lower, difference)]
-        for unit, (a, d) in enumerate(zip(lower, difference)):
-            a.addcmul_(tanh_lower[unit], gates[layer][unit])
-            d.addcmul_(tanh_upper[unit] - tanh_lower[unit], gates[layer][unit])
+        if gates is not None:
+            tanh_lower = [torch.tanh(a) for a in lower]
+            tanh_upper = [(a + d).tanh_() for a, d in zip(lower, difference)]
+            rest = [_remainder(*u) for u in zip(lower, difference, tanh_lower, tanh_upper)]
+            change = [d - r for d, r in zip(difference, rest)]
+            lower = [a.addcmul_(t, g) for a, t, g in zip(lower, tanh_lower, gates)]
+            difference = [r.addcmul_(t, o) for r, t, o in zip(rest, change, opening)]
+            kept += [tanh_lower, tanh_upper, change]
         if tape is not None:
-            tape.append((*inputs, tanh_lower, tanh_upper))
+            tape.append(kept)
     return lower[0], difference[0]
 
 
-def _slabs(values: Tensor) -> list[Tensor]:
-    if values.device.type != "cpu":
-        return [values]
-    return list(values.split(max(1, CPU_SLAB_VALUES // values.shape[1])))
+def _log_p(values: Tensor, *parameters: Tensor) -> Tensor:
+    """log p of one slab of values."""
+    lower, delta = _run(values, parameters)
+    log_p = F.logsigmoid(lower + delta)
+    log_p += F.logsigmoid(lower.neg_())
+    log_p += delta.neg_().expm1_().neg_().log_()
+    return log_p
+
+
+def _gradients(values: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of one slab: of its values, and sums over it of weights, biases and gates."""
+    tape: list = []
+    lower, delta = _run(values, parameters, tape)
+    # d log p / dl = σ(−u) − σ(l) at a constant δ,  d log p / dδ = σ(−u) + 1/(e^δ − 1)
+    slope = torch.sigmoid(-(lower + delta))
+    grad_lower = [(slope - torch.sigmoid(lower)).mul_(grad)]
+    grad_difference = [(slope + delta.expm1().reciprocal_()).mul_(grad)]
+    sums: tuple[list, list, list] = ([], [], [])
+    for layer, (inputs, differences, *hidden) in zip(
+        reversed(_layers(*parameters)), reversed(tape)
+    ):
+        weight, _, gates, opening = layer
+        of_weights, of_biases, of_gates = [], [], []
+        for unit, (gl, gd) in enumerate(zip(grad_lower, grad_difference)):
+            if hidden:
+                tanh_lower, tanh_upper, change = (h[unit] for h in hidden)
+                of_gates.append((gl * tanh_lower).addcmul_(gd, change).sum(0))
+                # a + g·tanh(a) has the slope 1 + g − g·tanh²(a) …
+                gl.mul_((tanh_lower.square() * -gates[unit]).add_(opening[unit]))
+                # … which at a + d is −g·t·(tanh(a) + tanh(a + d)) more.
+                gl.addcmul_((tanh_lower + tanh_upper).mul_(change).mul_(-gates[unit]), gd)
+                gd.mul_((tanh_upper.square() * -gates[unit]).add_(opening[unit]))
+            of_biases.append(gl.sum(0))
+            for a, d in zip(inputs, differences):
+                of_weights.append((gl * a).addcmul_(gd, d).sum(0))
+        for all_layers, own in zip(sums, (of_weights, of_biases, of_gates)):
+            all_layers[:0] = own
+        transposed = weight.transpose(0, 1)
+        grad_lower = _affine(transposed, grad_lower, None)
+        grad_difference = _affine(transposed, grad_difference, None)
+    return grad_lower[0], *map(torch.stack, sums)
+
+
+_log_p_slab, _gradients_slab = Compiled(_log_p), Compiled(_gradients)
+
+
+def _slabs(values: Tensor) -> tuple[Tensor, ...]:
+    size = CPU_SLAB_VALUES if values.device.type == "cpu" else GPU_SLAB_VALUES
+    return values.split(max(1, size // values.shape[1]))
 
 
 class _LogLikelihood(torch.autograd.Function):
@@ -150,53 +232,15 @@ class _LogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: Tensor, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(values, *parameters)
-        slabs = []
-        for slab in _slabs(values):
-            lower, delta = _run(slab, parameters)
-            log_p = F.logsigmoid(lower + delta)
-            log_p += F.logsigmoid(lower.neg_())
-            log_p += delta.neg_().expm1_().neg_().log_()
-            slabs.append(log_p)
-        return torch.cat(slabs)
+        return torch.cat([_log_p_slab(slab, *parameters) for slab in _slabs(values)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         values, *parameters = ctx.saved_tensors
-        sums = [torch.zeros_like(p) for p in parameters]
-        grad_slabs = [
-            _backward_slab(slab, grad_slab, parameters, sums)
+        parts = [
+            _gradients_slab(slab, grad_slab, *parameters)
             for slab, grad_slab in zip(_slabs(values), _slabs(grad))
         ]
-        return (torch.cat(grad_slabs), *sums)
-
-
-def _backward_slab(values: Tensor, grad: Tensor, parameters, sums: list[Tensor]) -> Tensor:
-    """Gradient of one slab's values; adds the parameters' gradients to ``sums``."""
-    weights, _, gates = _split(parameters)
-    weight_sums, bias_sums, gate_sums = _split(sums)
-    tape: list = []
-    lower, delta = _run(values, parameters, tape)
-    # d log p / du = σ(−u) + 1/(e^δ − 1),  d log p / dl = −σ(l) − 1/(e^δ − 1)
-    bin_slope = delta.expm1().reciprocal_()
-    grad_upper = [(torch.sigmoid(-(lower + delta)) + bin_slope).mul_(grad)]
-    grad_lower = [(torch.sigmoid(lower) + bin_slope).mul_(grad).neg_()]
-    for layer in reversed(range(len(weights))):
-        lower_in, upper_in, tanh_lower, tanh_upper = tape[layer]
-        if tanh_lower is not None:
-            for unit, gate in enumerate(gates[layer]):
-                for tanh, g in (
-                    (tanh_lower[unit], grad_lower[unit]),
-                    (tanh_upper[unit], grad_upper[unit]),
-                ):
-                    gate_sums[layer][unit] += (g * tanh).sum(0)
-                    slope = tanh.square_().neg_().add_(1).mul_(gate).add_(1)
-                    g.mul_(slope)
-        for o, (gl, gu) in enumerate(zip(grad_lower, grad_upper)):
-            bias_sums[layer][o] += (gl + gu).sum(0)
-            for i, (a, b) in enumerate(zip(lower_in, upper_in)):
-                weight_sums[layer][o, i] += (gl * a).addcmul_(gu, b).sum(0)
-        transposed = weights[layer].transpose(0, 1)
-        grad_lower = _affine(transposed, grad_lower, None)
-        grad_upper = _affine(transposed, grad_upper, None)
-    return grad_lower[0].add_(grad_upper[0])
+        of_values, *of_parameters = zip(*parts)
+        return torch.cat(of_values), *(sum(part) for part in of_parameters), None

@@ -1,6 +1,7 @@
 """Teachers: frozen CLIP models in evaluation mode, never part of what trains."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from hashlib import sha256
 
 import torch
@@ -11,6 +12,7 @@ from cifd_clip.losses import Features
 from cifd_clip.noise import Noise
 from cifd_clip.rdm import MODALITIES, RDMBank
 from cifd_clip.student import embedding_dim
+from cifd_clip.towers import compile_towers
 
 
 class Teacher:
@@ -32,6 +34,7 @@ class Teacher:
         self.space = space
         self.dim = embedding_dim(model)
         self.weights = weights or weights_hash(model)
+        self.dtype = torch.float32
 
     @property
     def identity(self) -> dict:
@@ -46,13 +49,34 @@ class Teacher:
             "logit_bias": None if self.model.logit_bias is None else self.model.logit_bias.item(),
         }
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Keep the towers' weights in another type: it is what they compute in, without autocast.
+
+        Autocast would cast frozen weights anew at each use, and normalise in float32. The
+        temperature and the bias, which no tower computes with, stay as they are.
+        """
+        self.dtype = dtype
+        scalars = {id(self.model.logit_scale), id(self.model.logit_bias)}
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if tensor.is_floating_point() and id(tensor) not in scalars:
+                tensor.data = tensor.data.to(dtype)
+
+    def compile(self) -> None:
+        """Compile the towers in place, see `cifd_clip.towers.compile_towers`."""
+        compile_towers(self.model)
+
     @torch.no_grad()
     def __call__(self, images: Tensor, texts: Tensor) -> Features:
         """Unit-norm float32 features of normalised images (b, 3, H, W) and tokens (b, context)."""
         bias = self.model.logit_bias
+        whole = self.dtype == torch.float32
+        images = images.to(self.dtype)
+        context = nullcontext() if whole else torch.autocast(images.device.type, enabled=False)
+        with context:
+            image, text = self.model.encode_image(images), self.model.encode_text(texts)
         return Features(
-            F.normalize(self.model.encode_image(images).float(), dim=-1),
-            F.normalize(self.model.encode_text(texts).float(), dim=-1),
+            F.normalize(image.float(), dim=-1),
+            F.normalize(text.float(), dim=-1),
             self.model.logit_scale.exp().float(),
             None if bias is None else bias.float(),
             self.space,

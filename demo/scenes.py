@@ -75,12 +75,10 @@ class Digit(NamedTuple):
 
     @property
     def name(self) -> str:
-        """``red three``."""
         return f"{self.colour} {WORDS[self.value]}"
 
     @property
     def a_name(self) -> str:
-        """``a red three``, ``an orange three``."""
         return f"{'an' if self.colour[0] in 'aeiou' else 'a'} {self.name}"
 
 
@@ -142,7 +140,6 @@ class Artist:
         return Scene((first, second), str(self.rng.choice(list(RELATIONS))))
 
     def draw(self, scene: Scene) -> Image.Image:
-        """The scene, RGB, ``SIZE`` x ``SIZE``."""
         rng = self.rng
         canvas = np.full((SIZE, SIZE, 3), rng.uniform(0, 45, size=3))
         cells = {

@@ -10,8 +10,8 @@ RECALL_AT = (1, 5, 10)
 def similarities(queries: Tensor, gallery: Tensor) -> Tensor:
     """Dot products (Q, N) of rows (Q, D) and (N, D), rounded to float32.
 
-    Accumulated in float64: a float32 product depends on where in the matrix it is computed, which
-    would break ties between equal embeddings by chance.
+    From float64: a float32 product depends on its place in the matrix, which would break ties
+    between equal embeddings by chance.
     """
     return (queries.double() @ gallery.double().T).float()
 

@@ -1,6 +1,7 @@
 """A name, a run directory, a checkpoint or a model folder -> a frozen CLIP and who it is."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,24 +14,18 @@ from torch.func import functional_call
 
 from cifd_clip.teacher import weights_hash
 from training.clip.config import recorded
-from training.clip.models import add_model_configs, check_weights, images_of
+from training.clip.models import add_model_configs, check_weights, forced, images_of
 from training.engine.run import read_run
 from training.errors import UsageError
 
 CONFIG = "open_clip_config.json"
-#: flags of training that say what the student is and what it reads
-MODEL_FLAGS = "force_quick_gelu force_custom_text force_context_length force_patch_dropout".split()
 
 
 @dataclass
 class Evaluated:
     """A frozen model with its own preprocessing and tokenizer, and what a result says of it.
 
-    Attributes:
-        source, name: what the command calls it, and what results do.
-        run: its run directory, if it has one.
-        weights: their SHA-256.
-        preprocessing: size, mean, standard deviation, interpolation and resize mode of an image.
+    The command calls it ``source``, results ``name``; ``weights`` is their SHA-256.
     """
 
     source: str
@@ -97,17 +92,14 @@ def load(spec: str, device: torch.device) -> Evaluated:
       file; ``hf-hub:`` names too.
     """
     path = Path(spec.removeprefix("local-dir:"))
-    if (path / CONFIG).is_file():
-        run = path.parent if path.name == "student" else None
-        return _from_folder(spec, path, (run or path).resolve().name, run, device)
+    folder = path if (path / CONFIG).is_file() else path / "student"
+    if (folder / CONFIG).is_file():
+        return _from_folder(spec, folder, device)
     if path.is_dir():
-        student = path / "student"
-        if not (student / CONFIG).is_file():
-            raise UsageError(
-                f"'{spec}': expected a run directory with student/{CONFIG} or a model folder; "
-                "evaluate an unfinished run by one of its checkpoints/*.pt"
-            )
-        return _from_folder(spec, student, path.resolve().name, path, device)
+        raise UsageError(
+            f"'{spec}': expected a run directory with student/{CONFIG} or a model folder; "
+            "evaluate an unfinished run by one of its checkpoints/*.pt"
+        )
     if path.is_file():
         return _from_checkpoint(spec, path, device)
     return _from_openclip(spec, device)
@@ -122,14 +114,21 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return {"image": image, "text": total - image - table, "token_table": table}
 
 
-def _from_folder(spec: str, folder: Path, name: str, run: Path | None, device) -> Evaluated:
-    local = f"local-dir:{folder}"
+@contextmanager
+def _loading(spec: str) -> Iterator[None]:
+    """Make one sentence of what OpenCLIP says where it can't load a model."""
     try:
-        model, transform = open_clip.create_model_from_pretrained(local, device=device)
-        tokenizer = open_clip.get_tokenizer(local)
+        yield
     except (RuntimeError, OSError, ValueError) as error:
         raise UsageError(f"'{spec}': {str(error).splitlines()[0]}") from error
-    return Evaluated(spec, name, run, model, transform, tokenizer)
+
+
+def _from_folder(spec: str, folder: Path, device: torch.device) -> Evaluated:
+    local, run = f"local-dir:{folder}", folder.parent if folder.name == "student" else None
+    with _loading(spec):
+        model, transform = open_clip.create_model_from_pretrained(local, device=device)
+        tokenizer = open_clip.get_tokenizer(local)
+    return Evaluated(spec, (run or folder).resolve().name, run, model, transform, tokenizer)
 
 
 def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
@@ -141,13 +140,10 @@ def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
         )
     config = recorded(read_run(run))
     add_configs(config.model_config, spec)
-    options = {name: getattr(config, name) for name in MODEL_FLAGS}
-    size = config.force_image_size
-    options["force_image_size"] = size[0] if size and len(size) == 1 else size
-    options |= {f"image_{key}": value for key, value in images_of(str(path)).items()}
+    images = {f"image_{key}": value for key, value in images_of(str(path)).items()}
     # What it began with is not loaded: OpenCLIP would prefer a local-dir: model's own weights.
     model, _, transform = open_clip.create_model_and_transforms(
-        config.model, device=device, load_weights=False, **options
+        config.model, device=device, load_weights=False, **forced(config), **images
     )
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(checkpoint["state_dict"])
@@ -165,7 +161,7 @@ def _from_openclip(spec: str, device) -> Evaluated:
         )
     if pretrained:  # OpenCLIP only warns of the other activation, and the figures are wrong
         check_weights(name, pretrained, f"'{spec}':")
-    try:
+    with _loading(spec):
         if schema or pretrained:
             model, transform = open_clip.create_model_from_pretrained(
                 name, pretrained=pretrained or None, device=device
@@ -173,6 +169,4 @@ def _from_openclip(spec: str, device) -> Evaluated:
         else:  # an architecture's initial weights
             model, _, transform = open_clip.create_model_and_transforms(name, device=device)
         tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UsageError(f"'{spec}': {str(error).splitlines()[0]}") from error
     return Evaluated(spec, spec, None, model, transform, tokenizer)

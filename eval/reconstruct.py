@@ -41,12 +41,7 @@ CLASSES, PER_CLASS = 10, 40  # of the t-SNE map
 
 
 def load(path: Path, args: Namespace, forward: Forward) -> "Bank":
-    """The bank of a run, of either kind, with its teacher.
-
-    Args:
-        path: a run directory, or a bank's folder.
-        args: see `eval.bank.parse`.
-        forward: how its teacher is run.
+    """The bank, of either kind, of a run directory or a bank's folder, with its teacher.
 
     Raises:
         UsageError: there is no bank, no data for it, no name of a teacher, or another teacher.
@@ -74,10 +69,9 @@ class Measured(NamedTuple):
 
 
 class Bank:
-    """A frozen bank and its teacher.
+    """A frozen bank, named after its run for results, and its teacher.
 
     Attributes:
-        name: the bank's run, for results.
         out: the folder of results.
         datasets, split: what to measure on.
         source: what its teacher is called.
@@ -115,7 +109,7 @@ class Bank:
         scores, bits, images, held, mean = self.measure(data)
         rates, points = self.rdms.rates, None
         if data.task != "zeroshot_retrieval":
-            points = embedding_map(images, rates, torch.tensor(data.labels()), data.classnames)
+            points = embedding_map(images, rates, torch.tensor(data.targets), data.classnames)
         kept = zip(rates, bits, scores[1:], strict=True)
         return BankResult(
             task=data.task,
@@ -169,13 +163,8 @@ class ClipBank(Bank):
             classes = F.normalize(prompts.mean(dim=1), dim=-1)
             return zeroshot.classification(images, classes, folder)
 
-        spaces = [
-            (
-                embed_images(self.model, folder, self.forward),
-                embed_texts(self.model, texts, self.forward),
-            )
-        ]
-        bits = []
+        own = embed_images(self.model, folder, self.forward)
+        spaces, bits = [(own, embed_texts(self.model, texts, self.forward))], []
         for k in range(len(self.rdms.rates)):
             towers = zip((self.rdms.image, self.rdms.text), spaces[0])
             embeddings, kept = zip(*(self._reconstruct(*tower, k) for tower in towers))
@@ -219,11 +208,10 @@ class Images:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of images and labels."""
         return self.table.hash
 
-    def labels(self) -> list[int]:
-        """The class number of every image."""
+    @property
+    def targets(self) -> list[int]:
         return self.table.labels.tolist()
 
 
@@ -292,8 +280,7 @@ def embedding_map(
     Args:
         spaces: embeddings (N, D) of the teacher, and of every rate.
         rates: R of each.
-        labels: (N,) class numbers.
-        classnames: names of all classes.
+        labels, classnames: (N,) class numbers, and the names of all classes.
     """
     present = labels.unique()
     spaced = torch.linspace(0, len(present) - 1, min(CLASSES, len(present))).long().unique()

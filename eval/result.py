@@ -57,12 +57,7 @@ def slug(text: str) -> str:
 
 
 def file_name(parts: list[str], provenance: Provenance) -> str:
-    """A name that two evaluations share only when they give the same result.
-
-    Args:
-        parts: what a reader wants to see of it: data set, split, model.
-        provenance: of the result.
-    """
+    """A name for readers (data set, split, model), shared by equal results alone."""
     key = json.dumps([parts, provenance.identity])
     digest = hashlib.sha256(key.encode()).hexdigest()[:10]
     return "_".join(slug(part) for part in [*parts, digest]) + ".json"
@@ -72,8 +67,7 @@ def attempt(folder: Path, split: str, gap: GapRecord, evaluate: Callable[[], str
     """Evaluate a model on a data set, print a line, and keep a gap as a file while it is one.
 
     Args:
-        folder: of results.
-        split: of the data set.
+        folder, split: of the results, and of the data set.
         gap: data set and model; the reason is filled in.
         evaluate: returns the line, or raises `Gap`.
 

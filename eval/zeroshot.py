@@ -73,14 +73,13 @@ def evaluate(
 def classification(images: Tensor, classes: Tensor, folder: Folder) -> Metrics:
     """Metrics of unit embeddings (N, D) of a folder's images and (classes, D) of its classes."""
     logits = 100.0 * metrics.similarities(images, classes)
-    return metrics.classification_metrics(logits.cpu(), torch.tensor(folder.labels()))
+    return metrics.classification_metrics(logits.cpu(), torch.tensor(folder.targets))
 
 
 def captions_of(folder: Folder) -> tuple[list[str], Tensor]:
     """All captions, and the image of each: (M,) places in the folder."""
-    by_image = folder.captions()
-    image_of = torch.tensor([i for i, some in enumerate(by_image) for _ in some])
-    return [caption for some in by_image for caption in some], image_of
+    image_of = torch.tensor([i for i, some in enumerate(folder.targets) for _ in some])
+    return [caption for some in folder.targets for caption in some], image_of
 
 
 def protocol(folder: Folder, held: dict[str, int]) -> str:

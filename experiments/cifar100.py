@@ -123,11 +123,10 @@ def keep_results(study: Study, run: Run) -> None:
         if not kept.is_file():
             added = {"flags": run.depends, "curve": curve(directory, ("step", "loss", "acc1"))}
             write_result(kept, read_result(directory / file) | added)
-    out = study.results / "bank" / f"{run.name}.json"
-    if run.name.startswith("rdm") and not out.is_file():
-        from eval import classifier_bank  # takes seconds to import
+    if run.name.startswith("rdm") and not any((study.results / "bank").glob(f"*{run.name}*")):
+        from eval import bank  # takes seconds to import
 
-        classifier_bank.main([str(directory), f"--data={study.data}", f"--out={out}"])
+        bank.main([str(directory), f"--data={study.data}", f"--out={study.results}"])
 
 
 #: Table 1, then Table 6: the row's name, and its runs'.

@@ -46,25 +46,26 @@ def plan(dataset: str, teacher: str, student: str) -> list[Run]:
 
     Between them TAKD and DGKD have the plain student: no network of these families lies between.
     """
-    runs: list[Run] = []
+    large, plain = f"{teacher}_teacher", f"{student}_none"
 
-    def add(method: str, settings: str, model: str, teachers=(), name="") -> str:
-        name = name or f"{model or teacher}_{method}"
-        settings = f"{EVERY_RUN} {DATA[dataset]} {settings}"
-        data = "{data}/" + dataset
-        runs.append(classifier(name, method, settings, model, teachers, data=data))
-        return name
+    def run(name: str, method: str, settings: str, model: str, *teachers: str) -> Run:
+        settings, data = f"{EVERY_RUN} {DATA[dataset]} {settings}", "{data}/" + dataset
+        return classifier(name, method, settings, model, teachers, data=data)
 
-    large = add("none", "", teacher, name=f"{teacher}_teacher")
-    plain = add("none", "", student)
-    bank = add("rdm", f"{BANKS[dataset]} {ASSISTANTS}", "", [large])
-    paraphraser = add("paraphraser", ASSISTANTS, "", [large])
-    add("kd", "--tau 2", student, [large])
-    add("takd", "--tau 2", student, [large, plain])
-    add("dgkd", "--tau 2 --kd-dropout 0.25", student, [large, plain])
-    add("ft", f"--paraphraser={{{paraphraser}}}", student, [large])
-    add("cifd", f"--rdm-bank={{{bank}}} {CIFD[dataset]}", student, [large])
-    return runs
+    def taught(method: str, settings: str, *assistants: str) -> Run:
+        return run(f"{student}_{method}", method, settings, student, large, *assistants)
+
+    return [
+        run(large, "none", "", teacher),
+        run(plain, "none", "", student),
+        run(f"{teacher}_rdm", "rdm", f"{BANKS[dataset]} {ASSISTANTS}", "", large),
+        run(f"{teacher}_paraphraser", "paraphraser", ASSISTANTS, "", large),
+        taught("kd", "--tau 2"),
+        taught("takd", "--tau 2", plain),
+        taught("dgkd", "--tau 2 --kd-dropout 0.25", plain),
+        taught("ft", f"--paraphraser={{{teacher}_paraphraser}}"),
+        taught("cifd", f"--rdm-bank={{{teacher}_rdm}} {CIFD[dataset]}"),
+    ]
 
 
 def draw_photos(directory: Path) -> None:
@@ -95,7 +96,7 @@ def prepare(data: Path, cifar100: Path) -> None:
     (data / "cifar100").symlink_to(cifar100.resolve())
 
 
-def epochs(study: Study, run: Run) -> dict:
+def record(study: Study, run: Run) -> dict:
     """What the losses of a finished run did, epoch by epoch."""
     directory = study.logs / run.name
     terms = [name for name in metrics(directory)[0] if name.endswith(("loss", "acc1", "bits"))]
@@ -108,9 +109,9 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("--cifar100", type=Path, required=True, metavar="DIR", help="CIFAR-100's folder")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    logs, record = Path("logs/every_classifier"), Path("results/every_classifier.json")
+    logs, kept = Path("logs/every_classifier"), Path("results/every_classifier.json")
     add("--logs", type=Path, default=logs, metavar="DIR", help="of the runs")
-    add("--json", type=Path, default=record, metavar="FILE", help="the record")
+    add("--json", type=Path, default=kept, metavar="FILE", help="the record")
     args = parser.parse_args(argv)
     if not args.cifar100.is_dir():
         raise UsageError(f"--cifar100 '{args.cifar100}': no such folder")
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> int:
     prepare(study.data, args.cifar100)
     if not study.execute(args.jobs):
         return STOPPED
-    records = {run.name: epochs(study, run) for run in runs}
+    records = {run.name: record(study, run) for run in runs}
     write_result(args.json, {"environment": environment(), "runs": records})
     for name, entry in records.items():
         losses = entry["epochs"]["loss"]

@@ -33,10 +33,8 @@ def plan(args: argparse.Namespace, data: str, shards: str) -> list[Run]:
         f"--force-image-size={SIZES[data]}", "--force-context-length=32",
         "--model-config", f"{MODELS}/teacher.json", f"{MODELS}/student.json",
     )  # fmt: skip
-    first, both = (
-        "--distill-model=" + ",".join(f"local-dir:{{{name}}}/student" for name in names)
-        for names in (["teacher0"], ["teacher0", "teacher1"])
-    )
+    first = "--distill-model=local-dir:{teacher0}/student"
+    both = f"{first},local-dir:{{teacher1}}/student"
     runs = {
         "teacher0": ("--model=teacher",),
         "teacher1": ("--model=teacher", "--seed=1"),

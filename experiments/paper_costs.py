@@ -44,11 +44,9 @@ RESNETS = {
 
 @lru_cache
 def classifier(name: str, size: int) -> Count:
-    """A classifier: forward MACs of an image of ``size`` × ``size`` pixels.
+    """Forward MACs of an image of ``size`` × ``size`` pixels.
 
-    Args:
-        name: of torchvision, ``resnetN`` of `RESNETS`, or a CNN of the paper's Table 8.
-        size: in pixels.
+    The name is torchvision's, one of `RESNETS`, or of a CNN of the paper's Table 8.
     """
     with torch.device("meta"):
         if name in SIMPLE_CNNS:
@@ -81,8 +79,7 @@ def chain_macs(
     """MACs per image of an epoch, by method; every model is trained for the same epochs.
 
     Args:
-        models: forward MACs of teacher, assistants and student.
-        rdm: forward MACs of all RDMs.
+        models, rdm: forward MACs of teacher, assistants and student, and of all RDMs.
         rdm_epochs: of stage 1, as a share of the student's.
         passes: forwards' worth of what trains: 3 with the backward, 1 without.
         live: whether frozen models run on every image, or their outputs are stored.

@@ -14,16 +14,9 @@ Sample = Mapping[str, bytes]  # an image and what belongs to it, by the extensio
 def write_shards(
     folder: Path, samples: Iterable[Sample], per_shard: int, key: str, shard: str = "{}"
 ) -> int:
-    """Write tars whose bytes depend on nothing but the samples.
+    """Write tars whose bytes depend on nothing but the samples; how many tars.
 
-    Args:
-        folder: where.
-        samples: in their order.
-        per_shard: samples in each tar but the last.
-        key, shard: the names of samples and of tars, with ``{}`` for a running number.
-
-    Returns:
-        How many tars.
+    `key` and `shard` name samples and tars, with ``{}`` for a running number.
     """
     folder.mkdir(parents=True, exist_ok=True)
     samples, shards, number = iter(samples), 0, 0
@@ -49,12 +42,7 @@ def write_split(
 
 
 def describe(folder: Path, classnames: Iterable[str] = (), templates: Iterable[str] = ()) -> None:
-    """Say what a data set in clip_benchmark's layout is: for classification, or for retrieval.
-
-    Args:
-        folder: of the data set.
-        classnames, templates: of a set for classification.
-    """
+    """Say what a data set in clip_benchmark's layout is: with classes, or for retrieval."""
     kind = "classification" if classnames else "retrieval"
     write_lines(folder / "dataset_type.txt", [kind])
     if classnames:

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cifd_clip.files import read_json, write_json, write_text
+from training.children import duration, last_line, signals, start
 from training.engine.environment import origin
 from training.engine.flags import CommandLine
 from training.errors import Failure, UsageError
@@ -30,10 +30,6 @@ from training.errors import Failure, UsageError
 FORMAT = 1  # of study.json
 #: Exit code of a run, and of a study, that was asked to stop and can go on.
 STOPPED = os.EX_TEMPFAIL
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-#: glibc keeps what a step frees for the next one, in place of giving it back and getting fresh
-#: pages: a teacher of CIFAR-100 trains some 6 % faster.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
 
 def command_line(module: str, doc: str) -> argparse.ArgumentParser:
@@ -47,8 +43,6 @@ class Run:
     """One command.
 
     Attributes:
-        name: of its directory and of its kept result.
-        module: what runs.
         flags: its settings, in which ``{NAME}`` is the directory of a run that it needs. In them
             and in `where`, ``{here}`` is its own directory, ``{name}`` its name, ``{data}`` and
             ``{logs}`` are the study's.
@@ -76,16 +70,12 @@ class Run:
 
     @property
     def depends(self) -> list[str]:
-        """What makes its result another one: `settings`, or its flags."""
+        """What makes its result another one."""
         return list(self.settings or self.flags)
 
 
 def priorities(runs: Iterable[Run]) -> dict[str, float]:
-    """The cost of a run and of the longest chain of runs that waits for it.
-
-    Args:
-        runs: each after those it needs.
-    """
+    """The cost of a run and of the longest chain of runs that waits for it, of runs in order."""
     longest: dict[str, float] = {}
     waiting: Counter = Counter()
     for run in reversed(list(runs)):
@@ -103,7 +93,7 @@ class Study:
         logs: the parent of the run directories.
         data: what ``{data}`` stands for.
         results: where results are kept, in `runs/`; without it every run is wanted for itself.
-        keep: called with the study and a finished run; it keeps the run's results.
+        keep: called with the study and a finished run, to keep its results.
     """
 
     def __init__(
@@ -141,18 +131,14 @@ class Study:
 
     def outstanding(self) -> list[Run]:
         """The runs to execute: those that are wanted, and those whose files they need."""
-        todo: set[str] = set()
-
-        def want(run: Run) -> None:
-            if run.name not in todo and not self.finished(run):
-                todo.add(run.name)
-                for name in run.needs:
-                    want(self.runs[name])
-
-        for run in self.runs.values():
-            if self.results is None or not all(path.is_file() for path in self.kept(run).values()):
-                want(run)
-        return [run for run in self.runs.values() if run.name in todo]
+        todo: list[Run] = []
+        needed: set[str] = set()
+        for run in reversed(self.runs.values()):  # those that need it before it
+            kept = self.results and all(path.is_file() for path in self.kept(run).values())
+            if (run.name in needed or not kept) and not self.finished(run):
+                todo.insert(0, run)
+                needed.update(run.needs)
+        return todo
 
     def check(self) -> None:
         """Refuse results and runs that were made with other settings than these.
@@ -177,7 +163,7 @@ class Study:
     def complete(self) -> str | None:
         """If every result is kept already, a sentence that says so.
 
-        A study with nothing to do would otherwise look like one that has just made its table.
+        With nothing to do, a study would look like one that has just made its table.
         """
         kept = [path for run in self.runs.values() for path in self.kept(run).values()]
         if self.results is None or not all(path.is_file() for path in kept):
@@ -232,7 +218,7 @@ class Study:
         return {name: content[name] for name in ("command", "commit")}
 
     def end(self, run: Run, seconds: float) -> None:
-        """Mark the end of a run whose command leaves no mark, and keep its results."""
+        """Mark the end of a run, where its command does not, and keep its results."""
         if not self.finished(run):
             write_json(self.logs / run.name / "finished.json", {"seconds": seconds})
         self.keep(self, run)
@@ -249,7 +235,9 @@ class _Execution:
         self.active: dict[subprocess.Popen, tuple[Run, float]] = {}
         self.minutes = self.cost = 0.0  # spent on what is finished, and expected of it
         self.signals = 0
-        self.commit = current_commit() if self.waiting else None
+        self.commit = origin()["commit"]
+        if self.waiting and (self.commit or "").endswith("-dirty"):
+            print("note: the checkout has changes that are not committed, and results will say so")
 
     def here(self) -> bool:
         """One after the other in this process."""
@@ -267,24 +255,21 @@ class _Execution:
 
     def side_by_side(self) -> bool:
         """As processes, some at a time."""
-        previous = {number: signal.signal(number, self._stop) for number in SIGNALS}
-        try:
-            while (self.waiting and not self.signals) or self.active:
-                self._start_ready()
-                time.sleep(0.2)
-                for process in [p for p in self.active if p.poll() is not None]:
-                    self._ended(process, *self.active.pop(process))
-        except BaseException:
-            self._stop()
-            for process in self.active:
-                process.wait()
-            raise
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with signals(self._stop):
+            try:
+                while (self.waiting and not self.signals) or self.active:
+                    self._start_ready()
+                    time.sleep(0.2)
+                    for process in [p for p in self.active if p.poll() is not None]:
+                        self._ended(process, *self.active.pop(process))
+            except BaseException:
+                self._stop()
+                for process in self.active:
+                    process.wait()
+                raise
         return not self.waiting
 
-    def _stop(self, *_) -> None:
+    def _stop(self) -> None:
         """Let the runs save themselves; at a second signal, end them."""
         self.signals += 1
         for process in self.active:
@@ -331,32 +316,6 @@ class _Execution:
         print(text, flush=True)
 
 
-def current_commit() -> str | None:
-    """The checkout's commit; says so if there are changes beside it."""
-    commit = origin()["commit"]
-    if commit and commit.endswith("-dirty"):
-        print("note: the checkout has changes that are not committed, and results will say so")
-    return commit
-
-
-def start(command: list[str], threads: int, log: Path | None = None) -> subprocess.Popen:
-    """A command of this project as a process.
-
-    Args:
-        command: what follows ``python``.
-        threads: of it.
-        log: the file for what it writes; None: the terminal.
-    """
-    environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": str(threads)}
-    # A session of its own: ctrl-C reaches it through us, once.
-    options = {"env": environment, "start_new_session": True}
-    if log is None:
-        return subprocess.Popen([sys.executable, *command], **options)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as out:
-        return subprocess.Popen([sys.executable, *command], stdout=out, stderr=out, **options)
-
-
 def output(module: str, *arguments: str) -> str:
     """What a command writes to stdout.
 
@@ -368,19 +327,6 @@ def output(module: str, *arguments: str) -> str:
     if done.returncode:
         raise Failure(f"python -m {module} failed: {last_line(done.stderr)}")
     return done.stdout
-
-
-def last_line(text: str) -> str:
-    """The last line that is not blank."""
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "without a word")
-
-
-def duration(minutes: float) -> str:
-    """``40 s``, ``3 min``, ``2 h 05 min``."""
-    if minutes < 2:
-        return f"{60 * minutes:.0f} s"
-    hours, rest = divmod(round(minutes), 60)
-    return f"{hours} h {rest:02} min" if hours else f"{rest} min"
 
 
 def say(text: str) -> None:

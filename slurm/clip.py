@@ -59,9 +59,7 @@ def understood(flags: list[str], site: Site) -> Line:
 def check_models(config: Config, known: dict[str, str]) -> None:
     """Refuse models and tags of weights that are not OpenCLIP's, as a task would, but at once.
 
-    Args:
-        config: of a line.
-        known: model configs of the lines before by the name they give; this line's are added.
+    `known` are the model configs of the lines before, by the name they give; this line's are added.
     """
     add_model_configs(config.model_config)
     own = {Path(file).stem: file for file in config.model_config}
@@ -104,13 +102,11 @@ def weights_file(name: str, weights: str | None) -> Path | None:
 
 
 def with_caches(runs: list[Line], site: Site) -> tuple[list[Line], list[list[str]]]:
-    """Runs that read their teachers' caches under ``TEACHER_CACHE``, where that is set.
+    """Runs that read their teachers' caches, and the command lines that write these, by part.
 
-    All runs then see the same ``VIEWS`` of an image, also those without a teacher, and those that
-    validate, whose held-out images need the live one. A run's own flags win.
-
-    Returns:
-        The runs, and the command lines that write the caches, part by part.
+    Under ``TEACHER_CACHE``, where that is set. All runs then see the same ``VIEWS`` of an image,
+    also those without a teacher, and those that validate, whose held-out images need the live one.
+    A run's own flags win.
     """
     if not site.get("TEACHER_CACHE"):
         return runs, []
@@ -147,15 +143,11 @@ def with_caches(runs: list[Line], site: Site) -> tuple[list[Line], list[list[str
 
 def cache_name(name: str, weights: str | None, config: Config) -> str:
     """The folder of a teacher's cache, another one for each of what a run refuses a cache for."""
-    usual = {"captions": "first", "aug_cfg": {}, "view_seed": 0}
+    usual = {"captions": "first", "aug_cfg": {}, "view_seed": 0, "image_backend": "pil"}
     chosen = {flag: getattr(config, flag) for flag in usual}
     other = (f"{flag}-{value}" for flag, value in chosen.items() if value != usual[flag])
-    return slug("-".join([name, *filter(None, [weights]), *other]))
-
-
-def slug(text: str) -> str:
-    """Text as part of a path."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text.removeprefix("local-dir:")).strip("-")
+    text = "-".join([name.removeprefix("local-dir:"), *filter(None, [weights]), *other])
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-")
 
 
 def teachers(runs: list[Line]) -> list[str]:
@@ -180,28 +172,17 @@ def chain(runs: list[Line], site: Site) -> list[Job]:
     results, names = str(logs / "teachers"), teachers(runs)
     page = [str(logs / "report.html"), *(str(run.path) for run in runs)]
     shape = {"nodes": site.number("NODES"), "ranks": site.number("RANKS_PER_NODE")}
-    ready = (("afterok", "cache"), ("afterok", "rdm"))
+    ready, evaluated = (("afterok", "cache"), ("afterok", "rdm")), (("aftercorr", "distill"),)
+    ended = tuple(("afterany", name) for name in ("eval", "eval-teachers", "rdm"))
     jobs = [
         Job("cache", caches),
         Job("rdm", [run.flags for run in banks], **shape, after=ready[:1]),
         Job("distill", [run.flags for run in students], **shape, after=ready),
-        Job(
-            "eval",
-            [[str(run.path), *evaluation] for run in students],
-            after=(("aftercorr", "distill"),),
-        ),
-        Job(
-            "eval-teachers",
-            [[t, *evaluation, "--out", results, *configs(runs)] for t in names],
-        ),
+        Job("eval", [[str(run.path), *evaluation] for run in students], after=evaluated),
+        Job("eval-teachers", [[t, *evaluation, "--out", results, *configs(runs)] for t in names]),
         # Whatever became of them: the page of fourteen runs should not wait for a fifteenth that
         # diverged. The job names those that are missing.
-        Job(
-            "report",
-            [[*page, results] if names else page],
-            gpus=False,
-            after=(("afterany", "eval"), ("afterany", "eval-teachers"), ("afterany", "rdm")),
-        ),
+        Job("report", [[*page, results] if names else page], gpus=False, after=ended),
     ]
     if not students:
         jobs = jobs[:2]

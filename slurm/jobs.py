@@ -40,26 +40,19 @@ class Site(dict[str, str]):
 
     @property
     def file(self) -> str:
-        """Where the variables are set."""
         return self.get("CLUSTER", "cluster.env")
 
     def number(self, name: str) -> int:
-        """A variable that counts something."""
         if not self[name].isdecimal() or not int(self[name]):
             raise UsageError(f"{name}='{self[name]}' in {self.file}: expected a positive number")
         return int(self[name])
 
     @property
     def ranks(self) -> int:
-        """Processes of a training run."""
         return self.number("NODES") * self.number("RANKS_PER_NODE")
 
     def logs(self, grid: Path) -> Path:
-        """Where a study's runs, its page and the logs of its jobs go.
-
-        Raises:
-            UsageError: SLURM would take a part of the path for a pattern of its own.
-        """
+        """Where a study's runs, its page and the logs of its jobs go."""
         logs = Path(self["LOGS"]) / grid.stem
         if "%" in str(logs):
             raise UsageError(
@@ -78,19 +71,14 @@ class Line:
 
     @property
     def path(self) -> Path:
-        """The run directory."""
         return Path(self.config.logs) / self.config.name
 
 
 @dataclass
 class Job:
-    """One batch script, its tasks, and what they wait for.
+    """One batch script, the flags of each of its tasks, and their nodes and processes per node.
 
-    Args:
-        name: of the job, of its script and of its file of lines.
-        tasks: the flags of each task.
-        nodes, ranks: processes per task.
-        after: (kind of dependency, name of a job), where that job exists.
+    ``after``: (kind of dependency, name of a job), where that job exists.
     """
 
     name: str
@@ -102,23 +90,16 @@ class Job:
 
     @property
     def script(self) -> str:
-        """The batch script."""
         return f"slurm/{self.name.partition('-')[0]}.sbatch"
 
 
 def read_lines(
     path: Path, site: Site, read: Callable[[list[str]], Line], extra: list[str]
 ) -> list[Line]:
-    """The runs of a grid file, one per line.
+    """The runs of a grid file, one per line, with the `extra` words after those of each.
 
-    Their recipes are read now and not in the tasks: one that is edited meanwhile changes none that
-    waits.
-
-    Args:
-        path: the file; ``$VARIABLES`` are the site's, ``$LOGS`` the study's folder.
-        site: of the cluster.
-        read: makes a run of a line's words, without an ``@file`` among them.
-        extra: words after those of every line.
+    In it ``$VARIABLES`` are the site's, ``$LOGS`` the study's folder. Recipes are read now and not
+    in the tasks: one that is edited meanwhile changes none that waits.
 
     Raises:
         UsageError: a line is no valid command line, a name comes twice, or there is none.
@@ -165,11 +146,7 @@ def shell_line(words: list[str]) -> str:
 
 
 def submit(jobs: list[Job], study: str, logs: Path, site: Site) -> dict[str, str]:
-    """Write the lines and submit the chain; all of it or, if SLURM refuses a job, nothing.
-
-    Returns:
-        Job numbers by name.
-    """
+    """Submit the chain, all of it or, if SLURM refuses a job, nothing; job numbers by name."""
     (logs / "slurm").mkdir(parents=True, exist_ok=True)
     submitted: dict[str, str] = {}
     for job in jobs:

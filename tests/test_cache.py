@@ -1,17 +1,22 @@
 """A teacher cache stands where the live teacher would, and refuses to stand where it must not."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import training.clip.stages
+from cifd_clip.files import file_hash
 from runs import assert_bit_equal, final, lines
 from training.cache_teacher import main as write_cache
+from training.clip.cache import verify_shard, write_shard
+from training.data.index import index_shards
 from training.errors import Failure, UsageError
 from training.main import main
 
@@ -104,6 +109,7 @@ def test_a_stale_or_foreign_cache_is_refused(flags, teacher, cache, tmp_path):
     wrong = {
         "its views is 2": ["--views", "3"],
         "its view_seed is 0": ["--view-seed", "1"],
+        "its image_backend is 'pil'": ["--image-backend", "torch"],
         "its captions is 'first'": ["--captions", "all"],
         "its aug_cfg is": ["--aug-cfg", "scale=(0.5,1.0)"],
         "belongs to": ["--distill-model", "ViT-B-16", "--distill-pretrained", "openai"],
@@ -121,34 +127,91 @@ def test_writing_goes_on_where_it_was_stopped_and_mends_a_damaged_file(
     folder = tmp_path / "cache"
     command = [*flags, "--distill-model", teacher, "--views", "1", "--teacher-cache", str(folder)]
     assert write_cache(command) == 0
-    (stored,) = folder.glob("*.image.npy")
-    whole = stored.read_bytes()
+    (path,) = folder.glob("*.safetensors")
+    whole = path.read_bytes()
     damaged = bytearray(whole)
     damaged[-1] ^= 1
-    stored.write_bytes(damaged)
+    path.write_bytes(damaged)
     with pytest.raises(Failure, match="is damaged"):
         write_cache(command)
     assert write_cache(command) == 0
-    assert stored.read_bytes() == whole
+    assert path.read_bytes() == whole
     with pytest.raises(UsageError, match=r"another number of views|views is 1"):
         write_cache([*command, "--views", "2"])
 
 
 def test_samples_that_could_not_be_embedded_are_replaced_not_taught(
-    flags, cache, tmp_path, no_teacher
+    flags, cache, scenes, tmp_path, no_teacher
 ):
-    copy = tmp_path / "cache"
-    copy.mkdir()
-    for path in cache.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    (stored,) = copy.glob("*.image.npy")
-    images = np.load(stored)
-    images[:, 7] = np.nan
-    np.save(stored, images)
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    embeddings = stored(copy)
+    embeddings["image"][:, 7] = torch.nan
+    embeddings["image"][:, 8, 3] = torch.nan
+    embeddings["text"][:, 9] *= 2
+    write_shard(copy, *index_shards(str(scenes / "train")).shards, embeddings)
     command = [*flags, "--distill", "fd", "--teacher-cache", str(copy), "--logs", str(tmp_path)]
     assert main([*command, "--name", "run"]) == 0
-    assert final(tmp_path / "run")["progress"]["skipped"] == {"teacher cache: nothing stored": 1}
+    skipped = final(tmp_path / "run")["progress"]["skipped"]
+    assert skipped == {"teacher cache: nothing stored": 1, "teacher cache: no unit vector": 2}
     assert all(torch.isfinite(t).all() for t in final(tmp_path / "run")["state_dict"].values())
+
+
+def stored(folder) -> dict[str, torch.Tensor]:
+    """What the one shard of a cache holds, a copy."""
+    (path,) = folder.glob("*.safetensors")
+    return {modality: tensor.clone() for modality, tensor in load_file(path).items()}
+
+
+DAMAGES = {
+    "all zeros": lambda e: {m: torch.zeros_like(t) for m, t in e.items()},
+    "reversed rows": lambda e: {**e, "image": e["image"].flip(1)},
+    "another type": lambda e: {m: t.bfloat16() for m, t in e.items()},
+    "texts for images": lambda e: {"image": e["text"].repeat(2, 1, 1), "text": e["image"][:1]},
+    "one bit": lambda e: e,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_cache_that_was_altered_is_refused_before_a_row_of_it_is_used(
+    damage, flags, cache, tmp_path, no_teacher
+):
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    (path,) = copy.glob("*.safetensors")
+    save_file({m: t.contiguous() for m, t in DAMAGES[damage](stored(copy)).items()}, path)
+    if damage == "one bit":
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    command = [*flags, "--distill", "fd", "--teacher-cache", str(copy), "--logs", str(tmp_path)]
+    with pytest.raises(Failure, match=r"safetensors is not what training.cache_teacher wrote"):
+        main(command)
+
+
+def test_a_cache_is_hashed_once_and_again_when_a_file_has_another_time(
+    flags, cache, tmp_path, no_teacher, monkeypatch
+):
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    (stamp,), (path,) = copy.glob("*.verified.json"), copy.glob("*.safetensors")
+    hashed = []
+    monkeypatch.setattr(
+        "training.clip.cache.file_hash", lambda path: hashed.append(path) or file_hash(path)
+    )
+    command = [*flags, "--distill", "fd", "--teacher-cache", str(copy), "--logs", str(tmp_path)]
+
+    def hashes(name: str) -> int:
+        hashed.clear()
+        verify_shard.cache_clear()
+        assert main([*command, "--name", name]) == 0
+        return len(hashed)
+
+    assert hashes("written") == 0, "cache_teacher has verified it"
+    os.utime(path)
+    assert (hashes("touched"), hashes("stamped")) == (1, 0)
+    stamp.write_text("{")
+    assert (hashes("damaged stamp"), hashes("stamped again")) == (1, 0)
+    stamp.unlink()
+    stamp.mkdir()  # as where nothing can be written
+    assert hashes("no stamp") == 1
 
 
 def test_a_cache_of_a_teacher_without_weights_is_refused(flags, tmp_path):

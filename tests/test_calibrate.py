@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,16 +34,17 @@ def cache(tmp_path_factory):
         "model": "tiny", "weights": "w" * 64, "dim": DIM, "preprocess": {"size": 32},
         "logit_scale": 20.0, "logit_bias": None,
     }  # fmt: skip
-    config = {"teacher": teacher, "views": 2, "view_seed": 0, "captions": "first", "aug_cfg": {}}
+    config = {"teacher": teacher, "views": 2, "view_seed": 0, "captions": "first", "aug_cfg": {},
+              "image_backend": "pil", "stored_views": None}  # fmt: skip
     write_json(folder / "config.json", config, CACHE_FORMAT)
     generator = torch.Generator().manual_seed(0)
     noise = lambda rows: torch.randn(rows, DIM, generator=generator)  # noqa: E731
     for number, rows in enumerate((1200, 800)):
         meaning = embeddings(rows, DIM, seed=number, rank=8)
         views = [unit(meaning + 0.02 * noise(rows)) for _ in range(2)]
-        images = torch.stack(views).half().numpy()
-        images[:, : 3 * number] = np.nan
-        texts = unit(meaning + 0.02 * noise(rows))[None].half().numpy()
+        images = torch.stack(views).half()
+        images[:, : 3 * number] = torch.nan
+        texts = unit(meaning + 0.02 * noise(rows))[None].half()
         shard = Shard(f"{number:05d}.tar", "", 1, rows, f"{number:064d}")
         write_shard(folder, shard, {"image": images, "text": texts})
     return folder
@@ -138,7 +138,7 @@ def test_a_share_out_of_reach_is_refused_with_what_the_sweep_reaches(share, says
 def test_a_teacher_that_knows_nothing_is_refused_before_the_sweep(cache, tmp_path, monkeypatch):
     clueless = shutil.copytree(cache, tmp_path / "clueless")
     for number, rows in enumerate((1200, 800)):
-        vectors = {m: embeddings(rows, DIM, seed=9 * number + k)[None].half().numpy()
+        vectors = {m: embeddings(rows, DIM, seed=9 * number + k)[None].half()
                    for k, m in enumerate(("image", "text"), start=5)}  # fmt: skip
         shard = Shard(f"{number:05d}.tar", "", 1, rows, f"{number:064d}")
         write_shard(clueless, shard, vectors)

@@ -14,17 +14,20 @@ import tarfile
 import time
 import zlib
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from shards import Letters, encode, picture, sample, write_tar
 from training.check_data import check
-from training.data.decode import Caps, decode_image
+from training.data.decode import BadSample, Caps, decode_image
 from training.data.decode import _scans as scans_of
 from training.data.index import index_shards
 from training.data.loader import sequential
+from training.data.pixels import Pixels, decode_pixels, tensor
 from training.data.shard import LOST, STRAY, NotAShard, build_index
 from training.data.stream import read_shard
 from training.data.tar import BadTar, members
@@ -107,6 +110,7 @@ def exif_rotated() -> bytes:
 TRAP = pickle.dumps(Trap())
 JPEG = encode(picture(1, (40, 30)))
 USED = None
+TORCH = train_view(ImageSpec(8), backend="torch")
 
 # name: (members of the sample, why it is skipped or USED)
 SAMPLES = {
@@ -179,11 +183,12 @@ def test_the_trap_of_these_tests_would_spring():
 
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
-def test_a_bad_sample_is_used_right_or_counted(tmp_path, name, format):
+@pytest.mark.parametrize("view", [eval_view(ImageSpec(8)), TORCH], ids=["pil", "torch"])
+def test_a_bad_sample_is_used_right_or_counted(tmp_path, name, format, view):
     bad, reason = SAMPLES[name]
     all_members = [*sample("a").items(), *bad.items(), *sample("z").items()]
     write_tar(tmp_path / "0.tar", all_members, format=format, errors="surrogateescape")
-    keys, _, images, skipped = read(tmp_path, caps=Caps(max_bytes=60_000))
+    keys, _, images, skipped = read(tmp_path, view=view, caps=Caps(max_bytes=60_000))
     assert keys[0] == "a" and keys[-1] == "z"
     assert skipped == ({} if reason is USED else {reason: 1})
     assert len(keys) == len(images) == (3 if reason is USED else 2)
@@ -419,6 +424,47 @@ def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(tmp_path):
         start = time.monotonic()
         assert scans_of(b"\xff\xd8" + flood) >= 0
         assert time.monotonic() - start < 1
+
+
+def test_torch_decodes_what_pillow_decodes_to_the_same_pixels_and_nothing_else():
+    bases = [
+        encode(picture(1, (40, 30))),
+        encode(picture(2, (33, 47)), subsampling=0, restart_marker_blocks=2),
+        encode(picture(3, (50, 40)), progressive=True),
+        encode(picture(4, (30, 30), "CMYK")),
+        encode(picture(5, (30, 30)), "PNG"),
+        encode(picture(6, (30, 30)), "WEBP"),
+        many_scans(100),
+    ]
+    rng = random.Random(0)
+    outcomes = Counter()
+    for trial in range(1500):
+        data = bytearray(rng.choice(bases))
+        place = rng.randrange(len(data))
+        kind = rng.randrange(4)
+        if kind == 0:
+            del data[place:]
+        elif kind == 1:
+            data[place:place] = rng.randbytes(rng.choice([1, 30]))
+        else:
+            for _ in range(rng.choice([0, 1, 3, 30])):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        caps = Caps(max_pixels=1 << 16)
+        decided = []
+        for decode in (decode_image, partial(decode_pixels, least=1 << 10)):
+            try:
+                image = decode(bytes(data), caps)
+                pixels = image.image if isinstance(image, Pixels) else tensor(image)
+                decided.append(pixels)
+            except BadSample as reason:
+                decided.append(str(reason))
+        if isinstance(decided[0], str):
+            assert decided[0] == decided[1], trial
+        else:
+            assert torch.equal(*decided), trial
+        outcomes[decided[0] if isinstance(decided[0], str) else "used"] += 1
+    assert outcomes["used"] > 200 and outcomes["image: broken"] > 200
+    assert outcomes["image: too many scans"] and outcomes["image: too many pixels"]
 
 
 @pytest.mark.parametrize("size", [(1, 65_000), (65_000, 1)], ids=str)

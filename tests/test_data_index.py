@@ -23,8 +23,7 @@ def test_sources_are_folders_globs_braces_and_joins(tmp_path):
     assert [list(sources.counts) for sources in found] == [[2, 3, 4]] * 3
     assert list(found[0].source) == [0, 0, 1]
     assert found[0].num_samples == 9 and found[0].rows_of(1) == range(2, 5)
-    holds, place = found[0].locate(4)
-    assert holds.records["key"][place] == b"000004"
+    assert found[0].place(4) == (1, 2) and found[0].record(4, view=0)[1]["key"] == b"000004"
 
 
 def test_upsampling_factors_are_one_per_source(tmp_path):

@@ -1,10 +1,12 @@
 """The global batches do not depend on ranks, workers, start methods or interruptions."""
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from shards import Letters, encode, picture, sample, write_shards, write_tar
+from training.data.batch import Batch, Chunks, assembled, chunk_rows
 from training.data.decode import BadSample, Caps
 from training.data.index import index_shards
 from training.data.loader import Fetcher, Loader, Memory, sequential
@@ -246,6 +249,90 @@ def test_a_bad_sample_is_replaced_the_same_way_everywhere(damaged):
     keys = [key for keys, *_ in alone for key in keys]
     assert len(keys) == 60 and all(int(key) % 3 for key in keys)
     assert sum(batch[3] for batch in alone) >= 20, "each bad sample is counted, in both passes"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_made_in_chunks_is_the_batch_made_at_once(damaged, workers, monkeypatch):
+    """384 rows of one rank are three chunks; of two ranks, one each, as 192 has a divisor."""
+
+    def batches(ranks, start=0):
+        parts = []
+        for rank in range(ranks):
+            loader = Loader(
+                Order(damaged, SEED), damaged, [train_view(SPEC)], [Letters()],
+                seed=SEED, global_batch=384, rank=rank, world_size=ranks, workers=workers,
+                start_method="fork" if workers else None,
+            )  # fmt: skip
+            parts.append(list(loader.batches(start, 3)))
+            loader.close()
+        return [Batch.joined(step) for step in zip(*parts)]
+
+    assert (chunk_rows(384), chunk_rows(192)) == (128, 192)
+    whole = batches(ranks=2)
+    for found in (batches(ranks=1), whole[:1] + batches(ranks=1, start=1)):
+        for one, other in zip(found, whole, strict=True):
+            assert len(one) == 384 and vars(one).keys() == vars(other).keys()
+            assert (one.keys, one.skipped) == (other.keys, other.skipped)
+            assert torch.equal(one.images[0], other.images[0])
+            assert torch.equal(one.texts[0], other.texts[0])
+            assert torch.equal(one.rows, other.rows) and torch.equal(one.views, other.views)
+
+
+def test_a_pinned_batch_is_put_together_where_it_goes(sources):
+    loader = Loader(Order(sources, SEED), sources, [], [Letters()], seed=SEED, global_batch=256)
+    (whole,) = loader.batches(0, 1)
+    (chunks,) = assembled(iter(whole.split(2)), 2, pinned=True)
+    assert isinstance(chunks, Chunks) and len(chunks) == 256
+    assert torch.equal(chunks.to("cpu").texts[0], whole.texts[0])
+    assert chunks.to("meta").rows.device.type == "meta" and chunks.to("cpu").keys == whole.keys
+
+
+def test_what_waits_for_a_step_stays_small_on_the_host():
+    """4,096 rows of 224 pixels and 16 workers: whole batches in flight would be 54 GB."""
+    rows, workers, row = 4096, 16, 3 * 224 * 224
+    chunk = chunk_rows(rows)
+    per_batch = rows // chunk
+    in_flight = workers * max(2, -(-per_batch // workers)) + 1
+    shared = in_flight * chunk * row
+    block = 1 << (chunk * row - 1).bit_length()  # torch pins powers of two
+    pinned = (in_flight + 2 * per_batch) * block  # with the batch in use, and the one after it
+    assert shared + pinned <= 4e9
+    for rows in (64, 127, 128, 1000, 4096, 4097, 32768):
+        assert rows % chunk_rows(rows) == 0 and (chunk_rows(rows) <= 256 or rows in (4097,))
+
+
+def test_workers_hold_the_chunks_that_are_in_flight_and_no_more(sources):
+    spec, rows, workers = ImageSpec(size=64), 1024, 2
+    loader = Loader(
+        Order(sources, SEED), sources, [train_view(spec)], [], seed=SEED, global_batch=rows,
+        workers=workers, start_method="fork",
+    )  # fmt: skip
+    batches = loader.batches(0, 9)
+    next(batches)
+
+    def shared() -> int:
+        """Bytes of the shared memory files that workers and this process hold open."""
+        workers = [worker.pid for worker in loader._loader._iterator._workers]
+        sizes = {}
+        for place in (
+            p for pid in [os.getpid(), *workers] for p in Path(f"/proc/{pid}/fd").iterdir()
+        ):
+            with contextlib.suppress(FileNotFoundError):
+                if os.readlink(place).startswith("/dev/shm/torch"):
+                    sizes[place.stat().st_ino] = place.stat().st_size
+        return sum(sizes.values())
+
+    chunk = chunk_rows(rows) * 3 * 64 * 64
+    held = []
+    for _ in range(200):  # until they wait for the step
+        held.append(shared())
+        if len(held) > 20 and held[-1] == held[-20]:
+            break
+        time.sleep(0.05)
+    loader.close()
+    in_flight = workers * 4 + 1  # four chunks each: a batch, all together
+    assert rows // chunk_rows(rows) == 8 and max(held) <= in_flight * (chunk + 2**14)
+    assert held[-1] >= 8 * chunk, "a batch waits for the step"
 
 
 def test_skipped_samples_are_counted_by_reason(damaged):

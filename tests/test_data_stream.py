@@ -50,6 +50,17 @@ def test_a_stream_gives_full_batches_of_every_sample(tmp_path, workers):
     assert len({key for batch in batches for key in batch.keys}) == 40
 
 
+def test_a_large_batch_of_a_stream_is_put_together_of_its_workers_chunks(tmp_path):
+    write_shards(tmp_path, [40] * 4)
+    loader = stream(piped(tmp_path, 4), global_batch=512, workers=2, start_method="fork")
+    batches = list(loader.batches(0, 1)) + list(loader.batches(1, 3))
+    loader.close()
+    assert [len(batch) for batch in batches] == [512] * 3 == [len(b.images[0]) for b in batches]
+    first = batches[0].keys
+    assert set(first[:128]).isdisjoint(first[128:256]), "two workers, each with shards of its own"
+    assert 0 < loader.shards_consumed <= 3 * 512 // 40
+
+
 def test_ranks_share_the_shards_of_a_pass(tmp_path):
     write_shards(tmp_path, [10, 10])
     keys = [

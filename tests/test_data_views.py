@@ -6,8 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from shards import picture
+from shards import encode, picture
+from training.data.decode import Caps, decode_image
+from training.data.pixels import decode_pixels
 from training.data.views import ImageSpec, draw, eval_view, normalise, train_view
+from training.errors import UsageError
 
 AUGMENTATIONS = {
     "none": None,
@@ -73,6 +76,46 @@ def test_two_resolutions_see_the_same_crop():
         assert torch.allclose(a, b, atol=1), "the same mean position"
         crops.append(a)
     assert torch.stack(crops).std(dim=0)[:2].min() > 3, "and views differ by more than that"
+
+
+def photo(size: tuple[int, int]) -> Image.Image:
+    """Something without the noise that no two ways of scaling agree on."""
+    return picture(3, (9, 8)).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("name", ["none", "crop", "colour"])
+def test_torch_draws_pillows_crop_and_its_pixels_but_for_rounding(name):
+    ours = train_view(ImageSpec(64), AUGMENTATIONS[name], "torch")
+    pillow = train_view(ImageSpec(64), AUGMENTATIONS[name])
+    for number, size in enumerate([(90, 70), (70, 90), (64, 64), (60, 200), (120, 100)] * 2):
+        data = encode(photo(size), quality=95)
+        pixels = decode_pixels(data, Caps(), ours.least)
+        assert pixels.image.shape[1:] == pixels.whole == size[::-1], "nothing is scaled here"
+        image = draw(ours, pixels, 1, number, b"key")
+        assert (image.dtype, image.shape) == (torch.uint8, (3, 64, 64))
+        expected = draw(pillow, decode_image(data, Caps()), 1, number, b"key")
+        worst = (image.int() - expected.int()).abs().max()
+        assert worst <= (6 if name == "colour" else 2), "jitter after it multiplies what it rounds"
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 700), (1000, 900)], ids=str)
+def test_an_image_of_over_twice_the_pixels_is_decoded_smaller_and_looks_the_same(size):
+    ours, pillow = train_view(ImageSpec(64), backend="torch"), train_view(ImageSpec(64))
+    data = encode(photo(size), quality=95)
+    pixels = decode_pixels(data, Caps(), ours.least)
+    assert pixels.whole == size[::-1] and pixels.image.shape[1] <= size[1] / 2
+    assert min(pixels.image.shape[1:]) >= 64 / 0.9, "no crop of it has to be enlarged"
+    for number in range(5):
+        image = draw(ours, pixels, 1, number, b"key").int()
+        expected = draw(pillow, decode_image(data, Caps()), 1, number, b"key").int()
+        assert (image - expected).abs().float().mean() < 3
+        shifted = (expected[..., 1:] - expected[..., :-1]).abs().float().mean()
+        assert (image - expected).abs().float().mean() < shifted / 2, "moved by half a pixel"
+
+
+def test_torch_does_not_draw_timms_augmentation():
+    with pytest.raises(UsageError, match="--image-backend torch knows OpenCLIP's own crops"):
+        train_view(ImageSpec(64), AUGMENTATIONS["timm"], "torch")
 
 
 def test_images_travel_as_bytes_and_pickle():

@@ -40,6 +40,8 @@ STEPS |= {
         ["--lambda-cl", "0"],
     )
 }
+TRIPLE = ["--batch-size", "4", "--grad-checkpointing", "--torchcompile"]
+STEPS["cifd × 2 ranks, checkpointed, compiled"] = ("cifd", TRIPLE, "=")
 #: Flags that the single rank needs too, because they change what is computed.
 MEANING = ("--ibm-site", "--ibm-branch", "--no-ibm", "--lambda-cl")
 
@@ -169,7 +171,7 @@ def test_gathered_logits_are_rows_of_the_global_ones(results):
 
 #: Whose embeddings a method gathers (docs/scaling.md): the student's, its teachers'.
 GATHERS = {"none": (1, 0), "cifd": (1, 0), "fd": (0, 0), "rdm": (0, 0)}
-GATHERS |= dict.fromkeys(("kd", "clipkd", "tinyclip", "mobileclip"), (1, 1))
+GATHERS |= dict.fromkeys(("kd", "clipkd", "tinyclip", "mobileclip", "rkd"), (1, 1))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,13 +3,14 @@
 import math
 from pathlib import Path
 
+import mpmath
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from cifd_clip import FactorizedDensity, InformationBottleneck, entropy
-from cifd_clip.entropy import _LogLikelihood
+from cifd_clip.entropy import _effective, _LogLikelihood
 
 REFERENCE = Path(__file__).parent.parent / "../shared/reference/entropy_bottleneck.npz"
 
@@ -40,6 +41,29 @@ def textbook(density: FactorizedDensity, values: torch.Tensor) -> torch.Tensor:
     sign = -torch.sign(lower + upper).detach()
     p = torch.abs(torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower))
     return -torch.log(p)
+
+
+def exact(density: FactorizedDensity, channel: int, v) -> mpmath.mpf:
+    """−log p of one value in the arithmetic of `mpmath.mp`, by the logits' own difference."""
+    precise = np.vectorize(mpmath.mpf, otypes=[object])
+    apply = np.vectorize(lambda function, x: function(x), otypes=[object])
+
+    def logit(x):
+        for layer, (matrix, bias) in enumerate(zip(density.matrices, density.biases)):
+            weight = precise(matrix[channel].detach().double())
+            weight = apply(lambda w: mpmath.log1p(mpmath.exp(w)), weight)
+            x = weight @ x + precise(bias[channel].detach().double())
+            if layer < len(density.factors):
+                gate = apply(
+                    mpmath.tanh, precise(density.factors[layer][channel].detach().double())
+                )
+                x = x + gate * apply(mpmath.tanh, x)
+        return x[0, 0]
+
+    half = mpmath.mpf("0.5")
+    lower, upper = (logit(np.array([[v + side]], dtype=object)) for side in (-half, half))
+    tails = mpmath.log1p(mpmath.exp(-upper)) + mpmath.log1p(mpmath.exp(lower))
+    return tails - mpmath.log(-mpmath.expm1(lower - upper))
 
 
 def values(rows: int, channels: int, spread: float, seed: int = 0) -> torch.Tensor:
@@ -87,9 +111,16 @@ def test_nats_and_gradients_are_those_of_the_textbook_chain(bent):
 
 def test_the_written_backward_is_the_derivative_of_the_forward():
     density = seeded(2, bent=True)
-    parameters = [p.detach().double().requires_grad_() for p in density._effective_parameters()]
+    kinds = (density.matrices, density.biases, density.factors)
+    parameters = [p.detach().double().requires_grad_() for kind in kinds for p in kind]
     v = values(4, 2, 5.0).double().requires_grad_()
-    assert torch.autograd.gradcheck(_LogLikelihood.apply, (v, *parameters))
+
+    def log_p(v, *parameters):
+        return _LogLikelihood.apply(
+            v, *_effective(parameters[:5], parameters[5:10], parameters[10:])
+        )
+
+    assert torch.autograd.gradcheck(log_p, (v, *parameters))
 
 
 @pytest.mark.parametrize("bent", [False, True], ids=["at init", "away from init"])
@@ -107,6 +138,32 @@ def test_outliers_have_finite_nats_and_are_pulled_back(bent):
         assert torch.isfinite(parameter.grad).all(), f"gradient of {name} at |v| = 1e4"
     expected = textbook(density, v[2:4].detach().double())
     assert (nats[2:4].double() - expected)[torch.isfinite(expected)].abs().max() < 1e-2
+
+
+def test_between_two_modes_nats_and_gradients_are_those_of_sixty_digits():
+    modes, generator = torch.tensor([6.0, 20.0]), torch.Generator().manual_seed(0)
+    density = FactorizedDensity(2, generator=generator)
+    optimizer = torch.optim.Adam(density.parameters(), lr=0.05)
+    for _ in range(600):
+        signs = torch.randint(2, (64, 2), generator=generator) * 2 - 1
+        noise = torch.rand(64, 2, generator=generator) - 0.5
+        optimizer.zero_grad()
+        density(signs * modes + noise).mean().backward()
+        optimizer.step()
+    assert max(torch.tanh(f).min() for f in density.factors) < -0.99, "no gate is near −1"
+    v = torch.linspace(-30, 30, 21).unsqueeze(1).repeat(1, 2).requires_grad_()
+    nats = density(v)
+    (slopes,) = torch.autograd.grad(nats.sum(), v)
+    with mpmath.workdps(60):
+        for channel in range(2):
+            for row in range(len(v)):
+                x = mpmath.mpf(v[row, channel].item())
+                wanted = float(exact(density, channel, x))
+                where = f"at {float(x)} between modes at ±{modes[channel]:g}"
+                assert nats[row, channel].item() == pytest.approx(wanted, rel=1e-5), where
+                slope = float(mpmath.diff(lambda y: exact(density, channel, y), x))  # noqa: B023
+                found = slopes[row, channel].item()
+                assert found == pytest.approx(slope, rel=1e-3, abs=1e-4), f"slope {where}"
 
 
 def test_mass_over_integers_is_one_wherever_the_bins_lie():

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cifd_clip import Features, RDMBank, with_assistants
-from eval import bank, benchmark, classifier_bank, datasets, metrics, models, reconstruct, report
+from eval import bank, benchmark, datasets, metrics, models, reconstruct, report
+from experiments import cifar100
+from experiments.study import Run, Study
 from runs import ROOT
 from training.classify import main as classify
 from training.engine import result
@@ -57,8 +59,8 @@ def test_an_assistant_is_measured_as_it_teaches(measured, teacher, bank_run, sce
     found, _, _ = measured
     model = models.load(teacher, CPU)
     folder = datasets.open_folder(scenes / "benchmark", "digit_scenes", "test")
-    captions = folder.captions()
-    pixels = torch.stack(list(folder.images(model.transform)))
+    captions = folder.targets
+    pixels = torch.stack(list(datasets.Images(folder.samples, model.transform)))
     with torch.no_grad():
         images = model.encode_image(pixels)
         texts = model.encode_text([c for some in captions for c in some], CPU)
@@ -83,7 +85,9 @@ def test_bits_are_those_of_the_density(measured, teacher, bank_run, scenes):
     model = models.load(teacher, CPU)
     folder = datasets.open_folder(scenes / "benchmark", "digits", "test")
     with torch.no_grad():
-        images = model.encode_image(torch.stack(list(folder.images(model.transform))))
+        images = model.encode_image(
+            torch.stack(list(datasets.Images(folder.samples, model.transform)))
+        )
         loaded = RDMBank.load(bank_run / "bank", {"model": "", "weights": model.weights})
         bits = loaded(images, images, None)[1]["image/bits"].tolist()
     assert [a.bits["image"] for a in found["digits"].assistants] == pytest.approx(bits)
@@ -158,16 +162,12 @@ def test_a_folder_without_a_bank_is_one_sentence(tmp_path, scenes):
         bank.main([str(tmp_path), *command])
 
 
-def test_each_kind_of_bank_asks_for_its_data_and_the_former_command_for_its_successor(
-    bank_run, classifiers
-):
+def test_each_kind_of_bank_asks_for_its_data(bank_run, classifiers):
     _, _, rdms = classifiers
     with pytest.raises(UsageError, match="is a CLIP's bank: say --data-root DIR --datasets NAME"):
         bank.main([str(bank_run), "--data=cifar"])
     with pytest.raises(UsageError, match="is a classifier's bank: say --data DIR"):
         bank.main([str(rdms), "--data-root=d", "--datasets=digits"])
-    with pytest.raises(UsageError, match=r"python -m eval\.bank rdm --data d"):
-        classifier_bank.main(["rdm", "--data", "d"])
 
 
 def test_the_report_draws_what_the_bank_did_and_twice_the_same(measured, bank_run, tmp_path):
@@ -230,6 +230,16 @@ def test_rdms_of_a_classifier_are_measured_as_after_their_training_and_drawn(
     report.main([str(teacher), str(rdms), "-o", str(tmp_path / "r.html")])
     page = (tmp_path / "r.html").read_text()
     assert "Figure 5" in page and "Figure 9" in page and "with the accuracy on the whole" in page
+
+
+def test_a_study_of_classifiers_measures_its_bank_once(classifiers, tmp_path, capsys):
+    folder, _, rdms = classifiers
+    run = Run("rdm", "training.classify", ())
+    study = Study([run], rdms.parent, folder, tmp_path)
+    cifar100.keep_results(study, run)
+    assert "teacher" in capsys.readouterr().out
+    cifar100.keep_results(study, run)
+    assert not capsys.readouterr().out and len(results(tmp_path)) == 1
 
 
 def test_rdms_are_not_measured_on_other_classes_than_their_own(classifiers, tmp_path):

@@ -35,8 +35,8 @@ GIGA = 1e9
 )
 def test_clip_models_cost_what_openclip_publishes(name, image, text):
     model = macs.clip(name)
-    assert 2 * model.image_macs / GIGA == pytest.approx(image, abs=0.01)
-    assert 2 * model.text_macs / GIGA == pytest.approx(text, abs=0.01)
+    assert 2 * model.image.macs / GIGA == pytest.approx(image, abs=0.01)
+    assert 2 * model.text.macs / GIGA == pytest.approx(text, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,7 @@ def test_what_is_foretold_is_on_the_disk_after_a_run(flags, teacher, tmp_path):
         assert files
         return sum(f.stat().st_size for f in files)
 
-    npy_headers = 2 * 128
-    assert foretold["cache"] == size("cache/*.npy") - npy_headers
+    assert foretold["cache"] == pytest.approx(size("cache/*.safetensors"), abs=500), "its header"
     rdm = size("run/rdm/bank/bank.safetensors", "run/rdm/checkpoints/*.pt")
     assert foretold["rdm"] == pytest.approx(rdm, rel=0.1)
     student = size("run/student/*.safetensors", "run/checkpoints/*.pt")

@@ -1,15 +1,13 @@
 """The studies of classifiers: what they run, keep and compare; tuning; every method once."""
 
-import json
 import shutil
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from cifd_clip import METHODS as CLIP_METHODS
-from experiments import cifar100, every_classifier, every_method, tune_cifar100
+from experiments import cifar100, every_classifier, every_method
 from experiments.study import Run, Study, priorities, write_result
 from runs import ROOT
 from training.classifier.config import METHODS, parse_args
@@ -119,42 +117,6 @@ def test_a_pair_of_networks_meets_every_method_in_order(dataset, teacher, studen
         methods.append(args.method)
         assert args.model in ("", teacher, student)
     assert set(methods) == set(METHODS)
-
-
-@pytest.mark.parametrize("flags", ["--holdout 0", "--holdout 5000 --final"])
-def test_tuning_looks_at_held_out_training_images_alone(flags):
-    run = ["--data", "d", "--model", "cnn2", *flags.split()]
-    with pytest.raises(UsageError, match="held-out training images alone"):
-        tune_cifar100.parse(["--name", "x", "--tune", "lr", "--", *run])
-
-
-@pytest.mark.parametrize(
-    "given, used", [("", "cpu"), ("--device cpu", "cpu"), ("--device cuda", "cuda")]
-)
-def test_a_trial_runs_on_the_cpu_unless_its_flags_say_where(given, used):
-    flags = ["--data", "d", "--model", "cnn2", *given.split()]
-    _, module, *trial = tune_cifar100.command(Path("logs/x/trial0"), flags)
-    args = parse_args(trial)
-    assert (module, args.device, args.logs) == ("training.classify", used, "logs/x")
-
-
-def test_tuning_without_optuna_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UsageError, match=r"pip install 'cifd_clip\[tune\]'"):
-        tune_cifar100.main([])
-
-
-@needs_cifar
-def test_a_study_goes_on_where_it_was(tmp_path):
-    pytest.importorskip("optuna", reason="needs the extra `tune`")
-    ours = ["--name=x", "--tune", "lr", "tau", f"--logs={tmp_path}"]
-    run = ["--", f"--data={CIFAR}", "--model=cnn2", "--subset=128", "--holdout=32", "--epochs=1"]
-    run += ["--batch-size=32"]
-    for trials in (1, 2):
-        tune_cifar100.main([*ours, f"--trials={trials}", *run])
-    record = json.loads((tmp_path / "x.json").read_text())
-    assert [t["number"] for t in record["trials"]] == [0, 1]
-    assert record["holdout_acc1"] == max(t["value"] for t in record["trials"])
 
 
 def test_every_method_of_the_registry_meets_real_data_with_the_teachers_it_needs():

@@ -446,7 +446,7 @@ def test_a_trained_run_ships_with_a_card_of_what_it_recorded(format, run, teache
     assert weights_hash(load(str(run)).model) in card
     (path,) = [p for p in (run / "results").glob("*.json") if p.name != "other.json"]
     for metric, value in json.loads(path.read_text())["metrics"].items():
-        assert f"| {metric} | {value:.4f} |" in card
+        assert f"| digits | test | {metric} | {value:.4f} |" in card
     assert "0.1235" not in card, "a result of other weights is in the card"
     licences = card[card.index("## Licences to check") :]
     assert "teacher's weights" in licences and "training data" in licences

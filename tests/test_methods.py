@@ -8,6 +8,7 @@ import torch
 
 from cifd_clip import METHODS, Features, Noise, World, with_assistants
 from cifd_clip.losses import Logits, embedding_loss, relational_kl
+from cifd_clip.methods import rkd
 from tiny import SIGLIP, bank, clip, config, lessons, pairs, task, teacher, total
 
 ROWS = 6
@@ -161,6 +162,63 @@ def test_mobileclip_is_a_mix_of_task_and_mean_kl_over_its_ensemble(count, share)
     distill = sum(sum(kl(student, lesson(t))) / 2 for t in teachers) / count
     expected = (1 - share) * sum(contrastive(*student)) / 2 + share * distill
     close(total(losses), expected)
+
+
+def huber(a, b):
+    gap = (a - b).abs()
+    return 0.5 * gap**2 if gap < 1 else gap - 0.5
+
+
+def direction(start, end):
+    return (end - start) / (end - start).square().sum().sqrt() if start is not end else 0 * end
+
+
+def relations(rows):
+    """Distances in units of their mean over pairs, and cosines of the angles at each row."""
+    rows = list(rows)
+    distance = [[(a - b).square().sum().sqrt() for b in rows] for a in rows]
+    mean = sum(sum(row) for row in distance) / (len(rows) * (len(rows) - 1))
+    angles = [
+        (direction(at, a) * direction(at, b)).sum() for at in rows for a in rows for b in rows
+    ]
+    return [d / mean for row in distance for d in row], angles
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_rkd_is_the_huber_loss_of_distances_and_angles_within_each_modality(count):
+    batch, model = pairs(ROWS), clip("tiny-student")
+    teachers = [teacher(("tiny-teacher", SIGLIP)[s], seed=s, space=s)(*batch) for s in range(count)]
+    losses, _ = run(task("rkd", model, [48, 32][:count]), batch, teachers)
+    student = student_features(model, batch)
+    close(losses["contrastive_loss"], sum(contrastive(*student)) / 2)
+    for at, (term, weight) in enumerate({"distance_loss": 25, "angle_loss": 50}.items()):
+        means = []
+        for other in map(lesson, teachers):
+            for ours, theirs in zip(student[:2], other[:2]):
+                terms = [huber(*p) for p in zip(relations(ours)[at], relations(theirs)[at])]
+                means.append(sum(terms) / len(terms))
+        close(losses[term], weight * sum(means) / len(means), rtol=1e-4)
+
+
+def test_rkd_takes_its_angles_a_few_anchors_at_a_time_with_the_same_gradient(monkeypatch):
+    batch, other = pairs(ROWS), teacher()
+    made = task("rkd", clip("tiny-student"), [48])
+    whole = torch.autograd.grad(total(run(made, batch, [other(*batch)])[0]), made.parameters())
+    monkeypatch.setattr(rkd, "ANGLES", 1)
+    parts = torch.autograd.grad(total(run(made, batch, [other(*batch)])[0]), made.parameters())
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_rkd_has_a_bounded_gradient_where_rows_are_equal():
+    """Captions repeat: a direction between two equal ones would be noise, its gradient endless."""
+    rows = torch.nn.functional.normalize(
+        torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
+    twice = rows[[0, 1, 2, 0, 4, 5]].requires_grad_()
+    anchors = torch.arange(6)
+    loss = rkd.distance_loss(twice, rows, anchors) + rkd.angle_loss(twice, rows, anchors)
+    (gradient,) = torch.autograd.grad(loss, twice)
+    assert gradient.isfinite().all() and gradient.norm() < 1000
 
 
 @pytest.mark.parametrize("cfg", [SAME, "tiny-teacher"], ids=["same dims", "projected"])
@@ -409,7 +467,7 @@ def test_teachers_get_no_gradient(method):
     assert not registered & {id(p) for p in other.model.parameters()}
 
 
-@pytest.mark.parametrize("method", ["kd", "tinyclip", "mobileclip", "clipkd"])
+@pytest.mark.parametrize("method", ["kd", "tinyclip", "mobileclip", "clipkd", "rkd"])
 def test_a_teachers_bias_does_not_change_what_it_teaches(method):
     batch, other = pairs(ROWS), teacher(SIGLIP)
     made = task(method, clip("tiny-student"), [other.dim])

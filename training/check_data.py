@@ -1,13 +1,12 @@
 """What is wrong with a data set of WebDataset tars, before a run finds out.
 
-    python -m training.check_data 'data/{00000..01241}.tar' [--deep] [--json]
+  python -m training.check_data 'data/{00000..01241}.tar' [--deep] [--json]
 
 Reads the tars' headers, every caption and every image's header (``--deep``: decodes the images),
 and keeps each shard's hash in its index, for ``--verify-data``. Ends with 0 when all is well, 1
 when something was found, 2 on wrong usage.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ from training.data.index import Sources, expand, is_remote
 from training.data.shard import EMPTY, NotAShard, Shard, index_shard
 from training.data.tar import open_regular
 from training.engine.environment import cores
+from training.engine.flags import CommandLine
 from training.errors import Failure, UsageError, cli
 
 HEADER = 1 << 14  # most images tell their size in these first bytes
@@ -65,11 +65,7 @@ def check(
     caps: Caps | None = None,
     progress=lambda shards, total: shards,
 ) -> dict:
-    """Report (JSON) on the shards of ``urls``: counts, fingerprint and problems with examples.
-
-    Raises:
-        UsageError: no shard is named.
-    """
+    """Report (JSON) on the shards of ``urls``: counts, fingerprint and problems with examples."""
     sources = [list(dict.fromkeys(paths)) for paths in expand(urls, "SHARDS")]
     paths = [path for source in sources for path in source]
     numbers = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
@@ -182,17 +178,14 @@ def _in_processes(work: Callable, paths: Sequence[str], workers: int) -> Iterato
         raise Failure("a process was killed (memory?): lower --workers") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.check_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("shards", metavar="SHARDS", help="as --train-data: braces, '::', folder")
-    parser.add_argument("--deep", action="store_true", help="decode every image")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--index-dir", help="keep indexes there instead of beside the shards")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: cores)")
+def _parser() -> CommandLine:
+    parser = CommandLine("training.check_data", __doc__)
+    add = parser.add_argument
+    add("shards", metavar="SHARDS", help="as --train-data: braces, '::', folder")
+    add("--deep", action="store_true", help="decode every image")
+    add("--json", action="store_true", help="print the report as JSON")
+    add("--index-dir", metavar="DIR", help="keep indexes there instead of beside the shards")
+    add("--workers", type=int, default=cores(), help="processes [cores]")
     return parser
 
 

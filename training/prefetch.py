@@ -1,17 +1,17 @@
 """Fetch weights, tokenizers and evaluation sets where there is a network, for jobs that have none.
 
-    python -m training.prefetch ViT-L-14:datacomp_xl_s13b_b90k RN50 \\
-        --datasets imagenetv2 flickr30k --data-root eval_data
+  python -m training.prefetch ViT-L-14:datacomp_xl_s13b_b90k RN50 \\
+      --datasets imagenetv2 flickr30k --data-root eval_data
 
 A model is NAME[:PRETRAINED], as `eval.benchmark` takes it. What is here already is not fetched
 again, and nothing counts as here before a process without a network has loaded it. Weights go where
 Hugging Face keeps them (HF_HOME) or to --cache-dir, which training.main must then be given too.
 """
 
-import argparse
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -19,6 +19,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import get_session
 
 from training.clip.models import add_model_configs, check_weights, model_config, quiet
+from training.engine.flags import CommandLine
 from training.errors import Failure, UsageError, cli
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -35,28 +36,24 @@ def main(argv: list[str]) -> int:
         for spec in args.models:
             load(spec, args.cache_dir)
         return 0
-    specs = [named(spec) for spec in args.models]
-    options = [*(["--cache-dir", args.cache_dir] if args.cache_dir else [])]
+    for spec in args.models:
+        check(spec)
+    options = ["--cache-dir", args.cache_dir] if args.cache_dir else []
     options += ["--model-config", *args.model_config] if args.model_config else []
-    missing = []
-    for what, fetch in [
-        *((spec, lambda s=spec: fetch_model(s, args.cache_dir, options)) for spec in specs),
-        *((name, lambda n=name: fetch_dataset(n, args.data_root)) for name in args.datasets),
-    ]:
+    steps = {spec: partial(fetch_model, spec, args.cache_dir, options) for spec in args.models}
+    steps |= {name: partial(fetch_dataset, name, args.data_root) for name in args.datasets}
+    missing = 0
+    for name, fetch in steps.items():
         try:
-            print(f"{what}: {fetch()}", flush=True)
+            print(f"{name}: {fetch()}", flush=True)
         except Failure as failure:
-            print(f"error: {what}: {failure}", file=sys.stderr)
-            missing.append(what)
+            print(f"error: {name}: {failure}", file=sys.stderr)
+            missing += 1
     return 1 if missing else 0
 
 
 def fetch_model(spec: str, cache_dir: str | None, options: list[str]) -> str:
-    """Fetch a model's weights and tokenizer; says where they came from.
-
-    Raises:
-        Failure: they can't be fetched, or don't load without a network afterwards.
-    """
+    """Fetch a model's weights and tokenizer, or raise `Failure`; what has happened, in words."""
     if loads_offline(spec, options) is None:
         return "is here"
     online()
@@ -90,13 +87,12 @@ def fetch_dataset(name: str, root: Path) -> str:
     return f"fetched to {folder}"
 
 
-def named(spec: str) -> str:
-    """The model's name, if there is such a model and such weights."""
+def check(spec: str) -> None:
+    """Refuse what is no model, and weights that it has not."""
     name, pretrained = split(spec)
     model_config(name, "MODEL")
     if pretrained:
         check_weights(name, pretrained, "MODEL")
-    return spec
 
 
 def split(spec: str) -> tuple[str, str | None]:
@@ -108,11 +104,7 @@ def split(spec: str) -> tuple[str, str | None]:
 
 
 def load(spec: str, cache_dir: str | None) -> None:
-    """Make the model and its tokenizer, as a job would; with a network, this fetches them.
-
-    Raises:
-        Failure: it can't be made.
-    """
+    """Make the model and its tokenizer, as a job would; with a network, this fetches them."""
     name, pretrained = split(spec)
     try:
         with quiet():
@@ -144,11 +136,7 @@ def forbid_network() -> None:
 
 
 def online() -> None:
-    """Refuse at once where the hub can't be reached, instead of after a client's retries.
-
-    Raises:
-        Failure: see above.
-    """
+    """Refuse at once where the hub can't be reached, instead of after a client's retries."""
     try:
         get_session().head(constants.ENDPOINT, timeout=20)
     except Exception as error:  # the transport's own, which differs between versions
@@ -163,19 +151,16 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m training.prefetch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("models", nargs="*", metavar="NAME[:PRETRAINED]", help="models to fetch")
-    p.add_argument("--datasets", nargs="+", default=[], metavar="NAME", help="evaluation sets")
-    p.add_argument("--data-root", type=Path, metavar="DIR", help="where evaluation sets go")
-    p.add_argument("--model-config", nargs="+", default=[], metavar="FILE.json")
-    p.add_argument("--cache-dir", metavar="DIR", help="of weights [Hugging Face's]")
-    p.add_argument("--offline", action="store_true", help="only load, with the network forbidden")
-    return p
+def _parser() -> CommandLine:
+    parser = CommandLine("training.prefetch", __doc__)
+    add = parser.add_argument
+    add("models", nargs="*", metavar="NAME[:PRETRAINED]", help="models to fetch")
+    add("--datasets", nargs="+", default=[], metavar="NAME", help="evaluation sets")
+    add("--data-root", type=Path, metavar="DIR", help="where evaluation sets go")
+    add("--model-config", nargs="+", default=[], metavar="FILE", help="of NAMEs OpenCLIP lacks")
+    add("--cache-dir", metavar="DIR", help="of weights [Hugging Face's]")
+    add("--offline", action="store_true", help="only load, with the network forbidden")
+    return parser
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from cifd_clip.methods.fd import FeatureDistillation
 DECLARATION = {
     "summary": "the paper's: match teacher and assistants through a bottleneck (eq. 13)",
     "options": {"lambda_cl": (0.0005, "λ_CL of eq. 13: weight of both directions' sum (eq. 11)")},
+    "spans": {"lambda_cl": (1e-5, 1e-2)},
     "uses": ["projector", "ibm", "ibm_branch"],
     "defaults": {"ibm": True},
 }

@@ -16,6 +16,7 @@ DECLARATION = {
         "lambda_icl": (1.0, "weight of the interactive term"),
         "lambda_fd": (2000.0, "weight of the feature term"),
     },
+    "spans": {"lambda_crd": (0.1, 10.0), "lambda_icl": (0.1, 10.0), "lambda_fd": (100.0, 10000.0)},
     "uses": ["projector", "ibm", "ibm_branch"],
 }
 

@@ -7,6 +7,7 @@ from cifd_clip.methods.base import Losses, Method, Report, total_weight
 DECLARATION = {
     "summary": "MobileCLIP's ensemble distillation: KL to the mean over teachers",
     "options": {"lambda_kd": (1.0, "share of distillation, beside 1 − that of the task loss")},
+    "spans": {"lambda_kd": (0.3, 1.0)},
 }
 
 

@@ -20,6 +20,8 @@ class Option:
     default: Any
     help: str
     choices: tuple[str, ...] | None = None
+    span: tuple[float, float] | None = None
+    """The lowest and highest value that tuning tries, on a logarithmic scale."""
 
 
 @dataclass(frozen=True)
@@ -94,26 +96,32 @@ GROUPS = {
 }
 
 
+#: Of the shared weights, what tuning tries.
+SPANS = {"lambda_i": (1e-6, 1e-2), "lambda_n": (0.1, 3.0)}
+
+
 def declare(name: str, literal: Mapping[str, Any]) -> Declaration:
     """The declaration of a method from the literal in its file.
 
     Args:
         name: the method's.
         literal: ``summary``; ``uses``: names of `GROUPS`; ``options``: its own, as in a group;
-            ``defaults``: other defaults of the groups' options; ``assistants``: whether it can
-            learn from any (True).
+            ``defaults``: other defaults of the groups' options; ``spans``: what tuning tries of
+            its own; ``assistants``: whether it can learn from any (True).
     """
     assistants = literal.get("assistants", True)
     groups = [*literal.get("uses", ()), *(["assistants"] if assistants else [])]
     options = dict(literal.get("options", {}))
     for group in groups:
         options |= GROUPS[group]
-    defaults = literal.get("defaults", {})
+    defaults, spans = literal.get("defaults", {}), SPANS | literal.get("spans", {})
     return Declaration(
         name,
         literal["summary"],
         tuple(
-            Option(option, defaults.get(option, default), help, *choices)
+            Option(
+                option, defaults.get(option, default), help, *(choices or [None]), spans.get(option)
+            )
             for option, (default, help, *choices) in options.items()
         ),
         assistants,

@@ -4,6 +4,7 @@ Models are counted from their architectures (`eval.cost.macs`) and make up stage
 (`eval.cost.stages`), which `eval.cost.report` prints.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from eval.cost.config import CostConfig, parse
@@ -22,9 +23,8 @@ def summary(config: CostConfig) -> dict[str, dict[str, float]]:
     from training.clip.models import add_model_configs
 
     add_model_configs(config.model_config)
-    hours: dict[str, float] = {}
-    disk: dict[str, float] = {}
+    hours, disk = Counter(), Counter()
     for stage in run_stages(config):  # several teachers have several caches
-        hours[stage.name] = hours.get(stage.name, 0) + config.gpu_hours(stage.macs)
-        disk[stage.name] = disk.get(stage.name, 0) + stage.disk_bytes
+        hours[stage.name] += config.gpu_hours(stage.macs)
+        disk[stage.name] += stage.disk_bytes
     return {"hours": hours, "disk_bytes": disk}

@@ -26,32 +26,28 @@ BATCH = 2
 Options = tuple[tuple[str, Any], ...]
 
 
-class Clip(NamedTuple):
-    """A CLIP model: forward MACs per sample, and parameters of its towers."""
-
-    name: str
-    dim: int
-    image_macs: float
-    text_macs: float
-    image_params: int
-    text_params: int
-
-    @property
-    def macs(self) -> float:
-        """Of an image and a text, forward."""
-        return self.image_macs + self.text_macs
-
-    @property
-    def params(self) -> int:
-        """Of both towers, with the token table and the temperature."""
-        return self.image_params + self.text_params
-
-
 class Count(NamedTuple):
-    """Anything else that runs: forward MACs per sample, and parameters."""
+    """Anything that runs: forward MACs per sample, and parameters."""
 
     macs: float
     params: int
+
+
+class Clip(NamedTuple):
+    """A CLIP model's towers; the token table and the temperature are the text tower's."""
+
+    name: str
+    dim: int
+    image: Count
+    text: Count
+
+    @property
+    def macs(self) -> float:
+        return self.image.macs + self.text.macs
+
+    @property
+    def params(self) -> int:
+        return self.image.params + self.text.params
 
 
 def count_macs(function: Callable[..., Any], *inputs: Any) -> float:
@@ -67,15 +63,10 @@ def parameters(module: nn.Module) -> int:
 
 
 def build_clip(name: str, flag: str = "--model", **options: Any) -> nn.Module:
-    """An OpenCLIP model on the meta device.
-
-    Args:
-        name: of OpenCLIP, of an added config, ``local-dir:`` or ``hf-hub:``.
-        flag: where the name comes from, for the message.
-        options: ``force_*`` arguments of ``open_clip.create_model``.
+    """An OpenCLIP model on the meta device, with ``force_*`` options of ``create_model``.
 
     Raises:
-        UsageError: there is no such model.
+        UsageError: there is no such model; names the ``flag``.
     """
     try:
         with quiet(), torch.device("meta"):  # OpenCLIP warns of missing weights
@@ -89,15 +80,10 @@ def clip(name: str, flag: str = "--model", forced: Options = ()) -> Clip:
     """Count a CLIP model; ``forced`` are options of `build_clip`."""
     model = build_clip(name, flag, **dict(forced)).requires_grad_(False)
     images, texts = _inputs(model, BATCH)
-    image_params = parameters(model.visual)
-    return Clip(
-        name,
-        embedding_dim(model),
-        count_macs(model.encode_image, images) / BATCH,
-        count_macs(model.encode_text, texts) / BATCH,
-        image_params,
-        parameters(model) - image_params,
-    )
+    image = Count(count_macs(model.encode_image, images) / BATCH, parameters(model.visual))
+    rest = parameters(model) - image.params
+    text = Count(count_macs(model.encode_text, texts) / BATCH, rest)
+    return Clip(name, embedding_dim(model), image, text)
 
 
 @lru_cache
@@ -113,13 +99,11 @@ def head(
     """What a method adds to the student's towers: projectors, bottlenecks, similarities.
 
     Args:
-        method: a name of `cifd_clip.METHODS`.
-        student: the student's architecture.
+        method, options: a name of `cifd_clip.METHODS`, and its options.
+        student, forced: the student's architecture, as of `clip`.
         teacher_dims: T of each teacher.
         rows: of the global batch, whose similarities contrastive terms compute.
         rdms: RDMs beside the first teacher.
-        options: the method's.
-        forced: of the student, as in `clip`.
     """
     with torch.device("meta"):
         cut = Student(build_clip(student, **dict(forced)).requires_grad_(False))

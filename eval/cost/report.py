@@ -64,9 +64,7 @@ def stage_report(stages: Sequence[Stage], config: CostConfig) -> str:
         sizes = (stage.memory_bytes, stage.disk_bytes, stage.read_bytes)
         rows.append([stage.name, *map(short, sums), *map(gib, sizes)])
     hours = config.gpu_hours(total(stages))
-    disk, read = (
-        gib(sum(getattr(s, f"{what}_bytes") for s in stages)) for what in ("disk", "read")
-    )
+    disk, read = gib(sum(s.disk_bytes for s in stages)), gib(sum(s.read_bytes for s in stages))
     rows.append(["total", "", short(total(stages) / 1e15), short(hours), "", disk, read])
     runs = ["runs on every sample", "M parameters", "GMACs forward", "passes", "GMACs in training"]
     come_to = ["M samples", "PMACs", "GPU h", "memory GiB", "disk GiB", "read GiB"]
@@ -85,8 +83,8 @@ def method_report(methods: dict[str, dict[str, list[Stage]]], config: CostConfig
     for method, ways in sums.items():
         row = [method]
         for way, sum_ in ways.items():
-            row += [short(sum_ / 1e15), short(config.gpu_hours(sum_))]
-            row.append(f"{sum_ / sums['kd'][way]:.3f}")
+            relative = f"{sum_ / sums['kd'][way]:.3f}"
+            row += [short(sum_ / 1e15), short(config.gpu_hours(sum_)), relative]
         rows.append([*row, f"{ways['cached'] / ways['live']:.3f}"])
     head = ["method", "PMACs", "GPU h", "× kd"]
     head += ["PMACs cached", "GPU h cached", "× kd cached", "cached / live"]

@@ -12,6 +12,7 @@ from cifd_clip.methods import DECLARED
 from eval.cost import macs
 from eval.cost.config import CostConfig
 from eval.cost.macs import Clip
+from training.clip import models
 from training.clip.flags import method_options
 from training.errors import UsageError
 
@@ -27,14 +28,7 @@ DEFAULT_ASSISTANT = "ViT-B-16"
 
 @dataclass(frozen=True)
 class Part:
-    """One model in a stage.
-
-    Args:
-        name: of the model.
-        macs: forward, per sample.
-        passes: how many forwards' worth a sample costs.
-        params: its parameters.
-    """
+    """One model in a stage: its forward MACs per sample, and how many of these a sample costs."""
 
     name: str
     macs: float
@@ -43,18 +37,15 @@ class Part:
 
     @property
     def training_macs(self) -> float:
-        """MACs per sample, the backward pass included."""
         return self.macs * self.passes
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One of a run's stages.
+    """One of a run's stages: ``cache``, ``rdm``, ``student``, or an assistant's.
 
     Args:
-        name: ``cache``, ``rdm``, ``student``, or an assistant's.
         samples: image–text pairs that go through it, over all epochs.
-        parts: what runs.
         memory_bytes: weights, gradients and optimizer state, on every GPU; no activations.
         disk_bytes: what it leaves behind: cache, bank, student, checkpoints.
         read_bytes: what it reads from shards and caches.
@@ -69,7 +60,6 @@ class Stage:
 
     @property
     def macs(self) -> float:
-        """MACs of the whole stage."""
         return self.samples * sum(part.training_macs for part in self.parts)
 
 
@@ -122,7 +112,7 @@ def student_stage(
     config: CostConfig, model: str, teachers: Sequence[Clip], name: str = "student"
 ) -> Stage:
     """Stage 2 of CIFD, and every other method's only stage."""
-    forced = student_options(config) if model == config.model else ()
+    forced = tuple(models.forced(config).items()) if model == config.model else ()
     student = macs.clip(model, "--model", forced)
     dims = tuple(teacher.dim for teacher in teachers)
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.options.items()}
@@ -141,8 +131,8 @@ def student_stage(
     image = FROZEN if config.lock_image and not config.lock_image_unlocked_groups else passes
     text = FROZEN if config.lock_text and not config.lock_text_unlocked_layers else passes
     trained = head.params
-    trained += student.image_params if image > FROZEN else 0
-    trained += student.text_params if text > FROZEN else 0
+    trained += student.image.params if image > FROZEN else 0
+    trained += student.text.params if text > FROZEN else 0
     live, read = _teaching(config, teachers, images=True)
     frozen = (*live, _rdms(config, teachers[0], FROZEN)) if config.rates else live
     samples = config.epochs * config.train_num_samples
@@ -153,26 +143,14 @@ def student_stage(
         samples,
         (
             *frozen,
-            Part(f"{model} image", student.image_macs, image, student.image_params),
-            Part(f"{model} text", student.text_macs, text, student.text_params),
+            Part(f"{model} image", student.image.macs, image, student.image.params),
+            Part(f"{model} text", student.text.macs, text, student.text.params),
             Part("losses and heads", head.macs, TRAINED, head.params),
         ),
         memory_bytes=_memory(frozen, trained) + FLOAT32 * (copies * weights - trained),
         disk_bytes=FLOAT32 * student.params
         + _kept(config, config.epochs) * FLOAT32 * (copies * weights + 2 * trained),
         read_bytes=samples * read,
-    )
-
-
-def student_options(config: CostConfig) -> macs.Options:
-    """What the student's architecture is changed by, as `eval.cost.macs.clip` takes it."""
-    size = config.force_image_size
-    return (
-        ("force_quick_gelu", config.force_quick_gelu),
-        ("force_custom_text", config.force_custom_text),
-        ("force_patch_dropout", config.force_patch_dropout),
-        ("force_image_size", size[0] if size and len(size) == 1 else size),
-        ("force_context_length", config.force_context_length),
     )
 
 
@@ -217,12 +195,8 @@ def method_stages(config: CostConfig, method: str, cached: bool) -> list[Stage]:
 
     TAKD distils each model of the chain teacher, assistants, student from the one before, DGKD
     from all before; every assistant is trained for as long as the student. MobileCLIP has two
-    teachers of the teacher's size, as in the paper's Table 14.
-
-    Args:
-        config: whose method does not matter.
-        method: a name of `cifd_clip.methods.DECLARED` or of `CHAINS`.
-        cached: whether each frozen model runs once, on ``--views`` views of the data set.
+    teachers of the teacher's size, as in the paper's Table 14. ``cached``: each frozen model runs
+    once, on ``--views`` views of the data set.
     """
     distill, teacher = "kd" if method in CHAINS else method, config.architectures[:1]
     run = replace(
@@ -258,7 +232,7 @@ def assistant_names(config: CostConfig) -> list[str]:
     """
     teacher = config.architectures[0]
     names = config.assistants.split(",") if config.assistants else [DEFAULT_ASSISTANT]
-    student = macs.clip(config.model, "--model", student_options(config))
+    student = macs.clip(config.model, "--model", tuple(models.forced(config).items()))
     sizes = [macs.clip(name, "--assistants").macs for name in (teacher, *names)] + [student.macs]
     if all(larger > smaller for larger, smaller in pairwise(sizes)):
         return names

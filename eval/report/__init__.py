@@ -18,11 +18,7 @@ from training.errors import UsageError
 
 
 def parse(argv: Sequence[str]) -> Namespace:
-    """The command line.
-
-    Raises:
-        UsageError: a flag is wrong.
-    """
+    """The command line."""
     usage = "python -m eval.report RUN [...] [-o OUT.html] [--title TEXT]"
     parser = CommandLine("eval.report", __doc__, usage)
     add = parser.add_argument

@@ -1,7 +1,6 @@
 """Plots as SVG text that depends on nothing but the numbers."""
 
 import io
-import math
 import re
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -10,47 +9,24 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from markupsafe import Markup
 from matplotlib import ticker
-
-from eval.report.table import Html
 
 #: colours that stay apart for colour-blind readers (Okabe and Ito, 2008), and a grey
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 NEUTRAL = "#7a828c"
 SOFT, INK = "#4a525c", "#1f2630"
-STYLE = {
-    "svg.hashsalt": "cifd_clip",
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # names are names
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#b6bdc6",
-    "axes.labelcolor": SOFT,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlecolor": INK,
-    "axes.grid": True,
-    "grid.color": "#eceff3",
-    "xtick.color": "#6b7480",
-    "ytick.color": "#6b7480",
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-}
 Curve = tuple[str, str, Sequence[float], Sequence[float]]  # label, colour, x, y
 Measured = tuple[str, Sequence[float], Sequence[float], Sequence[float] | None, float | None]
 
 
-def _drawn(draw: Callable[..., plt.Figure]) -> Callable[..., Html]:
+def _drawn(draw: Callable[..., plt.Figure]) -> Callable[..., Markup]:
     """A function that draws a figure, as one that gives its SVG."""
 
     @wraps(draw)
-    def svg_of(*args, **options) -> Html:
+    def svg_of(*args, **options) -> Markup:
         buffer = io.StringIO()
-        with plt.rc_context(STYLE):
+        with plt.style.context("eval.report.plots"):
             figure = draw(*args, **options)
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
             plt.close(figure)
@@ -60,7 +36,7 @@ def _drawn(draw: Callable[..., plt.Figure]) -> Callable[..., Html]:
         svg = re.sub(r"font-family: [^;\"']+(?:'[^']*'[^;\"]*)*", "font-family: inherit", svg)
         svg = re.sub(r"(font: [\d. a-z]*\d+px )[^;\"]+", r"\1sans-serif", svg)
         sized = r'<svg ([^>]*?)width="[^"]+" height="[^"]+"|<svg '
-        return Html(re.sub(sized, r"<svg \1", svg, count=1))
+        return Markup(re.sub(sized, r"<svg \1", svg, count=1))
 
     return svg_of
 
@@ -180,9 +156,3 @@ def _log_axis(axis) -> None:
     axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.yaxis.set_minor_formatter(ticker.NullFormatter())
-
-
-def finite(x: Sequence[float], y: Sequence[float | None]) -> tuple[list[float], list[float]]:
-    """The points whose y is a finite number."""
-    kept = [(a, b) for a, b in zip(x, y) if b is not None and math.isfinite(b)]
-    return [a for a, _ in kept], [b for _, b in kept]

@@ -36,16 +36,10 @@ class RunKey(NamedTuple):
 
 @dataclass
 class Row:
-    """One setting: its figures in percent over its runs, and the reasons of its gaps.
+    """One setting, where it is known: its runs' figures in percent, in the order of the runs.
 
-    Attributes:
-        setting: what the runs are runs of, where that is known.
-        precision: of the evaluation.
-        runs: whose figures these are.
-        values: the runs' figures, in the order of the runs that have them.
-        gaps: reasons by data set.
-        shortfalls: how data sets differ from the published ones: ``5 images of 50000``.
-        trained: how long and on what, in words.
+    ``gaps`` has reasons by data set; ``shortfalls`` how a data set differs from the published one:
+    ``5 images of 50000``; ``trained`` how long and on what, in words.
     """
 
     name: str
@@ -75,17 +69,13 @@ class Row:
         return self.setting.student if self.setting else self.name, self.parameters
 
     def mean(self, figure: Figure) -> float:
-        """The mean over runs."""
         return statistics.fmean(self.values[figure])
 
     def cell(self, figure: Figure, baseline: "Row | None" = None) -> Cell:
         """``46.7``, with ``± 0.2`` of several runs; the reason of a gap, or nothing.
 
-        Where only some of the row's runs have the figure, it says how many.
-
-        Args:
-            figure: one of `figures`.
-            baseline: the row that a figure of the same student is compared with.
+        Where only some of the row's runs have the figure, it says how many. ``baseline`` is the row
+        that figures of the same student are compared with.
         """
         values = self.values.get(figure)
         if values is None:
@@ -131,9 +121,8 @@ def rows_of(sources: list[Source], pooled: bool = True) -> list[Row]:
     """The students' and teachers' figures, in the order of the sources.
 
     Args:
-        sources: see `eval.report.runs.read_sources`.
-        pooled: one row for each setting and precision, over its seeds; otherwise one row for each
-            set of weights.
+        sources: of the report.
+        pooled: one row for each setting and precision, over its seeds; else for each run.
 
     Raises:
         UsageError: two results that one row would hold are of different data. Rows of their own
@@ -161,12 +150,11 @@ def rows_of(sources: list[Source], pooled: bool = True) -> list[Row]:
             counted.add((key, run))
             row.trained = source.trained or row.trained
     for gap in (gap for source in sources for gap in source.gaps):
-        of_model = [row for row in rows if gap.model in row.names]
-        if not of_model:
-            of_model = [Row(gap.model)]
-            rows += of_model
-        for row in of_model:
-            row.gaps[gap.dataset] = gap.gap
+        if not any(gap.model in (row.name, *row.names) for row in rows):
+            rows.append(Row(gap.model))
+        for row in rows:
+            if gap.model in (row.names or [row.name]):
+                row.gaps[gap.dataset] = gap.gap
     for row in rows:
         row.name = _common_name(row.names) or row.name
     return sorted(rows, key=_place)
@@ -240,13 +228,7 @@ def notes(rows: list[Row]) -> list[str]:
 
 
 def results_table(rows: list[Row], baseline: Row | None, colours: dict[str, str]) -> Table:
-    """Percentages, with differences to a baseline beside the figures of the same student.
-
-    Args:
-        rows: one for each setting.
-        baseline: the row of the student that was trained without distillation.
-        colours: a run's name → its colour in the plots.
-    """
+    """Percentages, with differences to a baseline beside the figures of the same student."""
     shown = figures(rows)
     sizes = [size for size in SIZES if any(size in row.parameters for row in rows)]
     counts = [Column("n")] if several(rows) else []

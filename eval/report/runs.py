@@ -27,12 +27,9 @@ class Setting:
 
     Attributes:
         method: a ``--distill`` or ``--method``; ``released``: weights as somebody published them.
-        student: its architecture, with ``:WEIGHTS`` where it began from (or is) published weights.
-        teachers: their architectures, with ``:WEIGHTS`` where a tag names those.
-        rdms: number of assistants per modality; None where the run does not record its bank.
-        ibm: whether the student had an Information Bottleneck Module.
-        dataset: what a classifier was trained on; None for CLIP.
-        subset: how many of its training images, where not all.
+        student, teachers: architectures, with ``:WEIGHTS`` that are published.
+        rdms: assistants per modality; None where the run does not record its bank.
+        dataset, subset: of a classifier, and how many of the training images, where not all.
         rest: everything else, as text; empty where it is not known.
     """
 
@@ -55,13 +52,9 @@ class Setting:
 
 @dataclass
 class Source:
-    """What one path brings: a run's configuration and metrics, and results.
+    """What one path brings: of a run its configuration (``clip`` of a CLIP run's) and log; results.
 
-    Attributes:
-        config: of a run, as it is recorded; None of a folder of results.
-        clip: the same of a CLIP run.
-        finished: the run's ``finished.json``.
-        metrics: the lines of its ``metrics.jsonl``.
+    A folder of results has no ``config``.
     """
 
     path: Path
@@ -83,9 +76,9 @@ class Source:
     @property
     def method(self) -> str:
         """How the run trained: ``none`` of a folder of results."""
-        if self.clip or not self.config:
-            return self.clip.distill if self.clip else "none"
-        return self.config["method"]
+        if self.clip:
+            return self.clip.distill
+        return self.config["method"] if self.config else "none"
 
     @property
     def teachers(self) -> list[str]:
@@ -154,16 +147,14 @@ def _check_one_student(source: Source) -> None:
 
 def _read_results(source: Source, files: Iterable[Path], folder: Path) -> None:
     """Results have a task; what else lies beside them is of the study that they are from."""
-    contents = ((file, read_json(file)) for file in sorted(files))
-    results = (file for file, one in contents if isinstance(one, dict) and "task" in one)
-    source.results = [read(file) for file in results]
-    source.banks = _read_all(folder / "bank", BankResult)
-    source.gaps = _read_all(folder / "gaps", GapRecord)
-    source.examples = _read_all(folder / "examples", Examples)
 
+    def read_all(name: str, kind: type[T]) -> list[T]:
+        return [read(path, kind) for path in sorted((folder / name).glob("*.json"))]
 
-def _read_all(folder: Path, kind: type[T]) -> list[T]:
-    return [read(path, kind) for path in sorted(folder.glob("*.json"))]
+    source.results = [read(file) for file in sorted(files) if "task" in read_json(file)]
+    source.banks = read_all("bank", BankResult)
+    source.gaps = read_all("gaps", GapRecord)
+    source.examples = read_all("examples", Examples)
 
 
 def setting_of(source: Source, result: Result) -> tuple[Setting | None, int | None]:

@@ -1,7 +1,8 @@
-"""Tables that render themselves as HTML, Markdown and CSV, and the escaping of all three.
+"""Tables, which render themselves as HTML, Markdown and CSV, and the escaping of all three.
 
 Names, captions and reasons come from outside. They are plain text in every table and block of a
-report, and nothing shows them but `tag` (HTML), `plain` (Markdown) and `harmless` (CSV).
+report, and nothing shows them but the page's templates (which escape), `plain` (Markdown)
+and `harmless` (CSV).
 """
 
 import csv
@@ -10,23 +11,24 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-class Html(str):
-    """Markup; any other text is escaped by `tag`."""
+TEMPLATES = Environment(
+    loader=PackageLoader("eval.report", ""),
+    undefined=StrictUndefined,
+    autoescape=True,
+    keep_trailing_newline=True,
+)
 
 
-def tag(name: str, *children: str, **attributes: str | int | None) -> Html:
-    """``<name attributes>children</name>``; attributes of None are left out, ``kind`` is class."""
-    given = "".join(
-        f' {"class" if key == "kind" else key}="{escape(str(value))}"'
-        for key, value in attributes.items()
-        if value not in (None, "")
-    )
-    inner = "".join(child if isinstance(child, Html) else escape(child) for child in children)
-    return Html(f"<{name}{given}>" if name == "img" else f"<{name}{given}>{inner}</{name}>")
+class Block:
+    """A part of a report; ``blocks.html.j2`` has a macro under the name of each kind."""
+
+    def html(self) -> Markup:
+        return getattr(TEMPLATES.get_template("blocks.html.j2").module, type(self).__name__)(self)
 
 
 def plain(text: str) -> str:
@@ -74,6 +76,13 @@ class Cell:
     def __str__(self) -> str:
         return f"{self.text} {self.small}".strip()
 
+    @property
+    def sign(self) -> str:
+        """``up``, ``down`` or ``same``."""
+        if not float(self.difference):
+            return "same"
+        return {"+": "up", "-": "down"}[self.difference[0]]
+
 
 def columns(*labels: str, words: int = 1) -> list[Column]:
     """Columns of these labels, the first ones of words."""
@@ -87,42 +96,40 @@ def mean(values: Sequence[float], digits: int, mark: str = "") -> Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Block):
     """Columns, and rows of cells; a cell may be given as mere text."""
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell | str]]
     style: str = ""
 
-    def html(self) -> Html:
-        """A table whose neighbouring gaps of one reason share a cell."""
-        labels = (tag("th", c.label, kind="words" if c.words else None) for c in self.columns)
-        heads = [tag("tr", *labels)]
-        if any(column.group for column in self.columns):
-            groups = groupby(column.group for column in self.columns)
-            upper = (
-                tag("th", name, kind="group", colspan=len(list(some))) for name, some in groups
-            )
-            heads.insert(0, tag("tr", *upper))
-        body = (tag("tr", *self._html_cells(row)) for row in self._cells())
-        table = tag("table", tag("thead", *heads), tag("tbody", *body), kind=self.style)
-        return tag("div", table, kind="scroll")
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """The labels above the columns' own, and how many columns each is of."""
+        groups = [(name, len(list(own))) for name, own in groupby(c.group for c in self.columns)]
+        return groups if any(name for name, _ in groups) else []
 
-    def _cells(self) -> list[list[Cell]]:
+    def cells(self) -> list[list[Cell]]:
+        """The rows, without mere text."""
         return [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in self.rows]
 
-    def _html_cells(self, row: list[Cell]) -> Iterable[Html]:
-        pairs = list(zip(row, self.columns, strict=True))
-        for _, group in groupby(pairs, key=lambda p: p[0].text if p[0].style == "gap" else id(p)):
-            (cell, column), *more = group
-            kind = f"{cell.style} {'words' if column.words else ''}".strip()
-            yield tag("td", *_html_parts(cell), kind=kind, colspan=1 + len(more) if more else None)
+    def merged(self) -> Iterable[list[tuple[Cell, str, int]]]:
+        """Rows of (cell, its classes, its width): neighbouring gaps of one reason are one cell."""
+        for row in self.cells():
+            pairs = list(zip(row, self.columns, strict=True))
+            alike = groupby(pairs, key=lambda p: p[0].text if p[0].style == "gap" else id(p))
+            runs = [list(run) for _, run in alike]
+            yield [
+                (cell, f"{cell.style} {'words' if column.words else ''}".strip(), len(run))
+                for run in runs
+                for cell, column in run[:1]
+            ]
 
     def markdown(self) -> str:
         """A GitHub table."""
         lines = [[plain(str(column)) for column in self.columns]]
         lines.append(["---" if column.words else "---:" for column in self.columns])
-        for row in self._cells():
+        for row in self.cells():
             beside = (f" ({cell.difference})" if cell.difference else "" for cell in row)
             lines.append([plain(str(cell)) + text for cell, text in zip(row, beside)])
         return markdown(lines)
@@ -132,24 +139,8 @@ class Table:
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow([harmless(str(column)) for column in self.columns])
-        writer.writerows([[harmless(str(cell)) for cell in row] for row in self._cells()])
+        writer.writerows([[harmless(str(cell)) for cell in row] for row in self.cells()])
         return out.getvalue()
-
-
-def _html_parts(cell: Cell) -> Iterable[str]:
-    yield swatch(cell.colour)
-    yield cell.text
-    if cell.small:
-        yield tag("small", f" {cell.small}")
-    if cell.difference:
-        sign = {"+": "up", "-": "down"}[cell.difference[0]]
-        kind = sign if float(cell.difference) else "same"
-        yield tag("span", cell.difference, kind=kind)
-
-
-def swatch(colour: str | None) -> Html:
-    """A square of a run's colour."""
-    return tag("i", kind="swatch", style=f"background:{colour}") if colour else Html()
 
 
 def markdown(lines: Iterable[Sequence[str]]) -> str:

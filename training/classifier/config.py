@@ -86,22 +86,28 @@ class WeightConfig:
     """Weights of the terms of eq. (9) and their company."""
 
     lambda_ce: float = flag(1.0, "λ_CE", least=0, **only(*STUDENTS, "rdm"))
-    lambda_kl: float = flag(1.0, "λ_KL, times τ² [1; ft: 0]", least=0)
+    lambda_kl: float = flag(1.0, "λ_KL, times τ² [1; ft: 0]", least=0, span=(0.05, 20.0))
     lambda_n: tuple[float, ...] = flag(
         (1.0,),
         "λ_n of the RDMs, in the order of --rates; one value holds for all",
         least=0,
+        span=(0.05, 5.0),
         **only("cifd"),
     )
     lambda_emb: float = flag(
         1.0,
         "cifd: of the embedding terms, means over elements [1; without an RDM: 0]",
         least=0,
+        span=(1e-3, 100.0),
         **only("cifd"),
     )
-    lambda_i: float = flag(0.005, "cifd: λ_I, mean over elements", least=0, **only("cifd"))
-    lambda_ft: float = flag(500.0, "ft: of the factor term", least=0, **only("ft"))
-    tau: float = flag(4.0, "temperature of the KL terms", above=0)
+    lambda_i: float = flag(
+        0.005, "cifd: λ_I, mean over elements", least=0, span=(1e-4, 1.0), **only("cifd")
+    )
+    lambda_ft: float = flag(
+        500.0, "ft: of the factor term", least=0, span=(1.0, 1000.0), **only("ft")
+    )
+    tau: float = flag(4.0, "temperature of the KL terms", above=0, span=(1.0, 10.0))
     kd_dropout: float = flag(
         0.0,
         "probability of dropping a teacher's or assistant's KL for a sample",

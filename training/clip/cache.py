@@ -1,35 +1,48 @@
 """The teacher cache: a frozen teacher's embeddings, computed once for V views of every sample.
 
 A cache is a folder: ``config.json`` says whose embeddings these are and of which views; each shard
-has ``NAME.image.npy`` (V, samples, T) and ``NAME.text.npy`` (V or 1, samples, T), float16, and
-``NAME.json`` with their hashes, written last. NAME holds the shard's own digest, so a cache serves
-any data set made of shards it has, in any order. A sample the reader could not use is all NaN.
+has ``NAME.safetensors`` with ``image`` (V, samples, T) and ``text`` (V or 1, samples, T), float16,
+where views are stored ``NAME.viewN.tar`` (`training.data.stored`), and ``NAME.json`` with the
+files' hashes, written last. NAME holds the shard's own digest, so a cache serves any data set made
+of shards it has, in any order. A sample that could not be used is all NaN, and in no tar.
 """
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 
-from cifd_clip.files import file_hash, read_json, write_json, writing
+from cifd_clip.files import BadFile, file_hash, read_json, write_json, write_tensors
 from cifd_clip.losses import Features
 from training.clip.config import CACHE_FORMAT, TeacherName, read_cache_config
 from training.data.decode import BadSample
-from training.data.index import Shard, Sources
+from training.data.index import Sources
 from training.data.loader import Batch, Fetcher
-from training.errors import UsageError
+from training.data.shard import Shard, index_shard
+from training.data.stored import StoredViews, libraries
+from training.errors import Failure, UsageError
 
 MODALITIES = ("image", "text")
+#: How far float16 may move the square of a unit vector's norm.
+NORM_TOLERANCE = 0.01
 
 
 def shard_name(shard: Shard) -> str:
     """A shard's name in a cache: its file's stem and the digest of its content's layout."""
     return f"{Path(shard.path).stem}-{shard.digest[:16]}"
+
+
+def view_path(directory: Path, shard: Shard, view: int) -> Path:
+    """The tar of a shard's stored view."""
+    return directory / f"{shard_name(shard)}.view{view}.tar"
 
 
 def check_config(directory: Path, wanted: dict[str, Any]) -> None:
@@ -62,17 +75,73 @@ def is_complete(directory: Path, shard: Shard) -> bool:
     )
 
 
-def write_shard(directory: Path, shard: Shard, arrays: dict[str, np.ndarray]) -> None:
-    """Write one shard's embeddings; its manifest appears last."""
+def write_shard(
+    directory: Path, shard: Shard, embeddings: dict[str, Tensor], views: Sequence[Shard] = ()
+) -> None:
+    """Write one shard's embeddings, of views that are stored already; its manifest appears last."""
     name = shard_name(shard)
-    files = {}
-    for modality, array in arrays.items():
-        path = directory / f"{name}.{modality}.npy"
-        with writing(path) as file:
-            np.save(file, array)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-    content = {"samples": shard.samples, "files": files}
+    path = directory / f"{name}.safetensors"
+    write_tensors(path, embeddings)
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}}
+    files |= {Path(v.path).name: {"bytes": v.bytes, "sha256": v.content} for v in views}
+    content = {"samples": shard.samples, "files": files, "libraries": libraries()}
     write_json(directory / f"{name}.json", content, CACHE_FORMAT)
+
+
+def damaged_files(directory: Path, name: str) -> list[Path]:
+    """A shard's files that are not what its manifest says; where there is none, that is noted."""
+    files = read_json(directory / f"{name}.json", CACHE_FORMAT)["files"]
+    stamp = _stamp(directory, files)
+    damaged = [
+        directory / file
+        for file, entry in files.items()
+        if stamp[file] is None or file_hash(directory / file) != entry["sha256"]
+    ]
+    if not damaged:
+        with contextlib.suppress(OSError):  # a cache may be read-only
+            write_json(directory / f"{name}.verified.json", stamp)
+    return damaged
+
+
+@cache
+def verify_shard(directory: Path, name: str) -> None:
+    """Refuse a shard whose files were altered since they were last compared with its manifest.
+
+    Raises:
+        Failure: so they were.
+    """
+    files = read_json(directory / f"{name}.json", CACHE_FORMAT)["files"]
+    with contextlib.suppress(BadFile):
+        if read_json(directory / f"{name}.verified.json") == _stamp(directory, files):
+            return
+    if damaged := damaged_files(directory, name):
+        raise Failure(
+            f"{damaged[0]} is not what training.cache_teacher wrote: run `python -m "
+            "training.cache_teacher` again, which finds and replaces what is damaged"
+        )
+
+
+def are_unit(rows: np.ndarray) -> np.ndarray:
+    """Which rows (..., T) are unit vectors; those with a NaN are none."""
+    rows = rows.astype(np.float32)
+    return abs((rows * rows).sum(axis=-1) - 1) < NORM_TOLERANCE
+
+
+def _stamp(directory: Path, files: dict[str, dict]) -> dict[str, list | None]:
+    """What tells that files are still those that were hashed."""
+    stamp: dict[str, list | None] = {}
+    for file, entry in files.items():
+        stamp[file] = None
+        with contextlib.suppress(OSError):
+            status = (directory / file).stat()
+            stamp[file] = [status.st_size, status.st_mtime_ns, entry["sha256"]]
+    return stamp
+
+
+def read_embeddings(path: Path) -> dict[str, np.ndarray]:
+    """A shard's embeddings, whose values are read from the file when they are looked at."""
+    with safe_open(path, "pt") as file:
+        return {modality: file.get_tensor(modality).numpy() for modality in MODALITIES}
 
 
 @dataclass
@@ -101,10 +170,15 @@ class CacheFetcher(Fetcher):
         self.names = [shard_name(s) for s in shards]
 
     def check(self, row: int, view: int) -> None:
-        shard, place = self._place(row)
-        images = self._array(shard, "image")
-        if np.isnan(images[view % len(images), place, 0]):
-            raise BadSample("teacher cache: nothing stored")
+        shard, place = self.sources.place(row)
+        verify_shard(self.directory, self.names[shard])
+        for modality in MODALITIES:
+            array = self._array(shard, modality)
+            embedding = array[view % len(array), place]
+            if not are_unit(embedding):
+                stored = not np.isnan(embedding).all()
+                what = "no unit vector" if stored else "nothing stored"
+                raise BadSample(f"teacher cache: {what}")
 
     def __call__(self, rows: Tensor, views: Tensor) -> dict[str, Tensor]:
         rows, views = rows.numpy(), views.numpy()
@@ -121,17 +195,11 @@ class CacheFetcher(Fetcher):
             embeddings[f"teacher{self.space}/{modality}"] = torch.from_numpy(out)
         return embeddings
 
-    def _place(self, row: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self.sources.first_row, row, side="right")) - 1
-        return shard, row - int(self.sources.first_row[shard])
-
     def _array(self, shard: int, modality: str) -> np.ndarray:
-        return _mapped(str(self.directory / f"{self.names[shard]}.{modality}.npy"))
+        return _mapped(self.directory / f"{self.names[shard]}.safetensors")[modality]
 
 
-@lru_cache(maxsize=512)
-def _mapped(path: str) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
+_mapped = lru_cache(maxsize=512)(read_embeddings)
 
 
 class CachedTeachers:
@@ -140,7 +208,8 @@ class CachedTeachers:
     Args:
         directories: one cache per teacher.
         names: the architecture and weights of each teacher that the command line names, if it does.
-        wanted: this run's view_seed, views, captions and aug_cfg, which the caches must match.
+        wanted: this run's view_seed, views, captions, aug_cfg and image_backend, which the caches
+            must match.
     """
 
     def __init__(self, directories: list[Path], names: list[TeacherName], wanted: dict[str, Any]):
@@ -162,8 +231,26 @@ class CachedTeachers:
                     f"--teacher-cache '{directory}' was written with the weights '{written}', "
                     f"--distill-pretrained names '{weights}': leave it out, or write another cache"
                 )
+        wanted = {**wanted, "stored_views": self.configs[0]["stored_views"]}
         for directory in directories:
             check_config(directory, wanted)
+
+    @property
+    def view_size(self) -> tuple[int, int] | None:
+        """(height, width) of the stored views; None: they are drawn from the originals."""
+        stored = self.configs[0]["stored_views"]
+        return stored and tuple(stored["size"])
+
+    def images_of(self, sources: Sources) -> Sources:
+        """Where a data set's samples are read from."""
+        if self.view_size is None:
+            return sources
+        views = range(self.configs[0]["views"])
+        shards = {
+            n: [index_shard(str(view_path(self.directories[0], s, v))) for v in views]
+            for n, s in enumerate(sources.shards)
+        }
+        return StoredViews(sources, shards)
 
     @property
     def dims(self) -> list[int]:
@@ -178,6 +265,10 @@ class CachedTeachers:
     def fetchers(self, sources: Sources) -> list[CacheFetcher]:
         """What the loader needs to deliver the embeddings."""
         return [CacheFetcher(d, sources, i) for i, d in enumerate(self.directories)]
+
+    def answers(self, batch: Batch) -> bool:
+        """Whether their features of the batch are stored, as they are of training views."""
+        return bool(batch.extras)
 
     def __call__(self, batch: Batch) -> list[Features]:
         """Every teacher's stored features of a batch."""

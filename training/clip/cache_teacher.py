@@ -5,25 +5,38 @@ them, finished ones are skipped, and what was written is verified at the end.
 """
 
 import json
-import time
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import torch
 from open_clip_train.precision import get_autocast
+from torch import Tensor
 from tqdm import tqdm
 
-from cifd_clip import Features, Teacher, World
-from cifd_clip.files import file_hash, read_json, write_json
-from training.clip.cache import check_config, is_complete, shard_name, write_shard
+from cifd_clip import Features
+from cifd_clip.files import write_json
+from training.clip.cache import (
+    MODALITIES,
+    check_config,
+    damaged_files,
+    is_complete,
+    read_embeddings,
+    shard_name,
+    view_path,
+    write_shard,
+)
 from training.clip.config import CACHE_FORMAT, CacheConfig, read_cache_config
 from training.clip.flags import cache_config
-from training.clip.models import add_model_configs, build_teachers, model_config
-from training.clip.stages import Transforms
-from training.data.index import Shard, Sources, index_shards
-from training.data.loader import Batch, sequential
-from training.data.views import ImageSpec, normalise, train_view
+from training.clip.models import add_model_configs, build_teachers, model_config, student_config
+from training.clip.stages import LiveTeachers, Transforms
+from training.data.index import Sources, index_shards
+from training.data.loader import Batch, Reader, Recipe, sequential
+from training.data.shard import Shard
+from training.data.stored import SUBSAMPLING, StoredViews, ViewWriter
+from training.data.views import height_width, train_view
+from training.data.workers import data_loader, end, iterate
 from training.engine.config import ProcessConfig
 from training.engine.control import barrier, end_processes, start_logging, start_processes
 from training.engine.flags import Given, construct
@@ -44,100 +57,210 @@ def start(given: Given) -> int:
     sources = index_shards(config.train_data, cache_dir=config.index_dir)
     part, parts = config.parts
     shards = list(range(sources.counts.size))[part - 1 :: parts][world.rank :: world.size]
-    teachers = build_teachers(config.teachers, device, config.cache_dir)
-    if len(config.caches) != len(teachers):
-        raise UsageError(
-            f"--teacher-cache names {len(config.caches)} folders for {len(teachers)} teachers"
-        )
-    for teacher, directory in zip(teachers, config.caches):
-        cache = Cache(config, teacher, directory, sources, device)
+    caches = Caches(config, sources, device)
+    caches.describe_work(shards)
+    if not config.dry_run:
         if world.rank == 0:
-            cache.begin()
+            caches.begin()
         barrier(world)
-        cache.write(shards)
-        cache.verify(shards)
-    barrier(world)
+        # Tasks share the folders; a part has one writer.
+        with held(config.caches[0] / f"part-{part}-of-{parts}.lease", world, wait=True):
+            caches.write(shards)
+            caches.verify(shards)
+            barrier(world)
     end_processes()
     return 0
 
 
-class Cache:
-    """One teacher's cache in the making.
+class Caches:
+    """The caches of some teachers in the making, one folder each, in one pass over the images.
 
     Args:
         config: what to write.
-        teacher: on its device.
-        directory: where it goes.
         sources: the data set.
-        device: of the teacher.
+        device: of the teachers.
     """
 
-    def __init__(
-        self,
-        config: CacheConfig,
-        teacher: Teacher,
-        directory: Path,
-        sources: Sources,
-        device: torch.device,
-    ):
-        self.config, self.teacher, self.directory = config, teacher, directory
-        self.sources, self.device = sources, device
-        self.spec = ImageSpec.of(teacher.model.visual.preprocess_cfg)
-        transforms = Transforms(config.aug_cfg)
-        transforms.add_texts(teacher.name, model_config(teacher.name, "--distill-model"))
-        self.tokenizer = transforms.tokenizers[0]
+    def __init__(self, config: CacheConfig, sources: Sources, device: torch.device):
+        self.config, self.sources, self.device = config, sources, device
+        # The teachers, and the images and tokens that they read.
+        names = config.teachers
+        if len(config.caches) != len(names):
+            raise UsageError(
+                f"--teacher-cache names {len(config.caches)} folders for {len(names)} teachers"
+            )
+        configs = [model_config(name, "--distill-model") for name, _ in names]
+        self.transforms = Transforms(config.aug_cfg, config.image_backend)
+        live = build_teachers(config, device)
+        self.teachers = LiveTeachers(live, configs, self.transforms)
         self.autocast = get_autocast(config.precision, device.type)
         # With the first caption only, no view changes the text.
         self.text_views = config.views if config.captions == "all" else 1
-        self.description = {
-            "teacher": teacher.identity,
-            "view_seed": config.view_seed,
-            "views": config.views,
-            "captions": config.captions,
-            "aug_cfg": config.aug_cfg,
-            "precision": config.precision,
+        self.stored = self._stored_views() if config.store_views else None
+        if self.stored:
+            self.writer = self._view_writer()
+            self.transforms.view_size = tuple(self.stored["size"])
+
+    def _stored_views(self) -> dict[str, Any]:
+        """How views are stored: by default as large as who wants the most of them."""
+        if self.transforms.normalised:
+            raise UsageError(
+                "--store-views: this --aug-cfg works on normalised images (random erasing), and "
+                "they can't be stored as pixels: leave one of them out"
+            )
+        student = student_config(self.config)["vision_cfg"].get("image_size", 224)
+        wanted = [spec.size for spec in self.transforms.specs] + [student]
+        size = self.config.view_size or max(wanted, key=lambda one: max(height_width(one)))
+        return {
+            "size": height_width(size),
+            "quality": self.config.view_quality,
+            "subsampling": SUBSAMPLING,
         }
 
+    def _view_writer(self) -> ViewWriter:
+        size = tuple(self.stored["size"])
+        spec = replace(self.transforms.specs[0], size=size)
+        view = train_view(spec, self.config.aug_cfg, self.config.image_backend)
+        recipe = Recipe([view], [], self.config.view_seed)
+        return ViewWriter(Reader(self.sources, recipe), [], self.config.view_quality)
+
+    def describe_work(self, numbers: list[int]) -> None:
+        """Say what is left to do, and what it takes on the disk."""
+        shards, views = self.sources.shards, self.config.views
+        left = [n for n in numbers if not self._complete(n)]
+        samples = sum(shards[n].samples for n in left)
+        size = samples * (views + self.text_views) * sum(self.teachers.dims) * 2
+        print(
+            f"{len(numbers) - len(left)} of {len(numbers)} shards are there; "
+            f"{samples * views:,} image passes and {size / 2**30:.2f} GiB of embeddings to go",
+            flush=True,
+        )
+        if self.stored and left:
+            each = self.writer.bytes_of(self.sources.rows_of(left[0])[:32])
+            print(f"and about {samples * views * each / 2**30:.2f} GiB of stored views", flush=True)
+
     def begin(self) -> None:
-        """Write the configuration, or refuse a folder that holds another cache."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / "config.json"
-        description = json.loads(json.dumps(self.description))
-        if path.is_file():
-            check_config(self.directory, description)
-            if read_cache_config(self.directory)["views"] != description["views"]:
-                raise UsageError(
-                    f"--teacher-cache '{self.directory}' holds another number of views than "
-                    f"--views {self.config.views}"
-                )
-            return
-        # What the weights were called, for who reads the cache with a name.
-        description["pretrained"] = self.config.teachers[self.teacher.space].weights
-        write_json(path, description, CACHE_FORMAT)
+        """Write the configurations, or refuse folders that hold other caches."""
+        for teacher, folder in zip(self.teachers.teachers, self.config.caches):
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "config.json"
+            description = {
+                "teacher": teacher.identity,
+                "view_seed": self.config.view_seed,
+                "views": self.config.views,
+                "captions": self.config.captions,
+                "aug_cfg": self.config.aug_cfg,
+                "image_backend": self.config.image_backend,
+                "precision": self.config.precision,
+                "distill_precision": self.config.distill_precision,
+                "stored_views": self.stored,
+            }
+            description = json.loads(json.dumps(description))
+            if path.is_file():
+                check_config(folder, description)
+                if read_cache_config(folder)["views"] != description["views"]:
+                    raise UsageError(
+                        f"--teacher-cache '{folder}' holds another number of views than --views "
+                        f"{self.config.views}"
+                    )
+                continue
+            # What the weights were called, for who reads the cache with a name.
+            description["pretrained"] = self.config.teachers[teacher.space].weights
+            write_json(path, description, CACHE_FORMAT)
 
     def write(self, numbers: list[int]) -> None:
         """Compute and store the shards that are not there yet."""
-        shards = self.sources.shards
-        left = [n for n in numbers if not is_complete(self.directory, shards[n])]
-        samples = sum(shards[n].samples for n in left)
-        passes = samples * self.config.views
-        size = samples * (self.config.views + self.text_views) * self.teacher.dim * 2
-        print(
-            f"{self.directory}: {len(numbers) - len(left)} of {len(numbers)} shards are there; "
-            f"{passes:,} image passes of {self.teacher.name} and {size / 2**30:.2f} GiB to go",
-            flush=True,
+        left = [n for n in numbers if not self._complete(n)]
+        views = self.store_views(left) if self.stored else {}
+        sources = StoredViews(self.sources, views) if self.stored else self.sources
+        for number, embeddings in self._embeddings(sources, left):
+            shard = self.sources.shards[number]
+            for folder, own in zip(self.config.caches, embeddings):
+                stored = views.get(number, ()) if folder == self.config.caches[0] else ()
+                write_shard(folder, shard, own, stored)
+
+    def _complete(self, number: int) -> bool:
+        return all(
+            is_complete(folder, self.sources.shards[number]) for folder in self.config.caches
         )
-        if not left:
-            return
-        seconds = self._seconds_per_sample(left[0])
-        print(f"about {_duration(seconds * passes)} at {1 / seconds:.0f} images/s", flush=True)
-        with tqdm(total=passes, unit="image", disable=None, dynamic_ncols=True) as bar:
-            for number in left:
-                # Tasks share the folder; a shard has one writer.
-                shard = shards[number]
-                with held(self.directory / f"{shard_name(shard)}.lease", World(), wait=True):
-                    if not is_complete(self.directory, shard):
-                        write_shard(self.directory, shard, self._shard(number, bar))
+
+    def store_views(self, numbers: list[int]) -> dict[int, list[Shard]]:
+        """The tars of shards' views, by number and view; those that are not there are written."""
+        config, folder = self.config, self.config.caches[0]
+        jobs = [
+            (n, view, view_path(folder, self.sources.shards[n], view))
+            for n in numbers
+            for view in range(config.views)
+        ]
+        writer = replace(self.writer, jobs=jobs)
+        order = range(len(jobs))
+        loader = data_loader(writer, order, config.workers, config.worker_start, False, 2, False)
+        tars = iterate(loader, name=self.sources.path_of)
+        stored: dict[int, list[Shard]] = {}
+        try:
+            bar = tqdm(tars, "views", len(jobs), unit="tar", disable=None, dynamic_ncols=True)
+            for (number, _, _), tar in zip(jobs, bar):
+                stored.setdefault(number, []).append(tar)
+        finally:
+            end(tars)
+        return stored
+
+    def _embeddings(
+        self, sources: Sources, numbers: list[int]
+    ) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+        """(shard number, every teacher's embeddings of it), shard by shard."""
+        views = range(self.config.views)
+        spans = [(sources.rows_of(n), view) for n in numbers for view in views]
+        total = sum(len(rows) for rows, _ in spans)
+        bar = tqdm(total=total, unit="image", disable=None, dynamic_ncols=True)
+        batches = self._features(sources, spans)
+        batch = next(batches, None)
+        with closing(bar), closing(batches):
+            for number in numbers:
+                rows, of_shard = sources.rows_of(number), self._empty(sources.counts[number])
+                while batch is not None and int(batch[0].rows[0]) in rows:
+                    self._place(of_shard, batch[0], batch[1], rows.start)
+                    bar.update(len(batch[0]))
+                    batch = next(batches, None)
+                yield number, [{m: t.cpu() for m, t in own.items()} for own in of_shard]
+
+    def _empty(self, samples: int) -> list[dict[str, Tensor]]:
+        """Room for a shard's embeddings, on the device: no batch waits for a copy."""
+        views = {"image": self.config.views, "text": self.text_views}
+        options = {"dtype": torch.float16, "device": self.device}
+        return [
+            {m: torch.full((views[m], samples, dim), torch.nan, **options) for m in MODALITIES}
+            for dim in self.teachers.dims
+        ]
+
+    def _place(
+        self, of_shard: list[dict[str, Tensor]], batch: Batch, features: list[Features], first: int
+    ) -> None:
+        view = int(batch.views[0])
+        places = (batch.rows - first).to(self.device, non_blocking=True)
+        for own, teacher in zip(of_shard, features):
+            for modality, stored in own.items():
+                if view < len(stored):
+                    stored[view].index_copy_(0, places, getattr(teacher, modality).half())
+
+    def _features(self, sources: Sources, spans: list) -> Iterator[tuple[Batch, list[Features]]]:
+        """(batch, every teacher's features) of spans of rows, see `sequential`."""
+        batches = sequential(
+            sources,
+            self.transforms.train_views(),
+            self.transforms.tokenizers,
+            batch_size=self.config.batch_size,
+            spans=spans,
+            seed=self.config.view_seed,
+            captions=self.config.captions,
+            workers=self.config.workers,
+            start_method=self.config.worker_start,
+            pin_memory=self.device.type == "cuda",
+        )
+        for batch in batches:
+            if len(batch):
+                with self.autocast():
+                    yield batch, self.teachers(batch.to(self.device))
 
     def verify(self, numbers: list[int]) -> None:
         """Re-read every file's hash, and recompute the first samples of the first shard.
@@ -145,76 +268,32 @@ class Cache:
         Raises:
             Failure: what is stored is not what it should be.
         """
-        for number in numbers:
-            name = shard_name(self.sources.shards[number])
-            manifest = read_json(self.directory / f"{name}.json", CACHE_FORMAT)
-            for file, entry in manifest["files"].items():
-                if file_hash(self.directory / file) != entry["sha256"]:
-                    (self.directory / f"{name}.json").unlink()
+        for folder in self.config.caches:
+            for number in numbers:
+                name = shard_name(self.sources.shards[number])
+                for path in damaged_files(folder, name):
+                    (folder / f"{name}.json").unlink()
+                    path.unlink(missing_ok=True)
                     raise Failure(
-                        f"{self.directory / file} is damaged; its shard is marked as missing: run "
-                        "the same command again"
+                        f"{path} is damaged; its shard is marked as missing: run the same command "
+                        "again"
                     )
         if numbers:
-            self._recompute(self.sources.shards[numbers[0]], self.sources.rows_of(numbers[0]))
-        print(f"{self.directory}: {len(numbers)} shards verified", flush=True)
+            self._recompute(numbers[0])
+        print(f"{self.config.teacher_cache}: {len(numbers)} shards verified", flush=True)
 
-    def _recompute(self, shard: Shard, rows: range) -> None:
-        stored = np.load(self.directory / f"{shard_name(shard)}.image.npy", mmap_mode="r")
-        for batch, features in self._features(rows[: self.config.batch_size], 0):
+    def _recompute(self, number: int) -> None:
+        shard, rows = self.sources.shards[number], self.sources.rows_of(number)
+        sources = self.sources
+        if self.stored:
+            sources = StoredViews(sources, self.store_views([number]))
+        for batch, features in self._features(sources, [(rows[: self.config.batch_size], 0)]):
             places = (batch.rows - rows.start).numpy()
-            worst = np.abs(stored[0, places] - features.image.cpu().numpy()).max()
-            if not worst <= TOLERANCE[self.config.precision]:
-                raise Failure(
-                    f"{self.directory}: recomputed embeddings of {shard.path} differ by "
-                    f"{worst:.3g} from the stored ones; the cache belongs to other software or data"
-                )
-
-    def _seconds_per_sample(self, number: int) -> float:
-        rows = self.sources.rows_of(number)[: 2 * self.config.batch_size]
-        next(self._features(rows[: self.config.batch_size], 0), None)  # warm up
-        start = time.monotonic()
-        count = sum(len(batch) for batch, _ in self._features(rows, 0))
-        return (time.monotonic() - start) / max(count, 1)
-
-    def _shard(self, number: int, bar: tqdm) -> dict[str, np.ndarray]:
-        rows = self.sources.rows_of(number)
-        shape = (len(rows), self.teacher.dim)
-        images = np.full((self.config.views, *shape), np.nan, np.float16)
-        texts = np.full((self.text_views, *shape), np.nan, np.float16)
-        for view in range(self.config.views):
-            for batch, features in self._features(rows, view):
-                places = (batch.rows - rows.start).numpy()
-                images[view, places] = features.image.cpu().numpy()
-                if view < self.text_views:
-                    texts[view, places] = features.text.cpu().numpy()
-                bar.update(len(batch))
-        return {"image": images, "text": texts}
-
-    def _features(self, rows: range, view: int) -> Iterator[tuple[Batch, Features]]:
-        """(batch, the teacher's features) of consecutive rows at one view."""
-        batches = sequential(
-            self.sources,
-            [train_view(self.spec, self.config.aug_cfg)],
-            [self.tokenizer],
-            batch_size=self.config.batch_size,
-            seed=self.config.view_seed,
-            view=view,
-            captions=self.config.captions,
-            rows=rows,
-            workers=self.config.workers,
-            start_method=self.config.worker_start,
-            pin_memory=self.device.type == "cuda",
-        )
-        for batch in batches:
-            if len(batch):
-                yield batch, self._run(batch.to(self.device))
-
-    def _run(self, batch) -> Features:
-        with self.autocast():
-            return self.teacher(normalise(batch.images[0], self.spec), batch.texts[0])
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
+            for folder, own in zip(self.config.caches, features):
+                stored = read_embeddings(folder / f"{shard_name(shard)}.safetensors")["image"]
+                worst = abs(stored[0, places] - own.image.cpu().numpy()).max()
+                if not worst <= TOLERANCE[self.config.precision]:
+                    raise Failure(
+                        f"{folder}: recomputed embeddings of {shard.path} differ by {worst:.3g} "
+                        "from the stored ones; the cache belongs to other software or data"
+                    )

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from cifd_clip import Features, RDMBank, RDMTask
 from cifd_clip.files import file_hash, read_json, write_json, write_text
 from cifd_clip.noise import derive_seed
-from training.clip.cache import MODALITIES, shard_name
+from training.clip.cache import MODALITIES, are_unit, read_embeddings, shard_name, verify_shard
 from training.clip.config import CalibrationConfig, read_cache_config
 from training.clip.flags import calibration_config
 from training.clip.stages import make_bank
@@ -199,7 +199,7 @@ def find_shards(directory: Path, train_data: str | None, index_dir: str | None =
         UsageError: a shard of the data set is not in the cache, or there is none.
     """
     there = sorted(path.stem for path in directory.glob("*.json") if path.stem != "config")
-    there = [name for name in there if (directory / f"{name}.image.npy").is_file()]
+    there = [name for name in there if (directory / f"{name}.safetensors").is_file()]
     if train_data:
         wanted = [
             shard_name(shard) for shard in index_shards(train_data, cache_dir=index_dir).shards
@@ -220,10 +220,11 @@ def find_shards(directory: Path, train_data: str | None, index_dir: str | None =
 
 def read_pairs(directory: Path, shards: list[str], most: int, seed: int) -> Pairs:
     """At most ``most`` usable samples, spread over all shards, each in all its views."""
-    arrays = {
-        m: [np.load(directory / f"{s}.{m}.npy", mmap_mode="r") for s in shards] for m in MODALITIES
-    }
-    usable = [~np.isnan(a[:, :, 0]).any(axis=0) for a in arrays["image"]]
+    for shard in shards:
+        verify_shard(directory, shard)
+    embeddings = [read_embeddings(directory / f"{shard}.safetensors") for shard in shards]
+    arrays = {modality: [e[modality] for e in embeddings] for modality in MODALITIES}
+    usable = [np.all([are_unit(e[m]).all(axis=0) for m in MODALITIES], axis=0) for e in embeddings]
     shard_of = np.repeat(np.arange(len(shards)), [len(u) for u in usable])
     place = np.concatenate([np.arange(len(u)) for u in usable])
     rows = np.flatnonzero(np.concatenate(usable))

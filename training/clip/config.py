@@ -18,7 +18,7 @@ from training.errors import UsageError
 DISTILL = (*DECLARED, "rdm")
 #: R of a bank's RDMs where the command line says nothing: docs/paper.md, "Which rates".
 RATES = (10000.0, 3000.0, 1000.0)
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 OWN_WEIGHTS = ("local-dir:", "hf-hub:")  # models that bring their own
 
 
@@ -49,6 +49,11 @@ class MethodConfig:
         "",
         "teacher weights, one per --distill-model; none for local-dir: models",
         metavar="TAG|PATH[,...]",
+    )
+    distill_precision: str = flag(
+        "fp32",
+        "of the teachers' weights [bf16 under --precision amp_bf16 on a GPU, else fp32]",
+        choices=("fp32", "bf16"),
     )
     teacher_cache: str = flag(
         "",
@@ -113,6 +118,13 @@ class DataConfig:
         0, "augmentations of an image, taken in turn; 0: a new one each pass", least=0
     )
     view_seed: int = flag(0, "of augmentations and captions [--seed, or the cache's own]")
+    image_backend: str = flag(
+        "pil",
+        "what decodes and resizes training images; pil: OpenCLIP's exact pixels; torch: the same "
+        "but for rounding, in half the time; images of over twice the size are read at half theirs "
+        "[pil, or the cache's own]",
+        choices=("pil", "torch"),
+    )
     view_memory: float = flag(
         0.0,
         "decoded views that each reading process holds: for small data and --views",
@@ -131,7 +143,10 @@ class DataConfig:
     index_dir: str | None = flag(
         None, "where shard indexes go [beside the shards]", metavar="DIR", free=True
     )
-    val_data: str = flag("", "held-out shards: losses every epoch", metavar="SHARDS")
+    val_data: str = flag("", "held-out shards: losses and recall every epoch", metavar="SHARDS")
+    val_fraction: float = flag(
+        0.0, "hold out this share of the training samples instead, by their keys", least=0, below=1
+    )
     val_frequency: int = flag(1, "epochs between validations", least=0, free=True)
     workers: int = flag(4, "loader workers per process", least=0, free=True)
     worker_start: str | None = flag(
@@ -169,7 +184,12 @@ class StudentConfig:
     lock_text_unlocked_layers: int = flag(0, "last layers left trainable")
     cache_dir: str | None = flag(None, "where OpenCLIP keeps downloaded weights", free=True)
     grad_checkpointing: bool = flag(False, "recompute activations to save memory")
-    torchcompile: bool = flag(False, "compile the student's towers")
+    torchcompile: bool = flag(False, "compile the towers, the teachers' too")
+    custom_blocks: bool | None = flag(
+        None,
+        "OpenCLIP's custom attention in its own ViT and text towers, the teachers' too [on a GPU]",
+        free=True,
+    )
     use_bn_sync: bool = flag(False, "batch normalisation over all GPUs")
 
 
@@ -183,6 +203,16 @@ class CacheConfig(Config):
     """What `training.cache_teacher` is told: a run's flags, and which shards are its own."""
 
     part: str = flag("1/1", "only every N-th shard", metavar="I/N")
+    store_views: bool = flag(
+        False,
+        "store the views too, in the (first) cache, as JPEGs that the teachers embed: training "
+        "reads them instead of the originals",
+    )
+    view_size: int | None = flag(
+        None, "pixels of a stored view's side [the most that student or teachers want]", least=1
+    )
+    view_quality: int = flag(90, "JPEG quality of a stored view", least=1, below=101)
+    dry_run: bool = flag(False, "only say what there is to do, and what it takes on the disk")
 
     @property
     def parts(self) -> tuple[int, int]:

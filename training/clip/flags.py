@@ -242,11 +242,16 @@ def resolved(
         values["rates"] = ()
     if cache is not None:
         values["views"] = given.get("views") or cache["views"]
-        values.setdefault("view_seed", cache["view_seed"])
+        for name in ("view_seed", "image_backend"):
+            values.setdefault(name, cache[name])
     values.setdefault("view_seed", seed)
     # The optimizer.
     values |= engine.share_batch(given, Config.batch_size, world_size)
     values["precision"] = engine.default_precision(given, device_type)
+    gpu = device_type == "cuda"
+    values.setdefault("custom_blocks", gpu)
+    half = gpu and values["precision"] == "amp_bf16"
+    values.setdefault("distill_precision", "bf16" if half else "fp32")
     vit = "vit" in model.lower()
     values.setdefault("beta2", 0.98 if vit else 0.999)
     values.setdefault("eps", 1e-6 if vit else 1e-8)
@@ -322,6 +327,8 @@ def _check(config: Config) -> None:
         raise UsageError(
             f"--rdm-bank belongs to methods with a teacher, not to --distill {config.distill}"
         )
+    if config.val_data and config.val_fraction:
+        raise UsageError("--val-data and --val-fraction both say what is held out: give one")
     if config.use_bn_sync and config.accum_freq > 1:
         raise UsageError(
             "--use-bn-sync with --accum-freq > 1 is not supported: batch statistics of a "

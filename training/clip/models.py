@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -17,8 +18,11 @@ from torch import nn
 from cifd_clip.files import make_folder, sync_tree, write_tensors
 from cifd_clip.noise import derive_seed
 from cifd_clip.teacher import Teacher
-from training.clip.config import OWN_WEIGHTS, StudentConfig, TeacherName
+from cifd_clip.towers import use_custom_blocks
+from training.clip.config import OWN_WEIGHTS, Config, StudentConfig
 from training.errors import UsageError
+
+TEACHER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --distill-precision
 
 
 def add_model_configs(paths: Iterable[str]) -> None:
@@ -84,6 +88,18 @@ def check_weights(name: str, pretrained: str, flag: str, force_quick_gelu: bool 
         )
 
 
+def forced(config: StudentConfig) -> dict[str, Any]:
+    """What the student's architecture is changed by, as ``create_model`` takes it."""
+    size = config.force_image_size
+    return {
+        "force_quick_gelu": config.force_quick_gelu,
+        "force_custom_text": config.force_custom_text,
+        "force_patch_dropout": config.force_patch_dropout,
+        "force_image_size": size[0] if size and len(size) == 1 else size,
+        "force_context_length": config.force_context_length,
+    }
+
+
 def build_student(config: StudentConfig, seed: int) -> nn.Module:
     """The student, initialised from the seed or from ``--pretrained``."""
     if "multimodal_cfg" in student_config(config):
@@ -95,28 +111,25 @@ def build_student(config: StudentConfig, seed: int) -> nn.Module:
         )
     if config.pretrained:
         check_weights(config.model, config.pretrained, "--pretrained", config.force_quick_gelu)
-    size = config.force_image_size
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "student"))
         model = _create(
             config.model,
             config.pretrained or None,
             "--model",
-            force_quick_gelu=config.force_quick_gelu,
-            force_custom_text=config.force_custom_text,
-            force_patch_dropout=config.force_patch_dropout,
-            force_image_size=size[0] if size and len(size) == 1 else size,
-            force_context_length=config.force_context_length,
+            **forced(config),
             force_preprocess_cfg=preprocess_overrides(config),
             pretrained_image=config.pretrained_image,
             cache_dir=config.cache_dir,
         )
-    if size and any("pos_embed" in name for name in model.visual.state_dict()):
+    if config.force_image_size and any("pos_embed" in name for name in model.visual.state_dict()):
         raise UsageError(
             f"--force-image-size with --model {config.model}: stock OpenCLIP can't load a timm "
             "tower whose position embedding was resized; give the size in a --model-config of its "
             "own"
         )
+    if config.custom_blocks:
+        use_custom_blocks(model)
     if config.lock_image:
         model.lock_image_tower(config.lock_image_unlocked_groups, config.lock_image_freeze_bn_stats)
     if config.lock_text:
@@ -126,19 +139,22 @@ def build_student(config: StudentConfig, seed: int) -> nn.Module:
     return model
 
 
-def build_teachers(
-    names: Iterable[TeacherName], device: torch.device, cache_dir: str | None = None
-) -> list[Teacher]:
+def build_teachers(config: Config, device: torch.device) -> list[Teacher]:
     """The frozen teachers on their device, each with its own embedding space."""
     teachers = []
-    for space, (name, pretrained) in enumerate(names):
-        options = {"cache_dir": cache_dir, "require_pretrained": True}
+    for space, (name, pretrained) in enumerate(config.teachers):
+        options = {"cache_dir": config.cache_dir, "require_pretrained": True}
         if pretrained:
             check_weights(name, pretrained, "--distill-pretrained")
             options["force_preprocess_cfg"] = images_of(pretrained)
         model = _create(name, pretrained, "--distill-model", **options)
-        teachers.append(Teacher(model, name, space))
+        if config.custom_blocks:
+            use_custom_blocks(model)
+        teachers.append(Teacher(model, name, space))  # known by its weights as they were read
+        teachers[-1].cast(TEACHER_DTYPES[config.distill_precision])
         model.to(device, memory_format=torch.channels_last)  # convolutions run faster
+        if config.torchcompile:
+            teachers[-1].compile()
         images = {k: model.visual.preprocess_cfg[k] for k in ("size", "mean", "std")}
         shown = ", ".join(f"{key} {value}" for key, value in images.items())
         logging.info("teacher %s, weights %s, images of %s", name, teachers[-1].weights[:12], shown)

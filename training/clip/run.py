@@ -7,19 +7,20 @@ import contextlib
 import logging
 import operator
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cifd_clip import World
 from training.clip.config import Config, ProcessConfig
 from training.clip.flags import resolve
+from training.clip.heldout import held_out, split
 from training.clip.models import add_model_configs, build_student
-from training.clip.stages import ClipStage, RDMStage, StudentStage
+from training.clip.stages import RDMStage, StudentStage
 from training.data.index import (
     NotAShard,
     Sources,
@@ -28,7 +29,7 @@ from training.data.index import (
     index_shards,
     is_remote,
 )
-from training.data.loader import Batch, Loader, sequential
+from training.data.loader import Loader
 from training.data.order import Order
 from training.data.shard import verify
 from training.data.stream import StreamLoader, stream_fingerprint
@@ -53,9 +54,6 @@ from training.engine.trainer import Progress, Trainer
 from training.errors import UsageError
 
 log = logging.getLogger(__name__)
-
-#: Rows of a held-out batch: a contrastive loss depends on it, and must not on the processes.
-VALIDATION_BATCH = 256
 
 
 def start(given: Given, files: dict[str, Any]) -> int:
@@ -146,7 +144,10 @@ def _run(
         return True
     # What trains, on what data.
     sources = None if is_remote(config.train_data) else open_data(config, world)
-    steps_per_epoch = epoch_steps(config, sources)
+    kept, held = (
+        split(sources, config.val_fraction) if sources and config.val_fraction else (None, None)
+    )
+    steps_per_epoch = epoch_steps(config, sources, kept)
     rdm = config.distill == "rdm"
     stage = RDMStage(config, device) if rdm else StudentStage(config, device, world, bank)
     trainer = Trainer(stage, config, steps_per_epoch, world, device, config.precision, config.name)
@@ -156,8 +157,8 @@ def _run(
     if checkpoint is not None:
         trainer.load(checkpoint[1])
     # Whatever may still be wrong with the command line is found before the directory is taken.
-    loader = make_loader(config, sources, trainer)
-    validation = held_out(config, stage, world)
+    loader = make_loader(config, sources, trainer, kept)
+    validation = held_out(config, stage, world, sources, held)
     writer = None
     if world.rank == 0:
         directory.open()
@@ -228,8 +229,17 @@ def check_bad_fraction(config: Config, progress: Progress) -> None:
         )
 
 
-def make_loader(config: Config, sources: Sources | None, trainer: Trainer) -> Loader | StreamLoader:
-    """What delivers this rank's part of each global batch; remote shards (no sources) stream."""
+def make_loader(
+    config: Config, sources: Sources | None, trainer: Trainer, kept: np.ndarray | None = None
+) -> Loader | StreamLoader:
+    """What delivers this rank's part of each global batch.
+
+    Args:
+        config: of the run.
+        sources: local shards; None: remote ones, which are streamed.
+        trainer: of the run.
+        kept: rows to train on; None: all.
+    """
     stage, world = trainer.stage, trainer.world
     inputs = (stage.transforms.train_views(), stage.transforms.tokenizers)
     options = {
@@ -251,12 +261,14 @@ def make_loader(config: Config, sources: Sources | None, trainer: Trainer) -> Lo
         config.seed,
         window=config.shuffle_window,
         replacement=config.dataset_resampled,
+        kept=kept,
     )
     options["memory"] = int(config.view_memory * 2**30)
-    return Loader(order, sources, *inputs, fetchers=stage.source.fetchers(sources), **options)
+    options["fetchers"] = stage.source.fetchers(sources)
+    return Loader(order, stage.source.images_of(sources), *inputs, **options)
 
 
-def epoch_steps(config: Config, sources: Sources | None) -> int:
+def epoch_steps(config: Config, sources: Sources | None, kept: np.ndarray | None = None) -> int:
     """Optimizer steps of an epoch: its samples, in whole global batches."""
     if sources is None:
         if not config.train_num_samples:
@@ -265,49 +277,20 @@ def epoch_steps(config: Config, sources: Sources | None) -> int:
             )
         for flag in (
             *("teacher_cache", "view_memory"),
-            *("train_data_upsampling_factors", "dataset_resampled"),
+            *("train_data_upsampling_factors", "dataset_resampled", "val_fraction"),
         ):
             if getattr(config, flag):
                 raise UsageError(
                     f"--{flag.replace('_', '-')} needs local --train-data, whose samples have "
                     "numbers"
                 )
-    samples = config.train_num_samples or sources.num_samples
+    samples = config.train_num_samples or (sources.num_samples if kept is None else len(kept))
     if samples < config.global_batch:
         raise UsageError(
             f"an epoch has {samples} samples, less than one global batch of "
             f"{config.global_batch}: lower --batch-size or raise --train-num-samples"
         )
     return samples // config.global_batch
-
-
-@dataclass
-class HeldOut:
-    """``--val-data``, every some epochs; see `training.engine.loop.Validation`."""
-
-    every_epochs: int
-    batches: partial
-
-    def __call__(self, stopping: Callable[[], bool], timeout: float | None) -> Iterable[Batch]:
-        return self.batches(stopping=stopping, timeout=timeout)
-
-
-def held_out(config: Config, stage: ClipStage, world: World) -> HeldOut | None:
-    """The batches of ``--val-data``, or None."""
-    if not config.val_data:
-        return None
-    batches = partial(
-        sequential,
-        index_shards(config.val_data, cache_dir=config.index_dir, flag="--val-data"),
-        stage.transforms.eval_views(),
-        stage.transforms.tokenizers,
-        batch_size=VALIDATION_BATCH,
-        rank=world.rank,
-        world_size=world.size,
-        workers=config.workers,
-        start_method=config.worker_start,
-    )
-    return HeldOut(config.val_frequency, batches)
 
 
 def describe(

@@ -25,8 +25,9 @@ from cifd_clip import (
 )
 from cifd_clip.losses import Features
 from cifd_clip.noise import Noise, derive_seed
+from cifd_clip.towers import compile_towers
 from training.clip.cache import CachedTeachers
-from training.clip.config import Config, DataConfig, MethodConfig
+from training.clip.config import Config, MethodConfig
 from training.clip.models import (
     build_student,
     build_teachers,
@@ -38,11 +39,13 @@ from training.clip.models import (
 )
 from training.data.index import Sources
 from training.data.loader import Batch, Fetcher
-from training.data.views import ImageSpec, View, eval_view, normalise, train_view
+from training.data.views import ImageSpec, View, eval_view, normalise, stored_view, train_view
 from training.engine.config import OptimConfig
 from training.engine.optim import one_adamw
 from training.engine.stage import Stage
 from training.errors import UsageError
+
+RECALL_AT = (1, 5, 10)
 
 
 class Transforms:
@@ -53,12 +56,19 @@ class Transforms:
 
     Args:
         aug_cfg: ``--aug-cfg``.
+        backend: ``--image-backend`` of the training views.
+
+    Attributes:
+        normalised: whether the training views are, and are floats.
+        view_size: (height, width) of stored views, which are no more than resized; None: training
+            views are drawn.
     """
 
-    def __init__(self, aug_cfg: dict | None = None):
-        self.aug_cfg = aug_cfg
+    def __init__(self, aug_cfg: dict | None = None, backend: str = "pil"):
+        self.aug_cfg, self.backend = aug_cfg, backend
+        self.view_size: tuple[int, int] | None = None
         try:
-            self._normalised = bool(train_view(ImageSpec(), aug_cfg).finish)
+            self.normalised = bool(train_view(ImageSpec(), aug_cfg, backend).finish)
         except (TypeError, ValueError) as error:
             shown = " ".join(f"{key}={value}" for key, value in aug_cfg.items())
             raise UsageError(f"--aug-cfg {shown}: OpenCLIP can't use it: {error}") from error
@@ -76,7 +86,7 @@ class Transforms:
 
     def _shared(self, spec: ImageSpec) -> ImageSpec:
         """What models that share an image agree in."""
-        return spec if self._normalised else replace(spec, mean=(), std=())
+        return spec if self.normalised else replace(spec, mean=(), std=())
 
     def add_texts(self, name: str, config: dict) -> int:
         """The place in ``Batch.texts`` of a model's tokens."""
@@ -92,8 +102,10 @@ class Transforms:
         return self._tokenizer_keys.index(key)
 
     def train_views(self) -> list[View]:
-        """The augmenting transforms."""
-        return [train_view(spec, self.aug_cfg) for spec in self.specs]
+        """The augmenting transforms, or those of stored views."""
+        if self.view_size is not None:
+            return [stored_view(spec, self.view_size, self.backend) for spec in self.specs]
+        return [train_view(spec, self.aug_cfg, self.backend) for spec in self.specs]
 
     def eval_views(self) -> list[View]:
         """The transforms without augmentation."""
@@ -122,6 +134,14 @@ class LiveTeachers:
     def fetchers(self, sources: Sources) -> list[Fetcher]:
         """Nothing that the loader would have to deliver."""
         return []
+
+    def answers(self, batch: Batch) -> bool:
+        """Whether they know the batch: a cache knows training views alone."""
+        return True
+
+    def images_of(self, sources: Sources) -> Sources:
+        """Where a data set's samples are read from: there."""
+        return sources
 
     def __call__(self, batch: Batch) -> list[Features]:
         """Every teacher's features of a batch."""
@@ -174,12 +194,28 @@ class ClipStage(Stage[Batch]):
         return {name: value.float() * len(batch) for name, value in {**losses, **report}.items()}
 
 
+def retrieval(features: Features, captions: Tensor) -> dict[str, Tensor]:
+    """Recall at 1, 5 and 10 among a batch's pairs, both ways: (b,) 0 or 1 each.
+
+    Args:
+        features: of the batch.
+        captions: (b, L) tokens. Pairs of one caption match each other; a tie counts as a miss.
+    """
+    same = (captions[:, None] == captions).all(-1)
+    scores, hits = features.image.float() @ features.text.float().t(), {}
+    for way, rows in (("image", scores.t()), ("text", scores)):
+        best = rows.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
+        before = ((rows >= best) & ~same).sum(1)
+        hits |= {f"{way}_retrieval_recall@{k}": (before < k).float() for k in RECALL_AT}
+    return hits
+
+
 class RDMStage(ClipStage):
     """Stage 1: train the bank of the (only) teacher."""
 
     def __init__(self, config: Config, device: torch.device):
-        self.transforms = Transforms(config.aug_cfg)
-        self.source = make_teachers(config, config, config.cache_dir, device, self.transforms)
+        self.transforms = Transforms(config.aug_cfg, config.image_backend)
+        self.source = make_teachers(config, device, self.transforms)
         self.bank = make_bank(config, self.source.identities[0], config.rates, config.seed)
         self.rates = self.bank.rates
         self.task = RDMTask(self.bank).to(device)
@@ -207,12 +243,18 @@ class StudentStage(ClipStage):
         config: of the run.
         device, world: of this process.
         bank: the folder of the bank whose RDMs assist the first teacher; None: no assistants.
+        source: the teachers [those that the configuration names].
     """
 
     def __init__(
-        self, config: Config, device: torch.device, world: World, bank: Path | None = None
+        self,
+        config: Config,
+        device: torch.device,
+        world: World,
+        bank: Path | None = None,
+        source: LiveTeachers | CachedTeachers | None = None,
     ):
-        self.transforms = Transforms(config.aug_cfg)
+        self.transforms = Transforms(config.aug_cfg, config.image_backend)
         # The student.
         self.config = student_config(config)
         model = build_student(config, config.seed)
@@ -223,7 +265,7 @@ class StudentStage(ClipStage):
         if config.use_bn_sync and world.size > 1:
             model = convert_sync_batchnorm(model)  # timm's keeps the activations of its own layers
         # Its teachers, and the embedding space of each teacher and assistant.
-        self.source = make_teachers(config, config, config.cache_dir, device, self.transforms)
+        self.source = source or make_teachers(config, device, self.transforms)
         self.bank = None if bank is None else load_bank(bank, self.source).to(device)
         self.options = config.options
         dims = list(self.source.dims)
@@ -240,7 +282,7 @@ class StudentStage(ClipStage):
         if config.ema is not None:
             self.average = copy.deepcopy(self.task).requires_grad_(False).eval()
         if config.torchcompile:
-            self.task.student.compile()
+            compile_towers(self.task.student)
 
     def _fix_temperature(self, model: nn.Module) -> None:
         """No term trains the temperature: ship the teacher's, and give it no gradient."""
@@ -259,6 +301,13 @@ class StudentStage(ClipStage):
             return targets
         weights, output = self.options["lambda_n"], self.options.get("rdm_output", "rounded")
         return with_assistants(self.bank, targets, weights, noise, output, self.first_space)
+
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """How well the batch's pairs find each other, and losses where the teachers answer."""
+        images, texts = self.inputs(batch)
+        features = self.shipped.student.embed(self.shipped.encode(images, texts)).features()
+        recall = {name: hits.sum() for name, hits in retrieval(features, texts).items()}
+        return recall | (super().measure(batch) if self.source.answers(batch) else {})
 
     def payload(self) -> dict[str, Any]:
         """``state_dict`` is what ships; with an average, what trains lies under ``training``."""
@@ -321,18 +370,17 @@ def make_bank(
 
 
 def make_teachers(
-    method: MethodConfig,
-    data: DataConfig,
-    cache_dir: str | None,
-    device: torch.device,
-    transforms: Transforms,
+    config: Config, device: torch.device, transforms: Transforms
 ) -> LiveTeachers | CachedTeachers:
     """The teachers of the command line, from their caches or run on every batch."""
-    if method.caches:
-        wanted = {n: getattr(data, n) for n in ("view_seed", "views", "captions", "aug_cfg")}
-        return CachedTeachers(method.caches, method.teachers, wanted)
-    configs = [model_config(name, "--distill-model") for name, _ in method.teachers]
-    return LiveTeachers(build_teachers(method.teachers, device, cache_dir), configs, transforms)
+    if config.caches:
+        names = ("view_seed", "views", "captions", "aug_cfg", "image_backend")
+        wanted = {name: getattr(config, name) for name in names}
+        cached = CachedTeachers(config.caches, config.teachers, wanted)
+        transforms.view_size = cached.view_size
+        return cached
+    configs = [model_config(name, "--distill-model") for name, _ in config.teachers]
+    return LiveTeachers(build_teachers(config, device), configs, transforms)
 
 
 def load_bank(folder: Path, source: LiveTeachers | CachedTeachers) -> RDMBank:

@@ -4,6 +4,7 @@ Images are what stock OpenCLIP sees: ``PIL.Image.open(...).convert("RGB")``. Tha
 frame of an animation, drops transparency, and does *not* apply an EXIF rotation.
 """
 
+import contextlib
 import io
 import json
 import re
@@ -47,17 +48,41 @@ def decode_image(data: bytes, caps: Caps) -> Image.Image:
     Raises:
         BadSample: too large, of no known format, or broken.
     """
+    return decode(open_image(data, caps))
+
+
+def open_image(data: bytes, caps: Caps) -> Image.Image:
+    """An image that is within the limits, its header read and nothing decoded yet; see above."""
     if len(data) > caps.max_bytes:
         raise BadSample("image: too many bytes")
-    try:
+    with _broken():
         image = _open(data, caps)
         if data.startswith(b"\xff\xd8") and _scans(data) > caps.max_scans:
             raise BadSample("image: too many scans")
+        return image
+
+
+def decode(image: Image.Image, least: int = 0) -> Image.Image:
+    """The RGB image; with ``least``, one of so many pixels on its shorter side is good enough.
+
+    Raises:
+        BadSample: it is broken.
+    """
+    with _broken():
+        if least:
+            image.draft(None, (least, least))
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _broken():
+    """Decoders raise whatever they like on hostile bytes."""
+    try:
+        yield
     except BadSample:
         raise
-    except Exception as error:  # decoders raise whatever they like on hostile bytes
+    except Exception as error:
         raise BadSample("image: broken") from error
 
 
@@ -67,12 +92,8 @@ def image_size(data: bytes, caps: Caps) -> tuple[int, int]:
     Raises:
         BadSample: too many pixels, of no known format, or a broken header.
     """
-    try:
+    with _broken():
         return _open(data, caps).size
-    except BadSample:
-        raise
-    except Exception as error:
-        raise BadSample("image: broken") from error
 
 
 def decode_text(data: bytes, caps: Caps) -> list[str]:

@@ -66,14 +66,19 @@ class Sources:
         """What is wrong with shards as a whole, a sentence each: what `check_data` finds too."""
         return [f"{shard.path}: {problem}" for shard in self.shards for problem in shard.problems]
 
-    def locate(self, row: int) -> tuple[Shard, int]:
-        """The shard that holds a row, and the row's place in it."""
+    def place(self, row: int) -> tuple[int, int]:
+        """The number of the shard that holds a row, and the row's place in it."""
         number = int(np.searchsorted(self.first_row, row, side="right")) - 1
-        return self.shards[number], row - int(self.first_row[number])
+        return number, row - int(self.first_row[number])
+
+    def record(self, row: int, view: int) -> tuple[Shard, np.void]:
+        """Where the members of a row lie: a shard, and one of its records."""
+        number, place = self.place(row)
+        return self.shards[number], self.shards[number].records[place]
 
     def path_of(self, row: int) -> str:
         """The path of the shard that holds a row."""
-        return self.locate(row)[0].path
+        return self.shards[self.place(row)[0]].path
 
     def rows_of(self, number: int) -> range:
         """Rows of shard ``number``."""

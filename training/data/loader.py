@@ -1,21 +1,21 @@
 """Batches of a data set, the same whatever the number of ranks and workers.
 
-A worker is handed a step number and nothing else: it works out the rows of its rank's part of that
-global batch (`training.data.order`), reads their bytes by position, and builds the whole batch. No
+A worker is handed a number and nothing else: it works out the rows of that chunk of its rank's part
+of a global batch (`training.data.order`), reads their bytes by position, and makes them tensors. No
 state lives in a loader, so starting at step s gives what an uninterrupted run would have seen.
 """
 
+import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from training.data.batch import Batch
+from training.data.batch import Batch, Chunks, assembled, chunk_rows
 from training.data.decode import (
     BadSample,
     Caps,
@@ -24,9 +24,9 @@ from training.data.decode import (
     decode_image,
     decode_text,
 )
-from training.data.draws import words
 from training.data.index import Sources
 from training.data.order import Order
+from training.data.pixels import decode_pixels
 from training.data.views import View, draw, private_randomness, seed_generators
 from training.data.workers import check_limits, data_loader, end, iterate, reads
 from training.errors import Failure
@@ -70,9 +70,13 @@ class Recipe:
         images = []
         if self.image_transforms:
             data = read("image", self.caps.max_bytes, "image: too many bytes")
-            image = decode_image(data, self.caps)
-            images = [draw(t, image, self.seed, view, key) for t in self.image_transforms]
+            images = self._images(data, key, view)
         return caption, images
+
+    def _images(self, data: bytes, key: bytes, view: int) -> list[Tensor]:
+        least = max(transform.least for transform in self.image_transforms)
+        image = decode_pixels(data, self.caps, least) if least else decode_image(data, self.caps)
+        return [draw(t, image, self.seed, view, key) for t in self.image_transforms]
 
     def _caption(self, key: bytes, view: int, read) -> str:
         captions = []
@@ -101,9 +105,12 @@ class Recipe:
 
     def sample_bytes(self) -> int:
         """Of one sample's images (of its text, there is little)."""
-        image = Image.new("RGB", (64, 64))
+        if not self.image_transforms:
+            return 0
+        file = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(file, "PNG")
         with private_randomness():
-            return sum(transform(image).nbytes for transform in self.image_transforms)
+            return sum(image.nbytes for image in self._images(file.getvalue(), b"", 0))
 
 
 class Assembly:
@@ -210,11 +217,16 @@ class Reader:
         return batch
 
     def _sample(self, row: int, view: int) -> tuple:
-        reads(row)
-        shard, place = self.sources.locate(row)
-        record = shard.records[place]
         for fetcher in self.fetchers:
             fetcher.check(row, view)
+        key, read = self.members(row, view)
+        made = self.memory.recall(row, view, lambda: self.recipe.sample(key, view, read))
+        return key, row, view, *made
+
+    def members(self, row: int, view: int) -> tuple[bytes, Callable]:
+        """A sample's key, and ``read`` as `Recipe.sample` takes it."""
+        reads(row)
+        shard, record = self.sources.record(row, view)
 
         def read(kind: str, limit: int, reason: str) -> bytes | None:
             offset, size = record[kind].tolist()
@@ -222,9 +234,7 @@ class Reader:
                 raise BadSample(reason)
             return None if offset < 0 else shard.read(offset, size)
 
-        key = record["key"]
-        made = self.memory.recall(row, view, lambda: self.recipe.sample(key, view, read))
-        return key, row, view, *made
+        return record["key"], read
 
 
 class Loader:
@@ -248,7 +258,7 @@ class Loader:
         fetchers: `Fetcher` objects.
         memory: bytes of images that each process holds, to make each view once.
         pin_memory: hand out pinned batches.
-        prefetch: batches each worker works ahead.
+        prefetch: chunks each worker works ahead, or more of them: all together a batch.
 
     The workers live until `close` and serve one `batches` at a time.
     """
@@ -277,13 +287,17 @@ class Loader:
         if global_batch % world_size:
             raise ValueError(f"global batch {global_batch} is no multiple of {world_size} ranks")
         recipe = Recipe(image_transforms, tokenizers, seed, captions, caps or Caps())
+        local = global_batch // world_size
+        rows = chunk_rows(local)
+        self._per_batch, self._pinned = local // rows, pin_memory
         if workers:
-            check_limits(recipe.sample_bytes() * global_batch // world_size, workers, prefetch)
+            prefetch = max(prefetch, -(-self._per_batch // workers))  # a batch, all together
+            check_limits(recipe.sample_bytes() * rows, workers, prefetch)
         reader = Reader(sources, recipe, fetchers, Memory(memory))
-        self._sources, self._steps, self._batches = sources, _Steps(), None
-        batches = _StepBatches(reader, order, seed, views or 0, global_batch, rank, world_size)
+        self._sources, self._numbers, self._batches = sources, _Numbers(), None
+        chunks = _Chunks(reader, order, seed, views or 0, rows, local, rank, world_size)
         self._loader = data_loader(
-            batches, self._steps, workers, start_method, pin_memory, prefetch, True
+            chunks, self._numbers, workers, start_method, pin_memory, prefetch, True
         )
 
     def batches(
@@ -292,7 +306,7 @@ class Loader:
         stop_step: int,
         stopping: Callable[[], bool] | None = None,
         timeout: float | None = None,
-    ) -> Iterator[Batch]:
+    ) -> Iterator[Batch | Chunks]:
         """This rank's part of the global batches ``start_step`` .. ``stop_step - 1``.
 
         Where batches are waited for, they end when ``stopping()``, and fail after ``timeout``
@@ -300,9 +314,9 @@ class Loader:
         """
         if self._batches is not None and not self._batches.exhausted:
             self.close()  # left on the way: its workers still have to do what they were given
-        self._steps.range = range(start_step, stop_step)
+        self._numbers.range = range(start_step * self._per_batch, stop_step * self._per_batch)
         self._batches = iterate(self._loader, stopping, timeout, self._sources.path_of)
-        yield from self._batches
+        yield from assembled(self._batches, self._per_batch, self._pinned)
 
     def close(self) -> None:
         """End the workers."""
@@ -316,11 +330,10 @@ def sequential(
     tokenizers: Sequence[Callable],
     *,
     batch_size: int,
+    spans: Sequence[tuple[Sequence[int], int]] | None = None,
     seed: int = 0,
-    view: int = 0,
     captions: str = "first",
     caps: Caps | None = None,
-    rows: range | None = None,
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
@@ -330,22 +343,28 @@ def sequential(
     stopping: Callable[[], bool] | None = None,
     timeout: float | None = None,
 ) -> Iterator[Batch]:
-    """Every sample once, in file order: validation, or (with a training view) a teacher's cache.
+    """Samples in order: validation, or (with training views) a teacher's cache.
 
     Bad samples are left out and counted. The batches are those of one process, whatever the number
-    of ranks: each reads consecutive ones of ``rows`` (default: all). Other arguments as of
-    `Loader` and its `batches`; who hands in ``stopping`` asks it once more when the batches end.
+    of ranks, each of which reads consecutive ones.
+
+    Args:
+        spans: (rows, view), of which batches are parts; default: all rows at view 0.
+        others: as of `Loader` and its `batches`; who hands in ``stopping`` asks it once more when
+            the batches end.
     """
-    rows = range(sources.num_samples) if rows is None else rows
-    batches = -(-len(rows) // batch_size)
-    first, last = (batches * r // world_size * batch_size for r in (rank, rank + 1))
-    rows = rows[first:last]
+    parts = [
+        (rows[first : first + batch_size], view)
+        for rows, view in ([(range(sources.num_samples), 0)] if spans is None else spans)
+        for first in range(0, len(rows), batch_size)
+    ]
+    parts = parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]
     recipe = Recipe(image_transforms, tokenizers, seed, captions, caps or Caps())
     if workers:
         check_limits(recipe.sample_bytes() * batch_size, workers)
     reader = Reader(sources, recipe, fetchers)
-    items = _RowBatches(reader, rows, batch_size, view)
-    loader = data_loader(items, range(len(items)), workers, start_method, pin_memory, 2, False)
+    items = _RowBatches(reader, parts)
+    loader = data_loader(items, range(len(parts)), workers, start_method, pin_memory, 2, False)
     batches = iterate(loader, stopping, timeout, sources.path_of)
     try:
         yield from batches
@@ -354,48 +373,43 @@ def sequential(
 
 
 @dataclass
-class _StepBatches(Dataset):
-    """Step number -> `Batch`."""
+class _Chunks(Dataset):
+    """Number of a chunk, counted from this rank's first -> `Batch` of its ``size`` rows."""
 
     reader: Reader
     order: Order
     seed: int
     views: int
-    global_batch: int
+    size: int
+    local: int
     rank: int
     world_size: int
 
-    def __getitem__(self, step: int) -> Batch:
-        local = self.global_batch // self.world_size
-        start = step * self.global_batch + self.rank * local
-        rows, turns = self.order.rows(start, start + local).T
-        total = np.uint64(self.reader.sources.num_samples)
+    def __getitem__(self, number: int) -> Batch:
+        step, first = divmod(number * self.size, self.local)
+        start = (step * self.world_size + self.rank) * self.local + first
+        rows, turns = self.order.rows(start, start + self.size).T
 
         def substitute(i: int, attempt: int) -> int:
-            return int(words(1, self.seed, "substitute", start + i, attempt)[0] % total)
+            return self.order.any_row(self.seed, "substitute", start + i, attempt)
 
         return self.reader.batch(rows, turns % self.views if self.views else turns, substitute)
 
 
 @dataclass
 class _RowBatches(Dataset):
-    """Batch number -> `Batch` of consecutive rows."""
+    """Batch number -> `Batch` of consecutive rows at one view."""
 
     reader: Reader
-    rows: range
-    batch_size: int
-    view: int
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+    parts: list[tuple[Sequence[int], int]]
 
     def __getitem__(self, number: int) -> Batch:
-        rows = self.rows[number * self.batch_size : (number + 1) * self.batch_size]
-        return self.reader.batch(rows, [self.view] * len(rows))
+        rows, view = self.parts[number]
+        return self.reader.batch(rows, [view] * len(rows))
 
 
-class _Steps(Sampler):
-    """The step numbers that the loader serves next."""
+class _Numbers(Sampler):
+    """The numbers of the chunks that the loader serves next."""
 
     def __init__(self):
         self.range = range(0)

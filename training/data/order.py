@@ -26,13 +26,26 @@ class Order:
         window: samples shuffled together; about this many (whole shards) are open at a time.
         replacement: draw with replacement (implied by weights): a sample of source s is drawn with
             probability proportional to the factor of s.
+        kept: (K,) the rows that the stream has, ascending; None: all.
 
     Attributes:
         num_samples: samples per pass.
     """
 
-    def __init__(self, sources, seed: int, *, window: int = WINDOW, replacement: bool = False):
+    def __init__(
+        self,
+        sources,
+        seed: int,
+        *,
+        window: int = WINDOW,
+        replacement: bool = False,
+        kept: np.ndarray | None = None,
+    ):
         self.counts = np.asarray(sources.counts, dtype=np.int64)
+        self.kept = kept
+        if kept is not None:  # rows are counted among these alone, until they are handed out
+            ends = np.searchsorted(kept, np.cumsum(self.counts))
+            self.counts = np.diff(ends, prepend=0)
         self.first_row = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
         self.source = np.asarray(sources.source)
         self.weights = sources.weights
@@ -52,7 +65,15 @@ class Order:
             begin, block = self._block(start)
             parts.append(block[start - begin : stop - begin])
             start += len(parts[-1])
-        return np.concatenate(parts)
+        rows = np.concatenate(parts)
+        if self.kept is not None:
+            rows[:, 0] = self.kept[rows[:, 0]]
+        return rows
+
+    def any_row(self, *name) -> int:
+        """A row of the stream at random, named as `training.data.draws.words` are."""
+        row = int(words(1, *name)[0] % np.uint64(self.num_samples))
+        return row if self.kept is None else int(self.kept[row])
 
     def _block(self, position: int) -> tuple[int, np.ndarray]:
         """(begin, rows) of the window that holds a stream position."""

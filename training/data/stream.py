@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.gopen import gopen, gopen_schemes, rewrite_url
 
+from training.data.batch import Batch, assembled, chunk_rows
 from training.data.decode import BadSample, Caps
 from training.data.draws import permutation, words
 from training.data.index import expand_braces, is_remote
-from training.data.loader import Assembly, Batch, Recipe
+from training.data.loader import Assembly, Recipe
 from training.data.shard import REQUIRED, STRAY, fault_of, split_name
 from training.data.tar import BadTar, members, open_regular
 from training.data.views import View, private_randomness
@@ -120,7 +121,10 @@ class StreamLoader:
             raise ValueError(f"global batch {global_batch} is no multiple of {world_size} ranks")
         workers = max(1, workers)  # only what another process reads can be given up
         recipe = Recipe(image_transforms, tokenizers, seed, captions, caps or Caps())
-        size = global_batch // world_size
+        local = global_batch // world_size
+        size = chunk_rows(local)
+        self._per_batch, self._pinned = local // size, pin_memory
+        prefetch = max(prefetch, -(-self._per_batch // workers))
         check_limits(recipe.sample_bytes() * size, workers, prefetch)
         data = _Stream(
             check_urls(urls),
@@ -154,10 +158,14 @@ class StreamLoader:
         if self._batches is None:
             self._batches = iterate(self._loader, name=self._name)
         self._batches.stopping, self._batches.timeout = stopping, timeout
-        for batch in itertools.islice(self._batches, stop_step - start_step):
-            self._latest.append(batch.shards)
+        batches = assembled(self._noted(), self._per_batch, self._pinned)
+        yield from itertools.islice(batches, stop_step - start_step)
+
+    def _noted(self) -> Iterator[Batch]:
+        for chunk in self._batches:
+            self._latest.append(chunk.shards)
             self.shards_consumed = min(self._latest)
-            yield batch
+            yield chunk
 
     def close(self) -> None:
         """End the workers."""

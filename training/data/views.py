@@ -8,18 +8,26 @@ resolution see the same crop of one sample.
 
 import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import Compose, Normalize, ToTensor
+from torchvision.transforms import (
+    Compose,
+    InterpolationMode,
+    Normalize,
+    RandomResizedCrop,
+    Resize,
+    ToTensor,
+)
 
 from training.data.decode import BadSample
 from training.data.draws import seed_of
+from training.data.pixels import Crop, Pixels, Whole, picture, tensor
+from training.errors import UsageError
 
 MAX_RESIZED = 1 << 25  # pixels of a whole image, resized by its shorter side
 
@@ -44,7 +52,7 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class View:
-    """PIL RGB image -> uint8 (3, H, W), channels last in memory.
+    """PIL RGB image, or `Pixels` -> uint8 (3, H, W), channels last in memory.
 
     With ``finish`` (stages that work on normalised images, such as timm's random erasing) the
     result is float32 and already normalised.
@@ -53,20 +61,40 @@ class View:
     stages: tuple[Callable, ...]
     finish: tuple[Callable, ...] = ()
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    @property
+    def least(self) -> int:
+        """Pixels of the shorter side that are enough of `Pixels`; 0: it takes PIL images."""
+        return getattr(self.stages[0], "least", 0) if self.stages else 0
+
+    def __call__(self, image: Image.Image | Pixels) -> Tensor:
         """Apply the transform, drawing from torch's default generator and `random`."""
         for stage in self.stages:
             image = stage(image)
         if not self.finish:
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            return image if isinstance(image, Tensor) else tensor(image)
         for stage in self.finish:
             image = stage(image)
         return image
 
 
-def train_view(spec: ImageSpec, aug_cfg: dict | None = None) -> View:
-    """OpenCLIP's training transform (``aug_cfg``: its ``--aug-cfg``), up to the uint8 pixels."""
-    return _view(_transform(spec, True, aug_cfg))
+def train_view(spec: ImageSpec, aug_cfg: dict | None = None, backend: str = "pil") -> View:
+    """OpenCLIP's training transform (``aug_cfg``: its ``--aug-cfg``), up to the uint8 pixels.
+
+    Args:
+        spec, aug_cfg: what OpenCLIP makes it of.
+        backend: ``pil``, or ``torch``: see `training.data.pixels`.
+    """
+    view = _view(_transform(spec, True, aug_cfg))
+    if backend == "pil":
+        return view
+    crop, *rest = view.stages
+    if type(crop) is not RandomResizedCrop:
+        raise UsageError(
+            "--image-backend torch knows OpenCLIP's own crops, not timm's (--aug-cfg "
+            "use_timm=True): leave one of them out"
+        )
+    after = (picture, *rest) if rest or view.finish else ()
+    return View((Crop(crop), *after), view.finish)
 
 
 def eval_view(spec: ImageSpec) -> View:
@@ -79,6 +107,19 @@ def eval_view(spec: ImageSpec) -> View:
         return view
     side = spec.size if isinstance(spec.size, int) else max(spec.size)
     return View((_Bounded(side), *view.stages), view.finish)
+
+
+def stored_view(spec: ImageSpec, size: tuple[int, int], backend: str = "pil") -> View:
+    """The transform of an image that is a training view of ``size`` (height, width) already."""
+    wanted = height_width(spec.size)
+    if backend == "torch":
+        return View((Whole(wanted),))
+    return View(() if wanted == size else (Resize(wanted, InterpolationMode.BICUBIC),))
+
+
+def height_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """An `ImageSpec`'s size, spelled out."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def normalise(images: Tensor, spec: ImageSpec) -> Tensor:

@@ -220,18 +220,18 @@ def _end_all() -> None:
         _end(iterator)
 
 
-def check_limits(batch_bytes: int, workers: int, prefetch: int = 2) -> None:
+def check_limits(item_bytes: int, workers: int, prefetch: int = 2) -> None:
     """Refuse now what would hang or kill data workers later; raise the soft limit of open files.
 
     Args:
-        batch_bytes: of one batch.
+        item_bytes: of what a worker makes at a time: a batch, or a chunk of one.
         workers, prefetch: of a loader.
 
     Raises:
         UsageError: the shared memory or the files that this process may open don't suffice.
     """
-    batches = workers * prefetch + 1
-    needed = len(os.listdir("/dev/fd")) + OPEN_SHARDS + batches * TENSORS
+    items = workers * prefetch + 1
+    needed = len(os.listdir("/dev/fd")) + OPEN_SHARDS + items * TENSORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise UsageError(
@@ -244,7 +244,7 @@ def check_limits(batch_bytes: int, workers: int, prefetch: int = 2) -> None:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or re.match(r"\d+", tasks)[0])
     if not os.path.isdir(SHM):
         return
-    memory, needed = os.statvfs(SHM), batch_bytes * batches * processes
+    memory, needed = os.statvfs(SHM), item_bytes * items * processes
     free = memory.f_bavail * memory.f_frsize
     if memory.f_blocks and needed > free:
         raise UsageError(

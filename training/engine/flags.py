@@ -31,6 +31,7 @@ def flag(default: Any, help: str = "", **options: Any) -> Any:
         help: one line.
         options: ``choices``, ``metavar``, ``nargs``, ``action`` of argparse; ``least`` (the value
             is at least this), ``above`` and ``below`` (strictly), which `check_ranges` checks;
+            ``span``: the lowest and highest value that `training.tune` tries;
             ``free``: whether a resumed run may change it.
     """
     metadata = {"help": help, **options}
@@ -176,7 +177,7 @@ def _argument(f: Field) -> dict[str, Any]:
         text = f"{text} [{shown}]".strip()
     options["help"] = text.replace("%", "%%")
     if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction if default is True else "store_true"
+        options["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
     elif get_origin(kind) is tuple:
         options.setdefault("nargs", "+")
         options["type"] = get_args(kind)[0]

@@ -231,6 +231,7 @@ class _Clock:
         return time.monotonic() - self._asked
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        first = True
         while True:
             self._asked = time.monotonic()
             batch = next(batches, None)
@@ -238,7 +239,11 @@ class _Clock:
             if batch is None:
                 return
             self._samples += len(batch)
+            start = time.monotonic()
             yield batch
+            if first:  # what is compiled is compiled in it
+                log.info("the first step took %.1f s", time.monotonic() - start)
+                first = False
 
     def pause(self) -> None:
         """Leave what was done since the last line (a validation) out of the next one."""

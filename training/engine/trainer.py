@@ -164,10 +164,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         noise = Noise(self.config.seed, self.progress.step, self.world.rank * len(batch))
         # Losses and gradients of the whole batch.
-        if self.config.accum_freq == 1:
-            losses, report = self._forward_backward(batch, noise)
-        else:
-            losses, report = self._accumulate(batch, noise)
+        losses, report = self.gradients(batch, noise)
         # The update, and the average of weights.
         report["grad_norm"] = self._update(losses)
         if self.average is not None:
@@ -178,7 +175,10 @@ class Trainer:
         self.newly_skipped.update(batch.skipped)
         return {**losses, **report, "loss": sum(losses.values()).detach()}
 
-    def _forward_backward(self, batch: Batch, noise: Noise) -> tuple[Losses, Report]:
+    def gradients(self, batch: Batch, noise: Noise) -> tuple[Losses, Report]:
+        """Losses and report of a batch, whose gradient is left at the parameters."""
+        if self.config.accum_freq > 1:
+            return self._accumulate(batch, noise)
         self._seed_dropout(0)
         with self.autocast():
             targets = self.stage.with_assistants(self.stage.targets(batch), noise)

@@ -1,0 +1,161 @@
+"""Every row gets the same trials; a study goes on where it was stopped, and ends with new seeds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cifd_clip.methods import DECLARED
+from runs import ROOT
+from training.errors import UsageError
+from training.tune import main
+from training.tuning.plan import parse
+
+CIFAR = ROOT.parent / "shared" / "data"
+needs_cifar = pytest.mark.skipif(
+    not (CIFAR / "cifar100_train.npz").is_file(), reason="needs CIFAR-100 in ../shared/data"
+)
+optuna = pytest.importorskip("optuna", reason="needs the extra `tune`")
+
+
+def study(flags, teacher, logs, name="study", *more):
+    rows = ["--methods", "none", "fd", "clipkd", "ibm=--distill fd --ibm"]
+    size = ["--trials", "3", "--seeds", "2", "--against", "fd", "--logs", str(logs)]
+    runs = [*flags, "--distill-model", teacher, "--val-fraction", "0.3"]
+    return [*rows, *size, "--name", name, *more, "--", *runs]
+
+
+def table(logs, name="study"):
+    content = json.loads((logs / name / "table.json").read_text())
+    return {row["row"]: row for row in content["rows"]}
+
+
+def test_every_row_tries_its_defaults_and_then_as_many_values_of_its_own_weights(
+    flags, teacher, tmp_path
+):
+    plan = parse(study(flags, teacher, tmp_path))
+    none, fd, clipkd, ibm = plan.rows
+    assert none.trials(3, 0) == fd.trials(3, 0) == [{}], "what has no weight is not tried again"
+    assert [w.name for w in ibm.weights] == ["lambda_i"]
+    tried = clipkd.trials(3, 0)
+    defaults = {o.name: o.default for o in DECLARED["clipkd"].options if o.span}
+    assert tried[0] == {k: defaults[k] for k in ("lambda_crd", "lambda_icl", "lambda_fd")}
+    assert len(tried) == 3 and tried != clipkd.trials(3, 1)
+    assert clipkd.trials(5, 0)[:3] == tried, "more trials leave those that were made"
+    for values in tried:
+        assert all(w.low <= values[w.name] <= w.high for w in clipkd.weights)
+
+
+def test_a_value_at_an_end_of_its_span_is_on_the_edge(flags, teacher, tmp_path):
+    (weight,) = parse(study(flags, teacher, tmp_path)).rows[3].weights
+    assert weight.on_edge(weight.low * 1.1) and weight.on_edge(weight.high)
+    assert not weight.on_edge((weight.low * weight.high) ** 0.5)
+
+
+@pytest.fixture(scope="module")
+def finished(flags, teacher, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("tune")
+    assert main(study(flags, teacher, logs, "study", "--jobs", "2")) == 0
+    return logs
+
+
+def test_a_study_ends_with_scores_of_new_seeds_and_flags_of_the_best_weights(finished):
+    rows = table(finished)
+    assert list(rows) == ["none", "fd", "clipkd", "ibm"]
+    for row in rows.values():
+        assert list(row["scores"]) == ["1", "2"], "trials had seed 0"
+    assert rows["fd"]["difference"] is None and rows["none"]["difference"]["n"] == 2
+    assert [len(row["trials"]) for row in rows.values()] == [1, 1, 3, 3]
+    scores = [trial["score"] for trial in rows["clipkd"]["trials"]]
+    best = rows["clipkd"]["trials"][scores.index(max(scores))]["values"]
+    assert best == rows["clipkd"]["best"]
+    flags = (finished / "study" / "best" / "clipkd.args").read_text()
+    assert f"--lambda-fd={best['lambda_fd']:g}" in flags
+    run = json.loads((finished / "study" / "runs" / "clipkd-s00" / "config.json").read_text())
+    assert run["lambda_fd"] == best["lambda_fd"] and run["seed"] == 1
+    assert (finished / "study" / "difference.png").stat().st_size > 1000
+    assert "| clipkd | 2 |" in (finished / "study" / "table.md").read_text()
+
+
+def test_a_stopped_study_ends_as_one_that_was_not(finished, flags, teacher, tmp_path):
+    command = [sys.executable, "-m", "training.tune", *study(flags, teacher, tmp_path)]
+    for stop in (signal.SIGTERM, signal.SIGKILL):
+        process = subprocess.Popen(command, start_new_session=True)
+        runs = tmp_path / "study" / "runs"
+        before = len(list(runs.glob("*/metrics.jsonl")))
+        deadline = time.monotonic() + 120
+        while len(list(runs.glob("*/metrics.jsonl"))) < before + 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(process.pid, stop)
+        assert process.wait(60) == (75 if stop == signal.SIGTERM else -9)
+    assert main(study(flags, teacher, tmp_path)) == 0
+    mine, whole = table(tmp_path), table(finished)
+    for name, row in whole.items():
+        assert mine[name]["scores"] == row["scores"]
+        assert mine[name]["trials"] == row["trials"]
+
+
+def test_a_study_does_not_go_on_with_other_settings(finished, flags, teacher):
+    with pytest.raises(UsageError, match="the study began with other flags"):
+        main([*study(flags, teacher, finished), "--lr", "0.1"])
+    with pytest.raises(UsageError, match="the study began with other seeds"):
+        main(
+            [
+                "--seeds",
+                "3",
+                *[w for w in study(flags, teacher, finished)][:7],
+                *study(flags, teacher, finished)[9:],
+            ]
+        )
+
+
+WRONG = {
+    "a bank in every run": (["--methods", "cifd"], [], "each of its runs would train a bank"),
+    "a bank": (["--methods", "rdm"], [], "a bank is no student"),
+    "an unknown baseline": (["--methods", "fd", "--against", "kd"], [], "--against kd: expected"),
+    "a span that is none": (["--methods", "fd", "--space", "lr=1:0.1"], [], "--space 'lr=1:0.1'"),
+    "data sets without data": (["--methods", "fd", "--datasets", "x"], [], "go together"),
+    "a wrong flag of the runs": (["--methods", "fd"], ["--epocs", "3"], "did you mean --epochs"),
+    "a seed of the runs": (["--methods", "fd"], ["--seed", "3"], "--seed after --"),
+    "no trial": (["--methods", "fd", "--trials", "0"], [], "--trials must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_refused_before_anything_runs(case, flags, teacher, tmp_path):
+    ours, runs, message = WRONG[case]
+    where = ["--name", "study", "--logs", str(tmp_path)]
+    with pytest.raises(UsageError, match=message):
+        main([*ours, *where, "--", *flags, "--distill-model", teacher, *runs])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", ["--holdout 0", "--holdout 5000 --final"])
+def test_classifiers_are_tuned_on_held_out_training_images_alone(flags, tmp_path):
+    command = ["--command", "classify", "--methods", "none", "--name", "x", "--logs", str(tmp_path)]
+    with pytest.raises(UsageError, match=r"held-out training images alone|--final after --"):
+        main([*command, "--", "--data", "d", "--model", "cnn2", *flags.split()])
+
+
+@needs_cifar
+def test_classifiers_are_compared_by_their_test_accuracy(tmp_path):
+    command = ["--command", "classify", "--methods", "none", "--space", "lr=0.001:0.1"]
+    command += ["--trials", "1", "--seeds", "1", "--name", "x"]
+    runs = ["--data", str(CIFAR), "--model", "cnn2", "--subset", "128", "--holdout", "32"]
+    runs += ["--epochs", "1", "--batch-size", "32"]
+    assert main([*command, "--logs", str(tmp_path), "--", *runs]) == 0
+    rows = table(tmp_path, "x")
+    assert list(rows["none"]["figures"]) == ["test"] and set(rows["none"]["best"]) == {"lr"}
+    result = json.loads((tmp_path / "x" / "runs" / "none-s00" / "result.json").read_text())
+    assert rows["none"]["figures"]["test"] == 100 * result["metrics"]["acc1"]
+
+
+def test_tuning_without_optuna_says_what_to_install(flags, teacher, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UsageError, match=r"pip install 'cifd_clip\[tune\]'"):
+        main(study(flags, teacher, tmp_path))

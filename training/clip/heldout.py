@@ -1,0 +1,68 @@
+"""Held-out pairs: which they are, and their batches."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+
+import numpy as np
+
+from cifd_clip import World
+from training.clip.config import Config
+from training.clip.stages import ClipStage
+from training.data.index import Sources, index_shards
+from training.data.loader import Batch, sequential
+
+#: Rows of a held-out batch: what is measured depends on it, and must not on the processes.
+VALIDATION_BATCH = 256
+
+
+@dataclass
+class HeldOut:
+    """Held-out batches, every some epochs; see `training.engine.loop.Validation`."""
+
+    every_epochs: int
+    batches: partial
+
+    def __call__(self, stopping: Callable[[], bool], timeout: float | None) -> Iterable[Batch]:
+        return self.batches(stopping=stopping, timeout=timeout)
+
+
+def split(sources: Sources, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on, and rows held out (``--val-fraction``).
+
+    A pair is held out by the hash of its key, wherever it lies: a larger share holds a smaller one.
+    """
+    limit = int(fraction * 2**64)
+    keys = (key for shard in sources.shards for key in shard.records["key"].tolist())
+    words = (int.from_bytes(blake2b(key, digest_size=8).digest(), "big") for key in keys)
+    held = np.fromiter((word < limit for word in words), bool, sources.num_samples)
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def held_out(
+    config: Config,
+    stage: ClipStage,
+    world: World,
+    sources: Sources | None,
+    rows: np.ndarray | None,
+) -> HeldOut | None:
+    """The batches of ``--val-data``, or those of the training data's held-out rows; or None."""
+    if config.val_data:
+        sources = index_shards(config.val_data, cache_dir=config.index_dir, flag="--val-data")
+        rows = np.arange(sources.num_samples)
+    if rows is None:
+        return None
+    batches = partial(
+        sequential,
+        sources,
+        stage.transforms.eval_views(),
+        stage.transforms.tokenizers,
+        batch_size=VALIDATION_BATCH,
+        spans=[(rows, 0)],
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.workers,
+        start_method=config.worker_start,
+    )
+    return HeldOut(config.val_frequency, batches)

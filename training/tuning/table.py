@@ -1,0 +1,132 @@
+"""What a study has found: a table, a figure, and a flag file of each row's best weights."""
+
+import json
+from statistics import fmean
+from typing import Any
+
+from cifd_clip.files import write_json, write_text, writing
+from training.engine.environment import environment
+from training.engine.flags import spelled
+from training.engine.run import read_run
+from training.intervals import paired
+from training.tuning.plan import Plan, Row, row_flags
+
+FORMAT = 1  # of table.json
+OURS = ("number", "worker", "process")  # what is kept of a trial beside its figures
+
+
+def write_table(plan: Plan, studies: dict[str, tuple[Any, Any]]) -> str:
+    """Write ``table.json``, ``table.md``, ``difference.png`` and ``best/ROW.args``.
+
+    Args:
+        plan: the study, finished.
+        studies: of each row, Optuna's study of its trials and that of its new seeds.
+
+    Returns:
+        The table as Markdown.
+    """
+    records = [record(plan, row, *studies[row.name]) for row in plan.rows]
+    baseline = next(r for r in records if r["row"] == plan.against)
+    for entry in records:
+        difference = None if entry is baseline else paired(entry["scores"], baseline["scores"])
+        entry["difference"] = difference and difference._asdict()
+        entry["shown"] = "" if difference is None else str(difference)
+    for row, entry in zip(plan.rows, records):
+        lines = [*row_flags(row, entry["best"]), f"# of the study {plan.folder.name}"]
+        write_text(plan.folder / "best" / f"{row.name}.args", "\n".join(lines) + "\n")
+    content = {"against": plan.against, "rows": records, "settings": plan.settings}
+    content |= {"data": data(plan), "environment": environment()}
+    write_json(plan.folder / "table.json", json.loads(json.dumps(content)), FORMAT)
+    text = markdown(plan, records)
+    write_text(plan.folder / "table.md", text)
+    draw(plan, records)
+    return text
+
+
+def record(plan: Plan, row: Row, trials: Any, final: Any) -> dict[str, Any]:
+    """Everything about a row: its trials, its best weights, and what new seeds gave."""
+    finished = sorted(
+        (t for t in trials.get_trials() if t.value is not None),
+        key=lambda trial: trial.user_attrs["number"],
+    )
+    runs = {t.user_attrs["number"]: t for t in final.get_trials() if t.value is not None}
+    figures = [{k: v for k, v in t.user_attrs.items() if k not in OURS} for t in runs.values()]
+    best = trials.best_params
+    return {
+        "row": row.name,
+        "flags": list(row.flags),
+        "best": best,
+        "on_edge": [w.name for w in row.weights if w.on_edge(best[w.name])],
+        "importance": importance(trials) if len({t.value for t in finished}) > 3 else {},
+        "trials": [{"values": t.params, "score": t.value} for t in finished],
+        "scores": {plan.seed + 1 + n: runs[n].value for n in sorted(runs)},
+        "figures": {name: 100 * fmean(f[name] for f in figures) for name in figures[0]},
+    }
+
+
+def importance(trials: Any) -> dict[str, float]:
+    """Each weight's share of the trials' variance, by Optuna."""
+    import optuna
+
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return optuna.importance.get_param_importances(trials, evaluator=evaluator)
+
+
+def data(plan: Plan) -> dict[str, Any]:
+    """The fingerprint of the training data, from one of the runs."""
+    return read_run(plan.folder / "runs" / f"{plan.rows[0].name}-t00", "data.json")
+
+
+def markdown(plan: Plan, records: list[dict[str, Any]]) -> str:
+    """The table, and what it means."""
+    names = list(records[0]["figures"])
+    heads = ["row", "n", "score", f"− {plan.against}", *names, "trials", "best weights"]
+    lines = [heads, ["---", *["---:"] * (4 + len(names)), "---"]]
+    for r in records:
+        weights = [
+            f"{spelled(k)} {v:g}{' (edge)' * (k in r['on_edge'])}{_share(r['importance'].get(k))}"
+            for k, v in r["best"].items()
+        ]
+        lines.append(
+            [
+                r["row"],
+                str(len(r["scores"])),
+                f"{fmean(r['scores'].values()):.2f}",
+                r["shown"],
+                *(f"{value:.2f}" for value in r["figures"].values()),
+                str(len(r["trials"])),
+                ", ".join(weights) or "none",
+            ]
+        )
+    pruned = " Trials that fell behind were ended early." if plan.prune else ""
+    return (
+        f"# {plan.folder.name}\n\nScore: the mean of the figures, percent, over n new seeds under "
+        "the best of as many trials of the weights, which held-out training samples judged; "
+        f"− {plan.against}: the paired difference by seed ± half of its 95 % t-interval. (edge): "
+        "the best value lies at an end of the span that was tried. In brackets: the weight's share "
+        f"of the variance over trials (fANOVA).{pruned}\n\n"
+        + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    )
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f" [{100 * value:.0f} %]"
+
+
+def draw(plan: Plan, records: list[dict[str, Any]]) -> None:
+    """The differences with their intervals, as ``difference.png``."""
+    from matplotlib.figure import Figure
+
+    shown = [r for r in records if r["difference"]]
+    if not shown:
+        return
+    figure = Figure(figsize=(6, 1 + 0.35 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    for place, entry in enumerate(reversed(shown)):
+        mean, half, _ = entry["difference"].values()
+        axes.errorbar(mean, place, xerr=half or 0.0, fmt="o", color="#1f5fa8", capsize=3)
+    axes.axvline(0, color="0.6", linewidth=1)
+    axes.set_yticks(range(len(shown)), [entry["row"] for entry in reversed(shown)])
+    axes.set_xlabel(f"difference to {plan.against}, points of the score (95 % interval)")
+    with writing(plan.folder / "difference.png") as file:
+        figure.savefig(file, format="png", dpi=150)

@@ -1,0 +1,215 @@
+"""The work on a study: claim a run, execute it, score it, until none is left."""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from subprocess import Popen
+
+from cifd_clip.files import read_json, write_json
+from training import children
+from training.engine import result
+from training.errors import Failure, UsageError
+from training.tuning.plan import Plan, row_flags
+from training.tuning.queue import Claim, Queue
+from training.tuning.table import write_table
+
+FORMAT = 1  # of study.json
+STOPPED = os.EX_TEMPFAIL
+DIVERGED = 3  # exit code of a run whose loss is no number: as bad as it gets
+PAUSE = 0.2
+
+
+@dataclass
+class Task:
+    """A run that this process executes.
+
+    Attributes:
+        claim: what was claimed.
+        run: its directory.
+        commands: what is left to execute, each what follows ``python``.
+        process: the one under way.
+        reported: how many held-out scores Optuna knows.
+    """
+
+    claim: Claim
+    run: Path
+    commands: list[list[str]]
+    process: Popen | None = None
+    reported: int = 0
+    begin: float = field(default_factory=time.monotonic)
+
+
+def work(plan: Plan) -> int:
+    """Execute runs until the study is finished; write its table.
+
+    Returns:
+        0 when all is finished; 75 after a signal.
+
+    Raises:
+        UsageError: the study began with other settings, or Optuna is missing.
+        Failure: a run failed.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise UsageError(
+            "tuning needs Optuna, which is not installed: pip install 'cifd_clip[tune]'"
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    check_settings(plan)
+    queue = Queue(plan, optuna)
+    worker = Worker(plan, queue)
+    with children.signals(worker.stop):
+        try:
+            finished = worker.run()
+        finally:
+            worker.leave()
+    if not finished:
+        return STOPPED
+    print(write_table(plan, queue.studies), flush=True)
+    return 0
+
+
+def check_settings(plan: Plan) -> None:
+    """Write down what the study is, or refuse to go on with another."""
+    path, settings = plan.folder / "study.json", json.loads(json.dumps(plan.settings))
+    if not path.is_file():
+        write_json(path, settings, FORMAT)
+    for name, before in read_json(path, FORMAT).items():
+        if settings[name] != before:
+            raise UsageError(
+                f"--name {plan.folder.name}: the study began with other {name} ({before}, now "
+                f"{settings[name]}): use those, or another --name"
+            )
+
+
+class Worker:
+    """One process's part of the work."""
+
+    def __init__(self, plan: Plan, queue: Queue):
+        self.plan, self.queue = plan, queue
+        self.active: list[Task] = []
+        self.signals = 0
+
+    def stop(self) -> None:
+        """Let the runs save themselves; at a second signal, end them."""
+        self.signals += 1
+        for task in self.active:
+            task.process.terminate() if self.signals == 1 else task.process.kill()
+
+    def leave(self) -> None:
+        """Give back what is under way, and end."""
+        for task in self.active:
+            task.process.terminate()
+        for task in self.active:
+            task.process.wait()
+            self.queue.give_back(task.claim.study, task.claim.trial)
+        self.queue.leave()
+
+    def run(self) -> bool:
+        """Claim and execute until nothing is left; False after a signal."""
+        while not self.signals:
+            while len(self.active) < self.plan.jobs and (claim := self.queue.claim()):
+                task = self.task(claim)
+                self.start(task)
+                self.active.append(task)
+            if not self.active and not self.queue.left():
+                return True
+            time.sleep(PAUSE)
+            self.queue.beat()
+            for task in list(self.active):
+                self.look_after(task)
+        return False
+
+    def task(self, claim: Claim) -> Task:
+        """The commands of a run, which go on where an earlier attempt was stopped."""
+        plan, (trials, _) = self.plan, self.queue.studies[claim.row.name]
+        kind, values, seed = "t", claim.trial.params, plan.seed
+        if claim.final:
+            kind, values, seed = "s", trials.best_params, plan.seed + 1 + claim.number
+        run = plan.folder / "runs" / f"{claim.row.name}-{kind}{claim.number:02}"
+        train = ["-m", plan.command.module, f"--name={run.name}", "--resume=latest", "--keep=1"]
+        train += [*plan.flags, *row_flags(claim.row, values), f"--seed={seed}"]
+        train += [f"--logs={run.parent}", *(plan.command.final if claim.final else ())]
+        commands = [train]
+        if claim.final and plan.evaluation:
+            commands.append(["-m", "eval.benchmark", str(run), *plan.evaluation])
+        return Task(claim, run, commands)
+
+    def start(self, task: Task) -> None:
+        """Start a task's next command."""
+        log = task.run.with_suffix(".log")
+        command = task.commands.pop(0)
+        task.process = children.start(command, self.plan.threads, log)
+        task.claim.trial.set_user_attr("process", [task.process.pid, command[2]])
+
+    def look_after(self, task: Task) -> None:
+        """Take note of a run's validations and of its end."""
+        claim, code = task.claim, task.process.poll()
+        if self.signals:
+            return  # `leave` gives it back
+        if self.plan.prune and not claim.final and code is None and self.falls_behind(task):
+            task.process.kill()
+            task.process.wait()
+            claim.study.tell(claim.trial, state=self.queue.states.PRUNED)
+            self.active.remove(task)
+        elif code == 0 and task.commands:
+            self.start(task)
+        elif code in (0, DIVERGED):
+            self.active.remove(task)
+            self.score(task, {} if code else self.figures(task))
+        elif code is not None:
+            log = task.run.with_suffix(".log")
+            why = children.last_line(log.read_text(errors="replace"))
+            raise Failure(f"{task.run.name} failed: {why} ({log})")
+
+    def falls_behind(self, task: Task) -> bool:
+        """Whether Optuna's pruner gives a trial up."""
+        scores = held_out(task.run, self.plan.command.held_out)
+        for step in range(task.reported, len(scores)):
+            task.claim.trial.report(scores[step], step + 1)
+        task.reported = len(scores)
+        return bool(scores) and task.claim.trial.should_prune()
+
+    def figures(self, task: Task) -> dict[str, float]:
+        """What a finished run is judged by: a figure of each data set, or its held-out figure."""
+        if task.claim.final and self.plan.evaluation:
+            return evaluated(task.run)
+        if task.claim.final and self.plan.command.final:
+            return {"test": result.read(task.run / "result.json").metrics["acc1"]}
+        return {"held out": held_out(task.run, self.plan.command.held_out)[-1]}
+
+    def score(self, task: Task, figures: dict[str, float]) -> None:
+        """Record a run's score, in percent; say how long the study goes on at this pace."""
+        claim, score = task.claim, 100 * fmean(figures.values()) if figures else 0.0
+        for name, value in figures.items():
+            claim.trial.set_user_attr(name, value)
+        claim.study.tell(claim.trial, score)
+        minutes, left = (time.monotonic() - task.begin) / 60, self.queue.left()
+        rest = children.duration(minutes * left / self.plan.jobs)
+        print(
+            f"{time.strftime('%H:%M')} {task.run.name}: {score:.2f} after "
+            f"{children.duration(minutes)}; {left} runs to go, {rest} for one process",
+            flush=True,
+        )
+
+
+def held_out(run: Path, names: tuple[str, ...]) -> list[float]:
+    """The mean of some figures at each validation of a run so far."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.is_file() else ""
+    whole = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    return [fmean(line[name] for name in names) for line in whole if line["kind"] == "val"]
+
+
+def evaluated(run: Path) -> dict[str, float]:
+    """Top-1 or mean recall of a run on each data set that it was evaluated on."""
+    figures = {}
+    for path in sorted((run / "results").glob("*.json")):
+        record = result.read(path)
+        recalls = [value for name, value in record.metrics.items() if "_retrieval_recall" in name]
+        figures[record.dataset] = fmean(recalls) if recalls else record.metrics["acc1"]
+    return figures
