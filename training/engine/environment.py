@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from training.masking import masked
+
 PACKAGES = (
     "torch", "torchvision", "open_clip_torch", "webdataset", "timm", "transformers", "numpy",
     "clip-benchmark", "safetensors", "Pillow",
@@ -26,7 +28,7 @@ def cores() -> int:
 def origin() -> dict[str, str | None]:
     """What makes this process's figures: its command and the checkout's commit."""
     command = shlex.join(["python", "-m", _entry_point(), *sys.argv[1:]])
-    return {"command": command, "commit": _commit()}
+    return {"command": masked(command), "commit": _commit()}
 
 
 def environment() -> dict[str, Any]:
