@@ -56,7 +56,7 @@ class Row:
     weights: tuple[Weight, ...]
 
     def trials(self, count: int, seed: int) -> list[dict[str, float]]:
-        """The values of each trial: the defaults first, then drawn from the spans.
+        """The values of each trial: first those that the flags leave or give, then draws.
 
         A row without weights has one trial: all of them would be the same.
         """
@@ -116,6 +116,16 @@ class Plan:
     prune: bool
 
     @property
+    def name(self) -> str:
+        """Of the study."""
+        return self.folder.name
+
+    @property
+    def logs(self) -> Path:
+        """The parent of its folder."""
+        return self.folder.parent
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What may not change while the study goes on."""
         spans = {row.name: [list(weight) for weight in row.weights] for row in self.rows}
@@ -141,7 +151,7 @@ def _clip(argv: list[str]) -> Any:
 
 def _clip_weights(config: Any) -> list[Weight]:
     options = DECLARED[config.distill].options if config.distill in DECLARED else ()
-    return [Weight(o.name, _one(o.default), *o.span) for o in options if o.span]
+    return [Weight(o.name, _one(config.options[o.name]), *o.span) for o in options if o.span]
 
 
 def _classifier(argv: list[str]) -> Any:
@@ -154,7 +164,7 @@ def _classifier(argv: list[str]) -> Any:
 def _classifier_weights(config: Any) -> list[Weight]:
     fields = config.__dataclass_fields__.items() if config.teachers else ()
     return [
-        Weight(name, _one(field.default), *field.metadata["span"])
+        Weight(name, _one(getattr(config, name)), *field.metadata["span"])
         for name, field in fields
         if "span" in field.metadata
         and config.method in field.metadata.get("methods", (config.method,))

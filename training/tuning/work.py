@@ -131,9 +131,9 @@ class Worker:
         if claim.final:
             kind, values, seed = "s", trials.best_params, plan.seed + 1 + claim.number
         run = plan.folder / "runs" / f"{claim.row.name}-{kind}{claim.number:02}"
-        train = ["-m", plan.command.module, f"--name={run.name}", "--resume=latest", "--keep=1"]
-        train += [*plan.flags, *row_flags(claim.row, values), f"--seed={seed}"]
-        train += [f"--logs={run.parent}", *(plan.command.final if claim.final else ())]
+        train = ["-m", plan.command.module, *plan.flags, *row_flags(claim.row, values)]
+        train += ["--seed", str(seed), "--logs", str(run.parent), "--name", run.name]
+        train += ["--resume=latest", "--keep=1", *(plan.command.final if claim.final else ())]
         commands = [train]
         if claim.final and plan.evaluation:
             commands.append(["-m", "eval.benchmark", str(run), *plan.evaluation])
@@ -144,7 +144,7 @@ class Worker:
         log = task.run.with_suffix(".log")
         command = task.commands.pop(0)
         task.process = children.start(command, self.plan.threads, log)
-        task.claim.trial.set_user_attr("process", [task.process.pid, command[2]])
+        task.claim.trial.set_user_attr("process", [task.process.pid, command])
 
     def look_after(self, task: Task) -> None:
         """Take note of a run's validations and of its end."""
