@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from cifd_clip import RDMBank, World
-from training.clip.flags import parse_args
+from training.clip.config import Config
+from training.clip.flags import parse, parse_args, resolve
 from training.clip.models import add_model_configs, build_student, save_student, student_config
-from training.clip.stages import StudentStage, Transforms, make_teachers
+from training.clip.stages import LiveTeachers, StudentStage, Transforms, make_teachers
 from training.data.loader import Batch
 from training.engine.trainer import Trainer
 
@@ -52,24 +53,31 @@ def random_teacher(args: argparse.Namespace, folder: Path) -> str:
     return f"local-dir:{folder / 'teacher'}"
 
 
-def untrained_bank(flags: list[str], count: int, folder: Path) -> Path:
-    """A bank of `count` RDMs for the teacher that flags of a feature distillation name."""
-    config = parse_args(["--train-data=-", *flags])
-    device = torch.device(config.device)
+def configuration(flags: list[str]) -> Config:
+    """Flags of `training.main` with the defaults of the device that they name."""
+    given = parse(["--train-data=-", *flags])
+    return resolve(given, device_type=torch.device(given.get("device", "cpu")).type)
+
+
+def teachers(flags: list[str]) -> LiveTeachers:
+    """The teachers that flags name: to be built once, and shared."""
+    config = configuration(flags)
     transforms = Transforms(config.aug_cfg, config.image_backend)
-    teachers = make_teachers(config, device, transforms)
-    generator = torch.Generator().manual_seed(config.seed)
-    bank = RDMBank(
-        teachers.identities[0], list(RATES[:count]), teachers.dims[0], generator=generator
-    )
-    bank.save(folder)
+    return make_teachers(config, torch.device(config.device), transforms)
+
+
+def untrained_bank(source: LiveTeachers, count: int, folder: Path) -> Path:
+    """A bank of `count` RDMs for the first teacher."""
+    generator = torch.Generator().manual_seed(0)
+    identity, dim = source.identities[0], source.dims[0]
+    RDMBank(identity, list(RATES[:count]), dim, generator=generator).save(folder)
     return folder
 
 
 class Remembered:
     """Teachers whose features of the one batch are computed once, as if they came from a cache."""
 
-    def __init__(self, teachers, batch: Batch):
+    def __init__(self, teachers: LiveTeachers, batch: Batch):
         self.identities, self.dims = teachers.identities, teachers.dims
         self.features = teachers(batch)
 
@@ -84,14 +92,21 @@ class Contestant:
         flags: of `training.main`.
         world: this process's place.
         cached: leave the teachers' forward pass out.
+        source: teachers of the same images and tokens [those that the flags name].
     """
 
-    def __init__(self, flags: list[str], world: World | None = None, cached: bool = False):
-        world, config = world or World(), parse_args(["--train-data=-", *flags])
+    def __init__(
+        self,
+        flags: list[str],
+        world: World | None = None,
+        cached: bool = False,
+        source: LiveTeachers | None = None,
+    ):
+        world, config = world or World(), configuration(flags)
         add_model_configs(config.model_config)
         device = torch.device(config.device)
         bank = Path(config.rdm_bank) if config.rdm_bank else None
-        self.stage = StudentStage(config, device, world, bank)
+        self.stage = StudentStage(config, device, world, bank, source)
         self.stage.task.train()
         self.trainer = Trainer(self.stage, config, 1000, world, device, config.precision)
         seed = config.seed + world.rank

@@ -29,6 +29,7 @@ from benchmarks.contestants import (
     add_flags,
     common_flags,
     random_teacher,
+    teachers,
     untrained_bank,
 )
 from benchmarks.harness import command_line, paired, ratios, record
@@ -287,8 +288,8 @@ def main(argv: list[str]) -> None:
         teacher, common = random_teacher(args, folder), common_flags(args)
         flags = {method: [*common, *distilled(method, teacher)] for method in args.methods}
         if "cifd" in flags:
-            named = [*common, *distilled("fd", teacher)]
-            bank = untrained_bank(named, len(RATES), folder / "bank")
+            source = teachers([*common, *distilled("fd", teacher)])
+            bank = untrained_bank(source, len(RATES), folder / "bank")
             flags["cifd"].append(f"--rdm-bank={bank}")
         mp.spawn(_process, args=(flags, folder, args.rounds if args.timing else 0), nprocs=2)
         methods = json.loads((folder / "results0.json").read_text())

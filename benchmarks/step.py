@@ -17,25 +17,30 @@ from benchmarks.contestants import (
     add_flags,
     common_flags,
     random_teacher,
+    teachers,
     untrained_bank,
 )
 from benchmarks.harness import command_line, memory, paired, ratios, record, spelled
 from cifd_clip import METHODS
+from training.clip.stages import LiveTeachers
 from training.errors import cli
 
 TO = "fd"  # what the others are compared with
 
 
-def contestants(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
-    """The flags of each contestant."""
+def contestants(
+    args: argparse.Namespace, folder: Path
+) -> tuple[dict[str, list[str]], LiveTeachers]:
+    """The flags of each contestant, and the teacher of all."""
     alone = common_flags(args)
     taught = [*alone, f"--distill-model={random_teacher(args, folder)}"]
     flags = {"none": alone}
     flags |= {m: [*taught, f"--distill={m}"] for m in METHODS if m not in ("none", "cifd")}
+    source = teachers(flags[TO])
     for count in (1, 3):
-        bank = untrained_bank(flags[TO], count, folder / f"bank{count}")
+        bank = untrained_bank(source, count, folder / f"bank{count}")
         flags[f"cifd (K={count})"] = [*taught, "--distill=cifd", f"--rdm-bank={bank}"]
-    return flags | {"cifd (K=3, no IBM)": [*flags["cifd (K=3)"], "--no-ibm"]}
+    return flags | {"cifd (K=3, no IBM)": [*flags["cifd (K=3)"], "--no-ibm"]}, source
 
 
 def steps(flags: list[str], cached: bool) -> list[Contestant]:
@@ -50,9 +55,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--cached", action="store_true", help="leave the teacher's forward out")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
-        flags = contestants(args, Path(temporary))
+        flags, source = contestants(args, Path(temporary))
         peak = {name: memory(steps, own, args.cached)[1] for name, own in flags.items()}
-        runs = {name: Contestant(own, cached=args.cached) for name, own in flags.items()}
+        runs = {
+            name: Contestant(own, cached=args.cached, source=None if name == "none" else source)
+            for name, own in flags.items()
+        }
         seconds = paired(runs, args.rounds, 2, torch.device(args.device))
     against = {name: ratios(seconds, name, TO) for name in flags}
     where = f"batch {args.batch_size}, {args.precision}, {args.device}"

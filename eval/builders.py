@@ -12,9 +12,9 @@ A builder downloads what it misses. Here it is called only when everything it re
 import contextlib
 import io
 import json
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 MAPPINGS = (
     "folder_to_objectnet_label.json",
@@ -39,16 +39,15 @@ NEEDS = {
 BY_WNID = ("imagenet1k", "imagenet_sketch", "imagenet-a", "imagenet-r")
 
 
-@dataclass
-class Local:
+class Local(NamedTuple):
     """A data set's samples; class names and templates are empty where the builder has none."""
 
     task: str
     samples: list[tuple[Path, int | list[str]]]
     """Image files, each with its class number or its captions."""
-    classnames: list[str]
-    templates: list[str]
-    annotations: list[Path]
+    classnames: list[str] = []
+    templates: list[str] = []
+    annotations: list[Path] = []
 
 
 def knows(name: str, split: str) -> bool:
@@ -66,15 +65,12 @@ def _needs(name: str, split: str) -> list[str]:
 
 
 def build(path: Path, name: str, split: str) -> Local:
-    """The data set in the folder ``path``.
-
-    Raises `OSError` or `ValueError` where it is not as its builder expects it.
-    """
+    """The data set; `OSError` or `ValueError` where it is not as its builder expects it."""
     if name == "imagenetv2":
         # Its builder downloads whenever it does not count 10,000 images.
         images = sorted((path / V2).glob("*/*.jpeg"))
         samples = [(image, int(image.parent.name)) for image in images]
-        return Local("zeroshot_classification", samples, [], [], [])
+        return Local("zeroshot_classification", samples)
     # takes seconds to import, and is not needed for WebDataset folders
     from clip_benchmark.datasets import builder
 
@@ -105,7 +101,6 @@ def build(path: Path, name: str, split: str) -> Local:
 
 
 def _coco(images: Path, coco, number: int) -> tuple[Path, list[str]]:
-    """An image of COCO and its captions."""
     captions = [note["caption"] for note in coco.loadAnns(coco.getAnnIds(number))]
     return images / coco.loadImgs(number)[0]["file_name"], captions
 

@@ -102,24 +102,18 @@ class Folder:
                     digest.update(block)
         return digest.hexdigest()
 
-    def images(self, transform: Callable) -> "Images":
-        """The images, transformed, as a data set for torch's loader."""
-        return Images(self.samples, transform)
-
-    def labels(self) -> list[int]:
-        """The class number of every image."""
-        return [sample.target for sample in self.samples]
-
-    def captions(self) -> list[list[str]]:
-        """The captions of every image."""
+    @property
+    def targets(self) -> list[Any]:
+        """The class number, or the captions, of every image."""
         return [sample.target for sample in self.samples]
 
 
+@dataclass
 class Images:
-    """The images of samples, decoded and transformed one by one."""
+    """The images of samples, decoded and transformed one by one: a data set for torch's loader."""
 
-    def __init__(self, samples: list[Sample], transform: Callable):
-        self.samples, self.transform = samples, transform
+    samples: list[Sample]
+    transform: Callable
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -129,10 +123,7 @@ class Images:
 
 
 def picture(sample: Sample) -> Image.Image:
-    """The sample's image in RGB; its size is looked at before its pixels are.
-
-    Raises `Gap`, whatever the decoder raises.
-    """
+    """The sample's image in RGB, its size looked at before its pixels; raises nothing but `Gap`."""
     path, offset, size = sample.image
     try:
         with open(path, "rb") as file:
@@ -152,10 +143,10 @@ def names(given: list[str]) -> list[str]:
 
 
 def open_folder(root: Path, name: str, split: str) -> Folder:
-    """A data set of this name under root: a WebDataset folder, else as its builder reads it.
+    """A data set under root: WebDataset (NAME, wds/NAME, wds_NAME), else as its builder reads it.
 
-    A WebDataset folder is ``NAME``, ``wds/NAME`` or ``wds_NAME``. Raises `Gap` where the data set
-    is missing, damaged or does not keep the protocol known for its name.
+    Raises:
+        Gap: it is missing, damaged or does not keep the protocol known for its name.
     """
     flat = name.replace("/", "-")
     tries = [root / name, root / "wds" / name, root / f"wds_{flat}", root / flat]
@@ -171,7 +162,6 @@ def open_folder(root: Path, name: str, split: str) -> Folder:
 
 
 def _built(name: str, path: Path, split: str) -> Folder:
-    """The data set in its authors' layout."""
     missing = f"no folder '{name}/{split}' with nshards.txt under the data root"
     if not builders.knows(name, split):
         raise Gap(missing)
@@ -195,16 +185,14 @@ def _built(name: str, path: Path, split: str) -> Folder:
 
 
 def _webdataset(name: str, path: Path, split: str) -> Folder:
-    """The data set in clip_benchmark's WebDataset layout."""
     kind = "".join(_lines(path / "dataset_type.txt")).lower() or "classification"
     task = f"zeroshot_{kind}"
     if task not in LABELS:
         raise Gap(f"dataset_type.txt says '{kind}'; classification and retrieval are supported")
-    count = "".join(_lines(path / split / "nshards.txt"))
-    shards = [path / split / f"{number}.tar" for number in range(int(count))]
-    for shard in shards:
-        if not shard.is_file():
-            raise Gap(f"shard '{split}/{shard.name}' of {count} is missing")
+    count = int("".join(_lines(path / split / "nshards.txt")))
+    shards = [path / split / f"{number}.tar" for number in range(count)]
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise Gap(f"shard '{split}/{missing[0]}' of {count} is missing")
     templates = "zeroshot_classification_templates"
     return Folder(
         name=name,
@@ -224,9 +212,9 @@ def _samples(shard: Path, label: str) -> list[Sample]:
     targets: dict[str, int | list[str]] = {}
     with tarfile.open(shard, "r:") as tar:
         for member in tar:
-            folder, _, name = member.name.rpartition("/")
+            folder, slash, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
-            key = f"{folder}/{stem}" if folder else stem
+            key = f"{folder}{slash}{stem}"
             if not member.isreg():
                 continue
             if extension.lower() in IMAGES:
@@ -249,7 +237,7 @@ def _check(folder: Folder) -> None:
     if folder.task == "zeroshot_retrieval":
         if protocol.classes:
             raise Gap("a retrieval folder where the protocol is classification")
-        if not any(folder.captions()):
+        if not any(folder.targets):
             raise Gap("no image has a caption")
         return
     count = len(folder.classnames)

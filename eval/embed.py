@@ -1,15 +1,16 @@
 """Unit embeddings of images, captions and classes, in batches."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from eval.datasets import Folder, Gap
+from eval.datasets import Folder, Gap, Images
 from eval.models import Evaluated
 
 DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp": torch.float16}
@@ -17,14 +18,7 @@ DTYPES = {"fp32": None, "amp_bf16": torch.bfloat16, "amp": torch.float16}
 
 @dataclass(frozen=True)
 class Forward:
-    """How models are run.
-
-    Args:
-        device: where.
-        precision: of the towers' forward pass; similarities are float32 whatever it is.
-        batch_size: images or texts at once.
-        workers: processes that decode images.
-    """
+    """How models are run; similarities are float32 whatever the precision."""
 
     device: torch.device
     precision: str = "fp32"
@@ -32,7 +26,6 @@ class Forward:
     workers: int = 0
 
     def autocast(self) -> AbstractContextManager:
-        """The context of a forward pass."""
         dtype = DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
 
@@ -40,13 +33,11 @@ class Forward:
 @torch.no_grad()
 def embed_images(model: Evaluated, folder: Folder, forward: Forward) -> Tensor:
     """Unit embeddings (N, D) of every image, in the folder's order."""
-    loader = torch.utils.data.DataLoader(
-        folder.images(model.transform), forward.batch_size, num_workers=forward.workers
-    )
+    images = Images(folder.samples, model.transform)
+    loader = DataLoader(images, forward.batch_size, num_workers=forward.workers)
     with forward.autocast():
         batches = [
-            model.encode_image(images.to(forward.device))
-            for images in progress(loader, folder.name)
+            model.encode_image(batch.to(forward.device)) for batch in progress(loader, folder.name)
         ]
     return finite(torch.cat(batches), "image", model)
 
@@ -102,6 +93,6 @@ def finite(embeddings: Tensor, kind: str, model: Evaluated) -> Tensor:
     return embeddings
 
 
-def progress(items: Iterable | Sequence, title: str) -> Iterable:
+def progress(items: Iterable, title: str) -> Iterable:
     """A progress bar on a terminal, nothing elsewhere."""
     return tqdm(items, desc=title, leave=False, disable=None)

@@ -194,7 +194,7 @@ def test_data_are_held_out_and_lie_in_both_layouts(tmp_path):
             folders["", "test"].path / "test"
         )
     held = open_folder(tmp_path / "data" / "benchmark", "cifar100", "val")
-    assert np.bincount(held.labels()).tolist() == [2] * 100, "each class equally often"
+    assert np.bincount(held.targets).tolist() == [2] * 100, "each class equally often"
     assert held.templates == TEMPLATES and "aquarium fish" in held.classnames
     with pytest.raises(UsageError, match="holds data of other sizes"):
         prepare(tmp_path / "data", CIFAR, FLICKR.parent, Sizes())

@@ -59,8 +59,8 @@ def test_an_assistant_is_measured_as_it_teaches(measured, teacher, bank_run, sce
     found, _, _ = measured
     model = models.load(teacher, CPU)
     folder = datasets.open_folder(scenes / "benchmark", "digit_scenes", "test")
-    captions = folder.captions()
-    pixels = torch.stack(list(folder.images(model.transform)))
+    captions = folder.targets
+    pixels = torch.stack(list(datasets.Images(folder.samples, model.transform)))
     with torch.no_grad():
         images = model.encode_image(pixels)
         texts = model.encode_text([c for some in captions for c in some], CPU)
@@ -85,7 +85,9 @@ def test_bits_are_those_of_the_density(measured, teacher, bank_run, scenes):
     model = models.load(teacher, CPU)
     folder = datasets.open_folder(scenes / "benchmark", "digits", "test")
     with torch.no_grad():
-        images = model.encode_image(torch.stack(list(folder.images(model.transform))))
+        images = model.encode_image(
+            torch.stack(list(datasets.Images(folder.samples, model.transform)))
+        )
         loaded = RDMBank.load(bank_run / "bank", {"model": "", "weights": model.weights})
         bits = loaded(images, images, None)[1]["image/bits"].tolist()
     assert [a.bits["image"] for a in found["digits"].assistants] == pytest.approx(bits)

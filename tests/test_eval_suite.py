@@ -94,18 +94,18 @@ def test_samples_classes_and_templates_are_stocks(sets, transform, layout, name)
     stock, samples = stock_samples(layout, sets / layout, name, transform)
     ours = datasets.open_folder(sets / layout, name, "test")
     if name in fabricate.RETRIEVAL:
-        assert ours.captions() == [captions for _, captions in samples]
+        assert ours.targets == [captions for _, captions in samples]
     else:
-        assert ours.labels() == [label for _, label in samples]
+        assert ours.targets == [label for _, label in samples]
         assert (ours.classnames, ours.templates) == (stock.classes, stock.templates)
-    images = ours.images(transform)
+    images = datasets.Images(ours.samples, transform)
     # grayscale, CMYK, palette and RGBA are among the first
     assert all(torch.equal(images[i], samples[i][0]) for i in range(20))
 
 
 def test_imagenetv2_is_read_whatever_it_counts_and_its_folders_are_its_labels(sets):
     folder = datasets.open_folder(sets / "local", "imagenetv2", "test")
-    assert sorted(folder.labels()) == list(range(60))
+    assert sorted(folder.targets) == list(range(60))
     assert all(f"/{sample.target}/" in sample.key for sample in folder.samples)
     assert (folder.classnames[0], len(folder.classnames)) == ("tench", 1000)
     assert len(folder.templates) == 80

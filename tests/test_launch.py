@@ -1,6 +1,7 @@
 """Several processes, launched as torchrun and srun launch them, are one run."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,8 @@ import torch.multiprocessing as mp
 
 from cifd_clip import World
 from runs import ROOT, final, lines
+from shards import encode, picture, write_tar
+from training.engine.checkpoint import Checkpoints
 from training.engine.control import STOPPED_EXIT, barrier
 from training.errors import Failure
 from training.main import main
@@ -72,6 +75,29 @@ def test_two_ranks_stopped_by_a_signal_to_one_go_on_as_one_rank_with_the_same_lo
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3), f"step {a['step']}"
 
 
+def test_samples_that_two_ranks_skipped_are_counted_across_a_stop(flags, tmp_path):
+    """Between log lines too: here there is none before the end."""
+    pairs = {f"{i:03}": {"jpg": encode(picture(i)), "txt": b"a caption"} for i in range(96)}
+    for i in range(0, 96, 6):
+        pairs[f"{i:03}"]["jpg"] = b"no image"
+    members = {f"{key}.{kind}": data for key, pair in pairs.items() for kind, data in pair.items()}
+    data = write_tar(tmp_path / "0.tar", members)
+    command = [*flags, "--train-data", str(data), "--logs", str(tmp_path), "--epochs", "20"]
+    command += ["--max-bad-fraction", "1", "--log-every-n-steps", "0", "--save-frequency", "0"]
+    assert main([*command, "--name", "alone"]) == 0
+    shared = [*command, "--name", "shared", "--batch-size", "12"]
+    ranks = launch(shared, tmp_path / "log")
+    while not (tmp_path / "shared" / "metrics.jsonl").is_file():
+        assert all(rank.poll() is None for rank in ranks), (tmp_path / "log.0").read_text()
+        time.sleep(0.02)
+    ranks[0].terminate()
+    assert [rank.wait(timeout=60) for rank in ranks] == [STOPPED_EXIT] * 2
+    assert 0 < final(tmp_path / "shared")["progress"]["step"] < 80
+    assert main([*command, "--name", "shared", "--resume", "latest"]) == 0
+    alone, shared = (final(tmp_path / run)["progress"] for run in ("alone", "shared"))
+    assert shared["skipped"] == alone["skipped"] and sum(alone["skipped"].values()) >= 16 * 20
+
+
 def test_ranks_that_see_other_folders_do_not_go_on_from_other_checkpoints(flags, tmp_path):
     command = [*flags, "--logs", str(tmp_path / "shared"), "--name", "run"]
     assert main(command) == 0
@@ -106,3 +132,39 @@ def test_torchrun_trains_the_bank_and_the_student_in_one_go(flags, teacher, tmp_
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "rdm" / "finished.json").is_file()
     assert (tmp_path / "run" / "student" / "open_clip_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_a_process_whose_data_do_not_come_is_left_by_all_with_the_last_checkpoint_whole(
+    signalled, flags, scenes, tmp_path
+):
+    (shard,) = (scenes / "train").glob("*.tar")
+    dead = tmp_path / "dead"
+    shards = f"pipe:cat {shard}::pipe:test -e {dead} && sleep 999; cat {shard}"
+    command = [*flags, "--train-data", shards, "--train-num-samples", "96", "--batch-size", "12"]
+    command += ["--logs", str(tmp_path), "--name", "run", "--epochs", "9999"]
+    command += ["--save-every-n-steps", "1", "--data-timeout", "60" if signalled else "5"]
+    ranks = launch(command, tmp_path / "log")
+    logs = [tmp_path / f"log.{rank}" for rank in (0, 1)]
+    try:
+        while not (tmp_path / "run" / "checkpoints.json").is_file():
+            assert all(rank.poll() is None for rank in ranks), logs[0].read_text()
+            time.sleep(0.02)
+        dead.touch()
+        start = time.monotonic()
+        if signalled:
+            time.sleep(5)
+            for rank in ranks:
+                rank.terminate()
+        codes = [rank.wait(timeout=60) for rank in ranks]
+        assert time.monotonic() - start < 60
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [STOPPED_EXIT if signalled else Failure.exit_code] * 2
+    what = (
+        "SIGTERM: data don't come" if signalled else r"no batch for 5 seconds: data worker \d+ re"
+    )
+    for log in logs:
+        assert re.search(f"error: process [01]: {what}", log.read_text())
+    assert Checkpoints(tmp_path / "run" / "checkpoints").newest()

@@ -1,5 +1,6 @@
 """``training.main``, as a user runs it, on real scenes of handwritten digits."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,16 +14,26 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.distributed as dist
 from open_clip_train.params import parse_args as open_clip_parse_args
 
+import cifd_clip
 from cifd_clip import World
+from cifd_clip.files import BadFile
 from cifd_clip.rdm import RDMBank
 from runs import assert_bit_equal, final, lines, word_tokenizer
 from training.clip.config import DISTILL
 from training.clip.flags import UNSUPPORTED, parse_args, parser
 from training.clip.run import bank_config
 from training.engine.control import StopFlag
-from training.errors import Failure, NonFinite, UsageError
+from training.errors import (
+    Failure,
+    MachineFailure,
+    NonFinite,
+    Stopped,
+    UsageError,
+    exit_code,
+)
 from training.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +84,8 @@ def test_a_run_directory_explains_itself(flags, teacher, bank, tmp_path, scenes)
     assert data["usable"] == 96 and len(data["hash"]) == 64
     environment = json.loads((run / "environment.json").read_text())["starts"][-1]
     assert environment["packages"]["open_clip_torch"].startswith("3.")
+    assert environment["packages"]["cifd_clip"] == cifd_clip.__version__
+    assert {"cuda", "cudnn", "nccl", "driver"} < environment.keys()
     row = lines(run)[-1]
     for name in ("logit_scale", "samples_per_s", "data_wait", "image_bits", "text_bits", "lr"):
         assert np.isfinite(row[name]), name
@@ -310,6 +323,17 @@ def test_the_first_ctrl_c_asks_to_stop_and_the_second_interrupts():
         stop.close()
 
 
+def test_a_hangup_stops_a_run_unless_it_is_ignored_as_under_nohup():
+    for before, raised in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        signal.signal(signal.SIGHUP, before)
+        stop = StopFlag(World())
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.raised() is raised
+        stop.close()
+        assert signal.getsignal(signal.SIGHUP) is before
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def test_a_missing_bank_and_a_foreign_bank_are_refused(flags, bank, teacher, tmp_path):
     command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--logs", str(tmp_path)]
     with pytest.raises(UsageError, match="holds no RDM bank"):
@@ -395,6 +419,27 @@ def test_flag_files_may_be_followed_by_flags_that_win(tmp_path):
 
 def test_failures_carry_documented_exit_codes():
     assert (Failure.exit_code, UsageError.exit_code, NonFinite.exit_code) == (1, 2, 3)
+    assert (Stopped.exit_code, MachineFailure.exit_code) == (75, 76)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ESTALE, os.strerror(errno.ESTALE), "00000.tar"), 76),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), 76),
+        (RuntimeError("CUDA error: device-side assert triggered"), 1),
+        (
+            dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:2001, remote"),
+            76,
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), 1),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), 1),
+        (BadFile("run.json is damaged"), 2),
+    ],
+)
+def test_a_failure_of_the_machine_has_a_code_of_its_own(error, code):
+    """With which SLURM's jobs are put back into the queue, at most MAX_RESTARTS times in vain."""
+    assert exit_code(error) == code
 
 
 def test_piped_shards_stream_and_resume_at_a_shard(flags, scenes, tmp_path):

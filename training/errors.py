@@ -1,12 +1,19 @@
 """Failure is loud: one clear sentence on stderr and a non-zero exit."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from cifd_clip.files import BadFile
+from training.masking import masked
+
+#: What errors of a device, of the network between processes, and of a file system that is gone say.
+_MACHINE = re.compile(
+    r"\[Errno (5|107|112|116)\]|NCCL error|CUDA error: (?!device-side assert|invalid)|cudaError"
+)
 
 
 class Failure(Exception):
@@ -21,6 +28,18 @@ class UsageError(Failure):
     exit_code = 2
 
 
+class Stopped(Failure):
+    """The run was asked to stop where it can't save; it goes on from its last checkpoint."""
+
+    exit_code = 75  # EX_TEMPFAIL
+
+
+class MachineFailure(Failure):
+    """A device, a network or a file system failed, and not the run."""
+
+    exit_code = 76
+
+
 class NonFinite(Failure):
     """Training diverged. The message names the loss term; the last good weights are on disk."""
 
@@ -33,21 +52,30 @@ def sentence(error: Exception) -> str:
     return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
 
 
+def exit_code(error: BaseException) -> int:
+    """What a command that ends in an error exits with."""
+    if isinstance(error, BadFile):
+        return UsageError.exit_code
+    machine = isinstance(error, Exception) and _MACHINE.search(str(error))
+    return MachineFailure.exit_code if machine else getattr(error, "exit_code", 1)
+
+
 def cli(main: Callable[[list[str]], int | None]) -> None:
     """Run an entry point on ``sys.argv`` and exit; a `Failure` becomes one line and its code."""
     try:
         code = main(sys.argv[1:]) or 0
     except (Failure, BadFile) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        code = getattr(error, "exit_code", UsageError.exit_code)
+        print(f"error: {masked(sentence(error))}", file=sys.stderr)
+        code = exit_code(error)
+    except (OSError, MemoryError) as error:
+        print(f"error: {masked(str(error) or 'out of memory')}", file=sys.stderr)
+        code = exit_code(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130  # as of a shell's command
-    except Exception:
-        if not _distributed():
-            raise
-        traceback.print_exc()
-        code = 1
+    except Exception as error:
+        print(masked(traceback.format_exc()), file=sys.stderr)
+        code = exit_code(error)
     if code and _distributed():
         _leave(code)
     sys.exit(code)

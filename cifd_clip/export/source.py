@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from cifd_clip.files import BadFile, read_json
 
 CONFIG = "open_clip_config.json"
+#: Of weights that were cut short safetensors and pickle say it in classes of their own.
+UNREADABLE = BadFile, RuntimeError, OSError, ValueError, KeyError, SafetensorError, EOFError
 
 
 class Towers(NamedTuple):
@@ -52,12 +54,10 @@ class Source:
 
     @property
     def text_config(self) -> dict[str, Any]:
-        """The ``text_cfg`` of the architecture."""
         return self.config["model_cfg"]["text_cfg"]
 
     @property
     def context_length(self) -> int:
-        """Tokens of a text."""
         return self.tokenizer.context_length
 
     def towers(self) -> Towers:
@@ -95,16 +95,7 @@ def load(spec: str) -> Source:
         config = read_json(folder / CONFIG)
         model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         tokenizer = folder_tokenizer(folder, config["model_cfg"]["text_cfg"])
-    # Of weights that were cut short safetensors and pickle say it in classes of their own.
-    except (
-        BadFile,
-        RuntimeError,
-        OSError,
-        ValueError,
-        KeyError,
-        SafetensorError,
-        EOFError,
-    ) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"'{spec}' could not be loaded from {folder}: {reason}") from error
     name = (run or folder).resolve().name

@@ -34,23 +34,17 @@ def read_tokenizer(
 ) -> Callable[[list[str]], Tensor]:
     """The tokenizer that was written to ``folder``, called as the model card's code calls it.
 
-    Args:
-        source: the student it is of.
-        folder: an exported folder.
-        zeros: multiply by the attention mask, as the card does where `pads_with_zeros`.
+    With ``zeros`` it multiplies by the attention mask, as the card does where `pads_with_zeros`.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     clean = CLEAN[clean_name(source)]
 
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+
     def tokenize(captions: list[str]) -> Tensor:
-        tokens = tokenizer(
-            [clean(caption) for caption in captions],
-            padding="max_length",
-            truncation=True,
-            return_tensors="pt",
-        )
+        tokens = tokenizer([clean(caption) for caption in captions], **options)
         ids = tokens["input_ids"]
         return ids * tokens["attention_mask"] if zeros else ids
 

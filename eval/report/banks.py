@@ -10,7 +10,7 @@ from eval.report.blocks import Heading, Paragraph, Plot
 from eval.report.rows import TASKS
 from eval.report.runs import Setting, Source, classifier_setting
 from eval.report.table import Block, Table, columns, mean
-from training.engine.result import BankResult, EmbeddingMap, Reconstruction, Result
+from training.engine.result import BankResult, EmbeddingMap, Metrics, Reconstruction, Result
 
 #: What is drawn of a data set, of the metrics that it has.
 DRAWN = ("acc1", "image_retrieval_recall@1", "text_retrieval_recall@1")
@@ -86,18 +86,16 @@ def _measured_table(
     bank: BankResult, by_rate: list[Reconstruction], labels: dict[str, str]
 ) -> Table:
     modalities = list(by_rate[0].bits)
-    lines = [["teacher", *("" for _ in modalities), *_percent(bank.teacher, labels)]]
-    for one in by_rate:
-        bits = (f"{one.bits[m]:.1f}" for m in modalities)
-        lines.append([f"R = {one.rate:g}", *bits, *_percent(one.metrics, labels)])
-    if bank.mean:
-        lines.append(["mean of these", *("" for _ in modalities), *_percent(bank.mean, labels)])
-    bits = (f"bits per {modality}" for modality in modalities)
-    return Table(columns("", *bits, *labels.values()), lines, "small")
 
+    def line(name: str, metrics: Metrics, bits: dict[str, float] | None = None) -> list[str]:
+        rates = (f"{bits[m]:.1f}" if bits else "" for m in modalities)
+        return [name, *rates, *(f"{100 * metrics[key]:.1f}" for key in labels)]
 
-def _percent(metrics: dict[str, float | None], labels: dict[str, str]) -> list[str]:
-    return [f"{100 * metrics[key]:.1f}" for key in labels]
+    lines = [line("teacher", bank.teacher)]
+    lines += [line(f"R = {one.rate:g}", one.metrics, one.bits) for one in by_rate]
+    lines += [line("mean of these", bank.mean)] if bank.mean else []
+    heads = columns("", *(f"bits per {m}" for m in modalities), *labels.values())
+    return Table(heads, lines, "small")
 
 
 def _maps(bank: BankResult, points: EmbeddingMap, by_rate: list[Reconstruction]) -> list[Block]:
@@ -125,10 +123,9 @@ class ClassifierBank:
 
 
 def classifier_banks(sources: list[Source]) -> dict[str, ClassifierBank]:
-    """What banks of `training.classify` know; banks are one where they differ by their seed alone.
+    """Banks of `training.classify`, one where they differ by their seed alone.
 
-    Returns:
-        By the teacher's name, with the runs' where that does not tell two of them apart.
+    They go by the teacher's name, with the runs' where that does not tell two of them apart.
     """
     results = [r for s in sources for r in s.results if r.training and r.metrics]
     banks: dict[Setting, list[Result]] = defaultdict(list)

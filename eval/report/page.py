@@ -1,20 +1,13 @@
 """What a report says, as one list of blocks, from what the sources bring."""
 
 import json
+import math
 from pathlib import Path
 
 from eval.report import banks, paper, plots
 from eval.report.blocks import Heading, Paragraph, Plot, Retrieval
 from eval.report.paper import PaperTable
-from eval.report.rows import (
-    Row,
-    colour_of,
-    figures,
-    millions,
-    notes,
-    results_table,
-    several,
-)
+from eval.report.rows import Row, colour_of, figures, millions, notes, results_table, several
 from eval.report.runs import Source
 from eval.report.table import Block, Table, columns
 from training.clip.config import Config
@@ -25,13 +18,7 @@ BARS = 32  # more than these are no picture
 
 
 def blocks(sources: list[Source], rows: list[Row], placed: list[PaperTable]) -> list[Block]:
-    """The whole report.
-
-    Args:
-        sources: what it is made of.
-        rows: the results in them, a row for each setting.
-        placed: the paper's tables that some of those belong to.
-    """
+    """The whole report, of the sources, a row for each setting, and the paper's tables of these."""
     colours, of_banks = run_colours(sources), banks.blocks(sources)
     return [
         *paper_section(rows, placed),
@@ -97,7 +84,6 @@ def results_section(sources: list[Source], rows: list[Row], colours: Colours) ->
 
 
 def _explanations(rows: list[Row], plain: Row | None) -> list[str]:
-    """What the table's figures mean."""
     sentences = ["Percent."]
     counts = {r.parameters["token_table"] for r in rows if "token_table" in r.parameters}
     if counts:
@@ -115,10 +101,13 @@ def _explanations(rows: list[Row], plain: Row | None) -> list[str]:
 
 def curve(source: Source, kind: str, key: str) -> tuple[list[float], list[float]]:
     """Samples seen (in thousands) against a metric, where the run logged it."""
-    lines = [line for line in source.metrics if line["kind"] == kind and key in line]
     batch = source.config["global_batch"] if source.config else 1
-    x = [line.get("samples", line["step"] * batch) / 1000 for line in lines]
-    return plots.finite(x, [line[key] for line in lines])
+    points = [
+        (line.get("samples", line["step"] * batch) / 1000, line[key])
+        for line in source.metrics
+        if line["kind"] == kind and line.get(key) is not None and math.isfinite(line[key])
+    ]
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def contrastive_weight(config: Config) -> float:
@@ -164,7 +153,7 @@ def examples_section(sources: list[Source], colours: Colours) -> list[Block]:
 
 
 def provenance_section(sources: list[Source]) -> list[Block]:
-    """What the figures are figures of."""
+    """Which weights, data and versions each figure is of."""
     results = [result for source in sources for result in [*source.results, *source.banks]]
     if not results:
         return []
@@ -172,9 +161,7 @@ def provenance_section(sources: list[Source]) -> list[Block]:
     versions = {json.dumps(r.provenance.versions, sort_keys=True) for r in results}
     return [
         Heading("Provenance", folded=True),
-        Table(
-            columns(*heads, words=len(heads)), [_provenance(result) for result in results], "small"
-        ),
+        Table(columns(*heads, words=len(heads)), list(map(_provenance, results)), "small"),
         *(
             Paragraph("Versions: " + ", ".join(f"{k} {v}" for k, v in json.loads(each).items()))
             for each in sorted(versions - {"{}"})

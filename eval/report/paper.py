@@ -23,14 +23,10 @@ from eval.report.table import Block, Cell, Column, Table, columns, mean
 
 @dataclass(frozen=True)
 class Ours:
-    """Our figure for a cell, in percent.
+    """Our figures for a cell, of some runs, in percent, beside the printed one.
 
-    Attributes:
-        values: of the runs; of a difference of two rows, that of their means.
-        runs: how many.
-        printed: the paper's figure.
-        notes: what sets ours apart from the printed one besides the method.
-        row: whose figure it is; None of a difference.
+    The difference of two rows is that of their means, and has no row. ``notes`` are what sets ours
+    apart from the printed one besides the method.
     """
 
     values: Sequence[float]
@@ -41,12 +37,10 @@ class Ours:
 
     @property
     def mean(self) -> float:
-        """Over the runs."""
         return statistics.fmean(self.values)
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the printed figure, in points."""
         return None if self.printed is None else self.mean - self.printed
 
     @property
@@ -67,7 +61,6 @@ class Line:
 
     @property
     def ours(self) -> list[Ours]:
-        """The figures that are ours."""
         return [cell for cell in self.cells if isinstance(cell, Ours)]
 
     @property
@@ -204,11 +197,9 @@ def _matches(setting: Setting | None, cell: dict[str, Any]) -> bool:
         options = cell[name] if isinstance(cell[name], list) else [cell[name]]
         if _spelling(getattr(setting, name)) not in map(_spelling, options):
             return False
-    teachers = cell.get("teachers")
-    return teachers is None or (
-        len(teachers) == len(setting.teachers)
-        and all(_same_teacher(a, b) for a, b in zip(setting.teachers, teachers))
-    )
+    teachers = cell.get("teachers", setting.teachers)
+    same = map(_same_teacher, setting.teachers, teachers)
+    return len(teachers) == len(setting.teachers) and all(same)
 
 
 def _same_teacher(ours: str, printed: str) -> bool:
@@ -225,7 +216,6 @@ def _spelling(name: Any) -> Any:
 
 
 def _description(row: Row) -> str:
-    """Whose figures a row's are."""
     setting, seeds = row.setting, row.seeds
     parts = [f"{row.name}, {setting}"]
     if setting.teachers:
@@ -254,8 +244,7 @@ def _cells(line: Line) -> list[Cell]:
     """A line's cells; one that is not printed is a dash, one that we have no setting of empty."""
     style, empty = ("ours", "") if line.ours else ("printed", "—")
     model = f"· {line.model}" if line.model else ""
-    first = Cell(line.who, style=style) if line.ours else Cell(line.label, model, style=style)
-    cells = [first]
+    cells = [Cell(line.who, style=style) if line.ours else Cell(line.label, model, style=style)]
     for cell in line.cells:
         if isinstance(cell, Ours):
             cells.append(cell.cell)

@@ -1,7 +1,6 @@
 """Plots as SVG text that depends on nothing but the numbers."""
 
 import io
-import math
 import re
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -17,28 +16,6 @@ from matplotlib import ticker
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 NEUTRAL = "#7a828c"
 SOFT, INK = "#4a525c", "#1f2630"
-STYLE = {
-    "svg.hashsalt": "cifd_clip",
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # names are names
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#b6bdc6",
-    "axes.labelcolor": SOFT,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlecolor": INK,
-    "axes.grid": True,
-    "grid.color": "#eceff3",
-    "xtick.color": "#6b7480",
-    "ytick.color": "#6b7480",
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-}
 Curve = tuple[str, str, Sequence[float], Sequence[float]]  # label, colour, x, y
 Measured = tuple[str, Sequence[float], Sequence[float], Sequence[float] | None, float | None]
 
@@ -49,7 +26,7 @@ def _drawn(draw: Callable[..., plt.Figure]) -> Callable[..., Markup]:
     @wraps(draw)
     def svg_of(*args, **options) -> Markup:
         buffer = io.StringIO()
-        with plt.rc_context(STYLE):
+        with plt.style.context("eval.report.plots"):
             figure = draw(*args, **options)
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
             plt.close(figure)
@@ -179,9 +156,3 @@ def _log_axis(axis) -> None:
     axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.yaxis.set_minor_formatter(ticker.NullFormatter())
-
-
-def finite(x: Sequence[float], y: Sequence[float | None]) -> tuple[list[float], list[float]]:
-    """The points whose y is a finite number."""
-    kept = [(a, b) for a, b in zip(x, y) if b is not None and math.isfinite(b)]
-    return [a for a, _ in kept], [b for _, b in kept]

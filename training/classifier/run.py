@@ -33,6 +33,7 @@ from training.engine.checkpoint import Checkpoints
 from training.engine.config import ProcessConfig
 from training.engine.control import (
     STOPPED_EXIT,
+    Peers,
     StopFlag,
     all_gather_object,
     barrier,
@@ -144,15 +145,16 @@ def run(
     stop = StopFlag(world)
     held_out = Rows(images.table, on(device, images.held_out), stage, world)
     try:
-        finished = train(
-            trainer,
-            EpochLoader(epochs, stage.needs_images),
-            config,
-            checkpoints if world.rank == 0 else None,
-            writer,
-            stop,
-            held_out if config.holdout else None,
-        )
+        with Peers(world, checkpoints.busy):
+            finished = train(
+                trainer,
+                EpochLoader(epochs, stage.needs_images),
+                config,
+                checkpoints if world.rank == 0 else None,
+                writer,
+                stop,
+                held_out if config.holdout else None,
+            )
     finally:
         stop.close()
         checkpoints.join()

@@ -140,7 +140,7 @@ class Rows:
     world: World
     every_epochs: int = 1
 
-    def __call__(self) -> Iterator[ImageBatch]:
+    def __call__(self, stopping=None, timeout=None) -> Iterator[ImageBatch]:
         mine = self.rows[self.world.rank :: self.world.size]
         if not len(mine):  # fewer rows than processes
             return iter(())

@@ -1,6 +1,6 @@
 """Held-out pairs: which they are, and their batches."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -24,8 +24,8 @@ class HeldOut:
     every_epochs: int
     batches: partial
 
-    def __call__(self) -> Iterable[Batch]:
-        return self.batches()
+    def __call__(self, stopping: Callable[[], bool], timeout: float | None) -> Iterable[Batch]:
+        return self.batches(stopping=stopping, timeout=timeout)
 
 
 def split(sources: Sources, fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -36,12 +36,14 @@ from training.data.stream import StreamLoader, stream_fingerprint
 from training.engine.checkpoint import Checkpoints
 from training.engine.control import (
     STOPPED_EXIT,
+    Peers,
     StopFlag,
     all_gather_object,
     barrier,
     end_processes,
     start_logging,
     start_processes,
+    together,
 )
 from training.engine.flags import Given, construct
 from training.engine.lease import Lease, held
@@ -164,21 +166,22 @@ def _run(
         writer = MetricWriter(path, config, directory.config, trainer.progress.step)
     stop = StopFlag(world)
     try:
-        finished = train(
-            trainer,
-            loader,
-            config,
-            checkpoints if world.rank == 0 else None,
-            writer,
-            stop,
-            validation,
-            partial(check_bad_fraction, config),
-            config.data_timeout or None,
-        )
-        if finished and world.rank == 0:
-            lease.check()
-            directory.finish(trainer.progress.state(), stage.finish(path))
-            log.info("finished %s in %.0f s", path, trainer.progress.seconds)
+        with Peers(world, checkpoints.busy):
+            finished = train(
+                trainer,
+                loader,
+                config,
+                checkpoints if world.rank == 0 else None,
+                writer,
+                stop,
+                validation,
+                partial(check_bad_fraction, config),
+                config.data_timeout or None,
+            )
+            if finished and world.rank == 0:
+                lease.check()
+                directory.finish(trainer.progress.state(), stage.finish(path))
+                log.info("finished %s in %.0f s", path, trainer.progress.seconds)
     finally:
         stop.close()
         loader.close()
@@ -201,7 +204,7 @@ def open_data(config: Config, world: World) -> Sources:
     factors = config.train_data_upsampling_factors
     sources = index_shards(config.train_data, weights=factors, cache_dir=config.index_dir)
     if config.verify_data:
-        verify(sources.shards)
+        together(world, lambda: verify(sources.shards[world.rank :: world.size]))
     for problem in sources.problems:
         log.warning("%s", problem)
     bad = sum(sources.skipped.values())

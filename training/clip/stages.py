@@ -281,10 +281,16 @@ class StudentStage(ClipStage):
         config: of the run.
         device, world: of this process.
         bank: the folder of the bank whose RDMs assist the first teacher; None: no assistants.
+        source: the teachers [those that the configuration names].
     """
 
     def __init__(
-        self, config: Config, device: torch.device, world: World, bank: Path | None = None
+        self,
+        config: Config,
+        device: torch.device,
+        world: World,
+        bank: Path | None = None,
+        source: LiveTeachers | CachedTeachers | None = None,
     ):
         self.transforms = Transforms(config.aug_cfg, config.image_backend)
         # The student.
@@ -297,7 +303,7 @@ class StudentStage(ClipStage):
         if config.use_bn_sync and world.size > 1:
             model = convert_sync_batchnorm(model)  # timm's keeps the activations of its own layers
         # Its teachers, and the embedding space of each teacher and assistant.
-        self.source = make_teachers(config, device, self.transforms)
+        self.source = source or make_teachers(config, device, self.transforms)
         self.bank = None if bank is None else load_bank(bank, self.source).to(device)
         self.options = config.options
         dims = list(self.source.dims)

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from training.data.shard import OPEN_SHARDS
 from training.errors import Failure, UsageError
 
-JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SLICE = 2  # seconds of waiting for a batch, after which is looked whether to wait on
 GRACE = 3  # seconds a worker has to end by itself
 TENSORS = 8  # of a batch, each an open file while it travels

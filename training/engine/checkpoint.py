@@ -26,7 +26,7 @@ from cifd_clip.files import (
     writing,
 )
 from training.engine.config import FORMAT
-from training.engine.control import all_gather_object, by_rank_0
+from training.engine.control import all_gather_object, together
 from training.engine.lease import Lease
 from training.errors import Failure
 
@@ -65,6 +65,10 @@ class Checkpoints:
         host = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), payload)
         self._thread = threading.Thread(target=self._write, args=(step, host))
         self._thread.start()
+
+    def busy(self) -> bool:
+        """Whether one is being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
         """Wait until the last save is on disk.
@@ -116,19 +120,23 @@ class Checkpoints:
         Raises:
             Failure: as `newest`, or this rank can't read what rank 0 can.
         """
-        newest = by_rank_0(world, self.newest)
+        newest = together(world, self.newest, only=0)
         name = all_gather_object(world, newest and newest[0].name)[0]
         if name is None:
             return None
         path = self.directory / name
-        own = None if world.rank == 0 else _problem(path, path.with_suffix(".json"))
-        for rank, problem in enumerate(all_gather_object(world, own)):
-            if problem is not None:
+
+        def read() -> tuple[Path, dict[str, Any]]:
+            if newest is not None:
+                return newest
+            if problem := _problem(path, path.with_suffix(".json")):
                 raise Failure(
-                    f"{path}, where the run goes on, can't be read by process {rank} "
+                    f"{path}, where the run goes on, can't be read by process {world.rank} "
                     f"({problem}): --logs must be one folder for all nodes"
                 )
-        return newest or (path, _read(path))
+            return path, _read(path)
+
+        return together(world, read)
 
     def join(self) -> None:
         """Wait until nothing is being written."""

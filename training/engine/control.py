@@ -1,9 +1,14 @@
 """Signals and processes: when to stop, agreed by all ranks."""
 
 import contextlib
+import json
 import logging
 import os
+import platform
 import signal
+import sys
+import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,13 +20,18 @@ from open_clip_train.distributed import init_distributed_device
 
 from cifd_clip import World
 from training.engine.config import ProcessConfig
-from training.errors import Failure, UsageError
+from training.errors import Failure, Stopped, UsageError, exit_code, sentence
+from training.masking import MaskingFormatter, masked
 
 T = TypeVar("T")
 
 #: Exit code of a run that was asked to stop and saved itself: start it again with --resume latest.
-STOPPED_EXIT = 75  # EX_TEMPFAIL
+STOPPED_EXIT = Stopped.exit_code
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+#: What processes agree on at a step boundary, see `StopFlag.agreed`.
+GO_ON, SAVE, STOP = range(3)
+#: Seconds that a process which another one left may still take to finish writing a checkpoint.
+GRACE = 20
 
 
 def start_processes(config: ProcessConfig) -> tuple[World, torch.device]:
@@ -68,16 +78,22 @@ def all_gather_object(world: World, item: Any) -> list[Any]:
     return items
 
 
-def by_rank_0(world: World, function: Callable[[], T]) -> T | None:
-    """What a function returns on rank 0, None on the others; if it fails, it does on all ranks."""
+def together(world: World, function: Callable[[], T], only: int | None = None) -> T | None:
+    """What a function returns here; if it fails on any rank, it does on all.
+
+    Args:
+        world: of this process; all ranks must call.
+        function: what to do, for however long.
+        only: the one rank that calls it; the others get None.
+    """
     result, problem = None, None
-    if world.rank == 0:
+    if only in (None, world.rank):
         try:
             result = function()
         except (Failure, OSError) as error:
             problem = error
-    barrier(world)  # it may take longer than a collective may
-    if problem := all_gather_object(world, problem)[0]:
+    barrier(world)
+    if problem := next(filter(None, all_gather_object(world, problem)), None):
         raise problem
     return result
 
@@ -100,7 +116,7 @@ def flush_denormals() -> None:
 
 
 class StopFlag:
-    """Set by TERM, USR1, USR2 or ctrl-C, agreed by all ranks at step boundaries.
+    """Set by TERM, USR1, USR2, HUP or ctrl-C, agreed by all ranks at step boundaries.
 
     The handler only sets a flag: saving inside a handler would interrupt whatever runs; a second
     ctrl-C interrupts as ever. Ranks exchange their flags over a gloo group on the host, one step
@@ -114,6 +130,8 @@ class StopFlag:
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
         self._owner = os.getpid()
         handled = (*SIGNALS, signal.SIGINT)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            handled += (signal.SIGHUP,)
         self._previous = {s: signal.signal(s, self._handle) for s in handled}
 
     def _handle(self, number: int, frame) -> None:
@@ -126,16 +144,23 @@ class StopFlag:
         """Whether this process was asked to stop."""
         return self._raised is not None
 
-    def agreed(self) -> bool:
-        """Whether to stop at this step boundary; every rank must ask, and all get one answer."""
+    def agreed(self, save: bool = False) -> int:
+        """`STOP`, `SAVE` or `GO_ON` at this step boundary, the most that any rank wants.
+
+        Every rank must ask, and all get one answer.
+
+        Args:
+            save: whether this rank wants a checkpoint.
+        """
+        wanted = STOP if self.raised() else SAVE if save else GO_ON
         if self._group is None:
-            return self._raised is not None
-        answer = False
+            return wanted
+        answer = GO_ON
         if self._pending is not None:
             flag, work = self._pending
             work.wait()
-            answer = bool(flag.item())
-        flag = torch.tensor([self._raised is not None], dtype=torch.int32)
+            answer = int(flag.item())
+        flag = torch.tensor([wanted], dtype=torch.int32)
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._pending = (flag, work)
         return answer
@@ -154,11 +179,64 @@ class StopFlag:
         return signal.Signals(self._raised).name if self._raised else "another rank's signal"
 
 
+class Peers:
+    """Processes of which all leave when one does: they would wait for it in a collective for ever.
+
+    One that ends its block with an error says so in a store of rank 0's. A thread of each other
+    process, which may be stuck where no signal reaches, ends it in the same words and with the
+    same exit code.
+
+    Args:
+        world: of this process.
+        busy: whether this process is writing what should be finished first.
+    """
+
+    def __init__(self, world: World, busy: Callable[[], bool] = lambda: False):
+        self._world, self._busy, self._ended = world, busy, threading.Event()
+        if world.size == 1:
+            return
+        host = os.environ.get("MASTER_ADDR", platform.node())
+        own = dist.TCPStore(host, 0, None, True, wait_for_workers=False) if not world.rank else None
+        port = all_gather_object(world, own and own.port)[0]
+        self._store = own or dist.TCPStore(host, port, None, False)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def __enter__(self) -> "Peers":
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        self._ended.set()
+        if error is None or self._world.size == 1:
+            return
+        note = [exit_code(error), f"process {self._world.rank}: {sentence(error)}"]
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set("left", "", json.dumps(note))
+        time.sleep(2)  # for all to see it before this process is gone
+        if isinstance(error, Failure):
+            raise type(error)(note[1]) from error
+
+    def _watch(self) -> None:
+        code, why = 1, "process 0 has ended"
+        while not self._ended.wait(1):
+            with contextlib.suppress(RuntimeError):
+                if not self._store.check(["left"]):
+                    continue
+                code, why = json.loads(self._store.get("left"))
+            for _ in range(GRACE):
+                if self._ended.wait(1):  # it had an error of its own
+                    return
+                if not self._busy():
+                    break
+            print(f"error: {masked(why)}", file=sys.stderr, flush=True)
+            os._exit(code)
+
+
 def start_logging(world: World) -> None:
     """Rank 0 talks, the others only about trouble."""
     level = logging.INFO if world.rank == 0 else logging.WARNING
-    style = {"format": "%(asctime)s | %(message)s", "datefmt": "%H:%M:%S"}
-    logging.basicConfig(level=level, force=True, **style)
+    handler = logging.StreamHandler()
+    handler.setFormatter(MaskingFormatter("%(asctime)s | %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=level, force=True, handlers=[handler])
 
 
 def end_processes() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from cifd_clip import World
 from cifd_clip.files import make_folder, sync_folder
-from training.engine.control import by_rank_0
+from training.engine.control import together
 from training.errors import Failure, UsageError
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def held(path: Path, world: World, wait: bool = False) -> Iterator["Lease | None
     Raises:
         UsageError: on all ranks, as `Lease`.
     """
-    lease = by_rank_0(world, lambda: Lease(path, wait))
+    lease = together(world, lambda: Lease(path, wait), only=0)
     try:
         yield lease
     finally:

@@ -10,13 +10,16 @@ from tqdm import tqdm
 
 from training.engine.checkpoint import Checkpoints
 from training.engine.config import RunConfig
-from training.engine.control import StopFlag
+from training.engine.control import STOP, StopFlag, barrier
 from training.engine.metrics import Meter, MetricWriter
 from training.engine.stage import Batch
-from training.engine.trainer import Progress, Trainer
-from training.errors import NonFinite
+from training.engine.trainer import LOOK_BACK, Progress, Trainer
+from training.errors import NonFinite, Stopped
 
 log = logging.getLogger(__name__)
+
+#: Seconds that data may take to come after a signal, before a process gives up to save.
+PATIENCE = 15
 
 
 class Loader(Protocol):
@@ -41,8 +44,10 @@ class Validation(Protocol):
 
     every_epochs: int
 
-    def __call__(self) -> Iterable[Batch]:
-        """This rank's held-out batches."""
+    def __call__(
+        self, stopping: Callable[[], bool], timeout: float | None = None
+    ) -> Iterable[Batch]:
+        """This rank's held-out batches; ``stopping`` and ``timeout`` as of `Loader.batches`."""
 
 
 def train(
@@ -73,6 +78,7 @@ def train(
 
     Raises:
         NonFinite: training diverged; the last good weights are on disk.
+        Stopped: asked to stop while data are waited for that don't come, where it can't save.
         UsageError: too many samples can't be used.
     """
     progress, meter = trainer.progress, Meter()
@@ -82,10 +88,18 @@ def train(
 
     stopping = False
     trainer.stage.task.train()
-    # One process looks for a signal while it waits for data; of several, all stop at one step.
-    alone = stop is not None and trainer.world.size == 1
-    waiting = {"stopping": stop.raised if alone else None, "timeout": data_timeout}
-    batches = loader.batches(progress.step, trainer.total_steps, **waiting)
+    # One process looks for a signal while it waits for data. Of several, all stop at one step,
+    # unless its data don't come to one: the others wait for that one, where no signal reaches them.
+    alone = trainer.world.size == 1
+
+    def asked_to_stop() -> bool:
+        return stop is not None and stop.raised()
+
+    def hangs() -> bool:
+        return asked_to_stop() and clock.waiting() > PATIENCE
+
+    stopping_early = asked_to_stop if alone else hangs
+    batches = loader.batches(progress.step, trainer.total_steps, stopping_early, data_timeout)
     with contextlib.closing(bar):
         for batch in clock.timed(batches):
             meter.add(trainer.step(batch.to(trainer.device)))
@@ -93,33 +107,43 @@ def train(
             step, epoch_end = progress.step, progress.step % trainer.steps_per_epoch == 0
             # A line in the log, and what it may find out.
             every = config.log_every_n_steps
-            if epoch_end or (every and step % every == 0):
-                try:
-                    _log(trainer, meter, clock, writer, bar)
-                    check_samples(progress)
-                    trainer.check_finite()
-                except NonFinite:
-                    saver.save()
-                    saver.wait()
-                    raise
+            line_due = epoch_end or (every and step % every == 0)
+            if line_due:
+                _log(trainer, meter, clock, writer, bar)
+                check_samples(progress)
+            try:
+                trainer.check_finite(0 if line_due else LOOK_BACK)
+            except NonFinite:
+                saver.save()
+                saver.wait()
+                barrier(trainer.world)  # who leaves first would end who still saves
+                raise
             # Held-out data.
             if epoch_end and validation and _due(trainer, validation.every_epochs):
-                held_out = trainer.flat(trainer.validate(validation()))
+                rows = clock.timed(iter(validation(hangs, data_timeout)))
+                held_out = trainer.flat(trainer.validate(rows))
+                if hangs():
+                    raise Stopped(f"{stop.name}: held-out data don't come, after step {step}")
                 clock.pause()
                 if writer is not None:
                     writer.write("val", step, held_out)
                     log.info("held out | %s", _format(held_out))
             # A checkpoint, when one is due, and the end, when somebody asks for it.
-            stopping = stop is not None and stop.agreed()
-            if stopping or saver.due(epoch_end):
+            overdue = saver.overdue()
+            wanted = stop.agreed(overdue) if stop is not None else overdue
+            stopping = wanted == STOP
+            if wanted or saver.due(epoch_end):
                 saver.save()
             if stopping:
                 log.warning("%s: saving step %d and stopping", stop.name, step)
                 break
-        if alone and stop.raised() and not stopping and progress.step < trainer.total_steps:
+        if asked_to_stop() and not stopping and progress.step < trainer.total_steps:
             stopping = True
-            saver.save()
-            log.warning("%s: saved step %d while waiting for data", stop.name, progress.step)
+            saver.save(alone)
+            log.warning("%s: stopping at step %d, waiting for data", stop.name, progress.step)
+            if not alone:
+                saver.wait()
+                raise Stopped(f"{stop.name}: data don't come, after step {progress.step}")
     saver.wait()
     clock.account()
     return progress.step == trainer.total_steps and not stopping
@@ -153,18 +177,27 @@ class _Saver:
         self.last = time.monotonic()
 
     def due(self, epoch_end: bool) -> bool:
-        """Whether the last step, an epoch, a number of steps or of minutes asks for it."""
+        """Whether the last step, an epoch or a number of steps asks for it."""
         step, every = self.trainer.progress.step, self.config.save_every_n_steps
-        minutes, patience = (time.monotonic() - self.last) / 60, self.config.save_every_n_minutes
         return bool(
             step == self.trainer.total_steps
             or (epoch_end and _due(self.trainer, self.config.save_frequency))
             or (every and step % every == 0)
-            or (patience and minutes >= patience)
         )
 
-    def save(self) -> None:
-        """Copy the state, to be written in the background; all ranks count the time."""
+    def overdue(self) -> bool:
+        """Whether this process's clock asks for it."""
+        minutes, patience = (time.monotonic() - self.last) / 60, self.config.save_every_n_minutes
+        return bool(patience and minutes >= patience)
+
+    def save(self, together: bool = True) -> None:
+        """Copy the state, to be written in the background; all ranks count the time.
+
+        Args:
+            together: whether all ranks save: then what each has skipped is in it.
+        """
+        if together:
+            self.trainer.agree_on_skipped()
         self.clock.account()
         self.trainer.progress.shards = getattr(self.loader, "shards_consumed", 0)
         if self.writer is not None:
@@ -180,20 +213,29 @@ class _Saver:
 
 
 class _Clock:
-    """Time of the run, of the interval between log lines, and of waiting for data in it."""
+    """Time of the run, of the interval between log lines, and of waiting for data in it.
+
+    Attributes:
+        skipped: samples that the last line told of.
+    """
 
     def __init__(self, progress: Progress):
-        self._progress = progress
+        self._progress, self.skipped = progress, progress.skipped.copy()
         self._before = progress.seconds, progress.cpu_seconds
         self._start = time.monotonic(), time.process_time()
         self._mark, self._waited, self._samples = self._start[0], 0.0, 0
+        self._asked = self._start[0]
+
+    def waiting(self) -> float:
+        """Seconds since the last batch was asked for."""
+        return time.monotonic() - self._asked
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         first = True
         while True:
-            start = time.monotonic()
+            self._asked = time.monotonic()
             batch = next(batches, None)
-            self._waited += time.monotonic() - start
+            self._waited += self.waiting()
             if batch is None:
                 return
             self._samples += len(batch)
@@ -225,12 +267,12 @@ def _log(
 ) -> None:
     """Write the means since the last line; every rank must call."""
     progress = trainer.progress
-    before = progress.skipped.total()
     trainer.agree_on_skipped()
     line = _line(trainer, meter, clock)
     if writer is not None:
         writer.write("train", progress.step, line)
-        if progress.skipped.total() > before:
+        if progress.skipped != clock.skipped:
+            clock.skipped = progress.skipped.copy()
             writer.write("skipped", progress.step, progress.skipped)
             log.warning("samples replaced so far: %s", dict(progress.skipped))
     if bar.disable:  # no terminal

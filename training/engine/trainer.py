@@ -1,7 +1,7 @@
 """A stage, its optimizers and its place in the data: one step at a time."""
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,6 +21,10 @@ from training.engine.optim import MovingAverage, make_schedule
 from training.engine.stage import Batch, Losses, Report, Stage
 from training.errors import NonFinite
 
+#: Steps after which is looked whether one was skipped: by then the device has long counted it.
+LOOK_BACK = 4
+#: Largest share of steps that may be skipped.
+MAX_NONFINITE_SHARE = 0.1
 #: Steps that a GradScaler may skip while it finds its scale, from 2¹⁶ down.
 SCALER_PATIENCE = 16
 
@@ -111,6 +115,7 @@ class Trainer:
             self.model.broadcast_buffers = False
         self.bad_streak = torch.zeros((), device=self.device)
         self.bad_total = torch.zeros((), device=self.device)
+        self.bad_counts: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.bad_terms: Tensor | None = None
         self.terms: list[str] = []
 
@@ -124,8 +129,6 @@ class Trainer:
     def payload(self) -> dict[str, Any]:
         """Everything a checkpoint holds."""
         self.progress.nonfinite_steps = int(self.bad_total.item())
-        if self.world.size == 1:  # several ranks agree when a line is due, all together
-            self.agree_on_skipped()
         return {
             "epoch": self.epoch,
             "name": self.name,
@@ -161,10 +164,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         noise = Noise(self.config.seed, self.progress.step, self.world.rank * len(batch))
         # Losses and gradients of the whole batch.
-        if self.config.accum_freq == 1:
-            losses, report = self._forward_backward(batch, noise)
-        else:
-            losses, report = self._accumulate(batch, noise)
+        losses, report = self.gradients(batch, noise)
         # The update, and the average of weights.
         report["grad_norm"] = self._update(losses)
         if self.average is not None:
@@ -175,7 +175,10 @@ class Trainer:
         self.newly_skipped.update(batch.skipped)
         return {**losses, **report, "loss": sum(losses.values()).detach()}
 
-    def _forward_backward(self, batch: Batch, noise: Noise) -> tuple[Losses, Report]:
+    def gradients(self, batch: Batch, noise: Noise) -> tuple[Losses, Report]:
+        """Losses and report of a batch, whose gradient is left at the parameters."""
+        if self.config.accum_freq > 1:
+            return self._accumulate(batch, noise)
         self._seed_dropout(0)
         with self.autocast():
             targets = self.stage.with_assistants(self.stage.targets(batch), noise)
@@ -280,6 +283,13 @@ class Trainer:
         self.bad_terms = torch.where(bad > 0, values, last)
         self.bad_streak = (self.bad_streak + 1) * bad
         self.bad_total = self.bad_total + bad
+        # On the host some time later, without waiting for the device.
+        counts, event = torch.stack([self.bad_streak, self.bad_total]), None
+        if counts.is_cuda:
+            event = torch.cuda.Event()
+            counts = torch.empty(2, pin_memory=True).copy_(counts, non_blocking=True)
+            event.record()
+        self.bad_counts.append((self.progress.step + 1, counts, event))
 
     def agree_on_skipped(self) -> None:
         """Add what every rank has skipped to the progress, which is the same on all of them."""
@@ -288,10 +298,24 @@ class Trainer:
             self.progress.skipped.update(part)
         self.newly_skipped = Counter()
 
-    def check_finite(self) -> None:
-        """Raise `NonFinite` after too many bad steps in a row; reads the device."""
+    def check_finite(self, look_back: int = 0) -> None:
+        """Raise `NonFinite` after too many bad steps, in a row or of all.
+
+        Args:
+            look_back: newest steps to leave for later; 0 waits for the device.
+        """
+        while len(self.bad_counts) > look_back:
+            step, counts, event = self.bad_counts.popleft()
+            if event is not None:
+                event.synchronize()
+            self._check_counts(step, *map(int, counts.tolist()))
+
+    def _check_counts(self, step: int, streak: int, total: int) -> None:
         patience = self.config.max_nonfinite_steps + (SCALER_PATIENCE if self.scaler else 0)
-        if self.bad_streak.item() < patience:
+        most = max(patience, MAX_NONFINITE_SHARE * step)
+        if step == self.total_steps:  # a run of few steps may end sooner
+            most = min(most, step // 2)
+        if streak < patience and total <= most:
             return
         if self.world.size > 1:
             dist.all_reduce(self.bad_terms)  # another rank's term may be the cause
@@ -300,10 +324,11 @@ class Trainer:
             for term, value in zip(self.terms, self.bad_terms.tolist())
             if not math.isfinite(value)
         ]
+        how = f"{streak} steps in a row" if streak >= patience else f"{total} of {step} steps"
         raise NonFinite(
-            f"{int(self.bad_streak.item())} steps in a row had a non-finite gradient "
+            f"{how} had a non-finite gradient "
             f"({', '.join(named) or 'all losses are finite: the backward pass overflowed'}) at "
-            f"step {self.progress.step}; they were skipped and the weights are intact. Lower --lr "
+            f"step {step}; they were skipped and the weights are intact. Lower --lr "
             "or set --grad-clip-norm"
         )
 

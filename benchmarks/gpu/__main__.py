@@ -1,0 +1,122 @@
+"""``python -m benchmarks.gpu --minutes 9 --out DIR``: what one GPU shows, the most telling first.
+
+Each stage has a deadline and writes DIR/STAGE.json, also of what it had when its time was up. On a
+machine without a GPU the same stages run small on the CPU. Nothing is downloaded: teachers and
+students have random weights. Beside Python, torch, torchvision, timm, transformers and safetensors
+these go along as wheels: open_clip_torch, webdataset, braceexpand, clip-benchmark, ftfy, wcwidth,
+numpy<2.4.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.contestants import add_flags
+from benchmarks.gpu import correct, speed
+from benchmarks.gpu.bench import LITTLE, Bench
+from benchmarks.harness import command_line
+from cifd_clip.files import write_text
+from training.engine.environment import environment
+from training.errors import UsageError, cli
+
+
+class Stage(NamedTuple):
+    """A part of the run: it fills the figures that it is given, most telling first."""
+
+    run: Callable[[Bench, dict[str, Any]], None]
+    seconds: float  # at most
+
+
+STAGES = {
+    "correct": Stage(correct.correct, 50),  # while other processes compile
+    "steps": Stage(speed.steps, 200),
+    "card": Stage(speed.card, 40),
+    "density": Stage(speed.density, 40),
+    "memory": Stage(speed.memory, 60),
+}
+
+
+class Late(Exception):
+    """A stage's time is up."""
+
+
+def main(argv: list[str]) -> None:
+    """Run the stages, print the table of steps."""
+    started = time.monotonic()
+    parser = command_line("gpu", __doc__, rounds=6)
+    add = parser.add_argument
+    small = not torch.cuda.is_available()
+    add_flags(parser, "small-gap10-vit", "tiny-gap10-vit")
+    add("--students", nargs="+", default=["tiny-gap10-vit"] if small else ["ViT-S-16", "ViT-B-16"])
+    add("--minutes", type=float, default=9.0, help="after which nothing is begun")
+    add("--out", type=Path, required=True, metavar="DIR", help="where the figures go")
+    add("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), help="only these")
+    add("--block", type=int, default=1 if small else 4, help="steps a turn")
+    add("--warm", metavar="NAME", help="only compile what steps of one student need")
+    args = parser.parse_args(argv)
+    if not LITTLE.is_dir():
+        raise UsageError(f"{LITTLE} is not there: run this from the root of a checkout")
+    with tempfile.TemporaryDirectory() as temporary:
+        bench = Bench(args, Path(temporary))
+        if args.warm:
+            speed.warm(bench, args.warm)
+            return
+        args.out.mkdir(parents=True, exist_ok=True)
+        bench.warming = compile_ahead(args) if bench.on_gpu else []
+        end = started + 60 * args.minutes
+        for name in args.stages:
+            stage = STAGES[name]
+            left = min(stage.seconds, end - time.monotonic())
+            figures = within(left, stage.run, bench)
+            write_text(args.out / f"{name}.json", json.dumps(figures, indent=1) + "\n")
+            print(f"{name}: {figures['seconds']:.0f} s {figures.get('error', '')}", flush=True)
+        for process in bench.warming:
+            process.kill()
+    print(speed.table(args.out))
+
+
+def within(seconds: float, run: Callable[[Bench, dict], None], bench: Bench) -> dict[str, Any]:
+    """A stage's figures, those it had when its time was up or something went wrong."""
+    figures: dict[str, Any] = {"environment": environment()}
+    start = time.monotonic()
+
+    def late(*_: Any) -> None:
+        raise Late
+
+    signal.signal(signal.SIGALRM, late)
+    try:
+        if seconds <= 0:
+            raise Late
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        run(bench, figures)
+    except Late:
+        figures["error"] = "its time was up"
+    except Exception as error:  # the other stages are worth having
+        figures["error"] = f"{type(error).__name__}: {error}"[:2000]
+        traceback.print_exc()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    figures["seconds"] = time.monotonic() - start
+    if bench.on_gpu:
+        torch.cuda.empty_cache()
+    return figures
+
+
+def compile_ahead(args: Any) -> list[subprocess.Popen]:
+    """Processes that fill Inductor's cache with the graphs of each student and of the teacher."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(args.out)]
+    command += ["--teacher", args.teacher, f"--batch-size={args.batch_size}", "--warm"]
+    return [subprocess.Popen([*command, name]) for name in (*args.students, args.teacher)]
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,112 @@
+"""What the stages of ``benchmarks.gpu`` share: a teacher that is built once, and its students."""
+
+import argparse
+import copy
+import subprocess
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+
+from benchmarks.contestants import RATES, Contestant, common_flags, untrained_bank
+from benchmarks.harness import Seconds, paired
+from cifd_clip import Teacher
+from cifd_clip.towers import use_custom_blocks
+from eval.cost.macs import clip
+from training.clip.models import add_model_configs, model_config, quiet
+from training.clip.stages import LiveTeachers, Transforms
+
+METHODS = ("none", "fd", "clipkd", "cifd")  # of the table of a step
+LITTLE = Path("experiments/clip_small/models")  # small-gap10-vit teaches tiny-gap10-vit
+
+
+class Bench:
+    """A card, its ceilings as they are measured, and what runs on it.
+
+    Args:
+        args: the command line's.
+        folder: for what must be read from files.
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.args, self.folder = args, folder
+        self.device = torch.device(args.device)
+        self.on_gpu = self.device.type == "cuda"
+        self.ceiling: float | None = None  # FLOP/s of a large bfloat16 product
+        self.warming: list[subprocess.Popen] = []  # processes that compile ahead
+        little = (LITTLE / f"{name}-gap10-vit.json" for name in ("tiny", "small"))
+        add_model_configs([*args.model_config, *map(str, little)])
+
+    # -- teachers ------------------------------------------------------------------------------
+
+    @cached_property
+    def plain(self) -> LiveTeachers:
+        """The teacher as OpenCLIP builds it: float32 weights, torch's attention."""
+        return random_teacher(self.args.teacher, self.device)
+
+    @cached_property
+    def quick(self) -> LiveTeachers:
+        """The teacher as a run on this device has it by default."""
+        quick = copy.deepcopy(self.plain)
+        use_custom_blocks(quick.teachers[0].model)
+        if self.on_gpu:
+            quick.teachers[0].cast(torch.bfloat16)
+        return quick
+
+    @cached_property
+    def bank(self) -> Path:
+        """A bank of three RDMs of the teacher."""
+        return untrained_bank(self.plain, len(RATES), self.folder / "bank")
+
+    # -- students ------------------------------------------------------------------------------
+
+    def student(self, name: str, method: str, *flags: str, **options: Any) -> Contestant:
+        """A student of the teacher under a method, as OpenCLIP builds its towers."""
+        args = argparse.Namespace(**{**vars(self.args), "student": name, "model_config": []})
+        own = [*common_flags(args), f"--distill={method}", "--no-custom-blocks", *flags]
+        if method == "none":
+            return Contestant(own, **options)
+        own.append("--distill-model=local-dir:-")
+        if method == "cifd":
+            own.append(f"--rdm-bank={self.bank}")
+        return Contestant(own, **{"source": self.plain, **options})
+
+    def flops(self, student: str, live: bool) -> float:
+        """Of a step, per image and caption: the student's three passes and the teacher's one."""
+        return 2 * (3 * clip(student).macs + live * clip(self.args.teacher).macs)
+
+    def timed(self, runs: dict[str, Contestant], rounds: int) -> Seconds:
+        """Seconds a step of each contestant, in turn, block by block."""
+        steps = self.args.block
+
+        def block(contestant: Contestant):
+            def run() -> None:
+                for _ in range(steps):
+                    contestant()
+
+            return run
+
+        blocks = {name: block(contestant) for name, contestant in runs.items()}
+        seconds = paired(blocks, rounds, 1, self.device)
+        return {name: [s / steps for s in times] for name, times in seconds.items()}
+
+    def peak(self, run: Callable[[], Any]) -> dict[str, float] | None:
+        """GiB allocated before a call, and at most in it."""
+        if not self.on_gpu:
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return {"before": before / 2**30, "most": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def random_teacher(name: str, device: torch.device) -> LiveTeachers:
+    """A randomly initialised teacher, drawn on its device: its speed is that of a real one."""
+    with quiet(), torch.device(device):
+        model = open_clip.create_model(name, device=device)
+    teacher = Teacher(model, name, weights="random")
+    return LiveTeachers([teacher], [model_config(name, "--teacher")], Transforms())
