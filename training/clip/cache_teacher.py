@@ -6,6 +6,7 @@ them, finished ones are skipped, and what was written is verified at the end.
 
 import copy
 import json
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -46,6 +47,7 @@ from training.engine.flags import Given, construct
 from training.engine.lease import held
 from training.errors import Failure, UsageError
 
+EXAMPLES = 5  # of samples, to show
 #: How far a recomputed unit vector may lie from the stored float16 one (amp_bf16 is coarser).
 TOLERANCE = {"fp32": 2e-3, "amp_bf16": 5e-2, "amp": 1e-2}
 
@@ -218,11 +220,16 @@ class Caches:
         sources = StoredViews(self.sources, views) if self.stored else self.sources
         with ThreadPoolExecutor(max_workers=1) as background:
             written: list[Future] = []
+            start = time.monotonic()
             for number, embeddings, placed in self._embeddings(sources, left):
                 stored = views.get(number, ())
                 written.append(background.submit(self._store, number, embeddings, placed, stored))
                 if len(written) > 1:
                     written[-2].result()
+                else:
+                    rate = int(sources.counts[number]) / (time.monotonic() - start)
+                    hours = sources.counts[left].sum() / rate / 3600
+                    print(f"{hours:.1f} hours, at {rate * len(placed):.0f} images/s", flush=True)
             for last in written:
                 last.result()
 
@@ -239,7 +246,8 @@ class Caches:
             bad = without_infinite(own, placed)
             keys = [key.decode("utf-8", "replace") for key in shard.records["key"][bad]]
             if keys:
-                print(f"{folder}: {shard.path}: features that are not finite: {keys}", flush=True)
+                shown = ", ".join(keys[:EXAMPLES])
+                print(f"{folder}: {len(keys)} features of {shard.path} are not finite: {shown}")
             stored = views if folder == self.config.caches[0] else ()
             write_shard(folder, self.names[number], own, stored, keys)
 
@@ -322,7 +330,8 @@ class Caches:
         for batch in batches:
             if len(batch):
                 with self.autocast():
-                    yield batch, self.teachers.features(batch.to(self.device))
+                    features = self.teachers.features(batch.to(self.device))
+                yield batch, features
 
     def verify(self) -> None:
         """Re-read every file's hash, and recompute the first samples of the first shard.
