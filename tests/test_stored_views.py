@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import training.data.loader
 from runs import assert_bit_equal, final, lines
-from shards import Letters, sample, write_tar
+from shards import Letters, sample, write_shards, write_tar
 from training.cache_teacher import main as write_cache
 from training.check_data import check
 from training.clip.cache import view_path
@@ -214,6 +214,21 @@ def test_writing_goes_on_where_it_was_stopped_and_mends_a_damaged_tar(command, c
         write_cache(again)
     assert write_cache(again) == 0
     assert damaged.read_bytes() == first[1].read_bytes()
+
+
+def test_parts_and_workers_write_the_files_that_one_process_writes(command, tmp_path):
+    data = write_shards(tmp_path / "data", [9, 14, 5])
+    write = [*command, "--train-data", data, "--batch-size", "8", "--teacher-cache"]
+    assert write_cache([*write, str(tmp_path / "one")]) == 0
+    for part in ("2/2", "1/2"):
+        again = [*write, str(tmp_path / "two"), "--part", part, "--workers", "2"]
+        assert write_cache(again) == 0
+    for pattern, count in {"*.view?.tar": 6, "*.safetensors": 3, "00*.json": 6}.items():
+        files = sorted((tmp_path / "one").glob(pattern))
+        assert len(files) == count
+        for path in files:
+            if "verified" not in path.name:  # which has times
+                assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
 def test_a_dry_run_writes_nothing_and_foretells_the_size(command, cache, tmp_path, capsys):
