@@ -55,9 +55,6 @@ class ViewWriter(Dataset):
     jobs: Sequence[tuple[int, int, Path]]
     quality: int
 
-    def __len__(self) -> int:
-        return len(self.jobs)
-
     def __getitem__(self, number: int) -> Shard:
         shard, view, path = self.jobs[number]
         if not path.is_file():
