@@ -128,12 +128,11 @@ def measure(
 
 
 def _ours(who, folder, sources, spec, tokenizer, batch, workers, seed) -> Iterator:
-    backend = "pil" if who == "ours" else "torch"
-    view = train_view(spec, backend=backend)
+    view = train_view(spec, backend="torch" if who == "ours, torch" else "pil")
     if who == "ours, stored":
         tars = [index_shard(str(_tar(folder, n))) for n in range(len(sources.shards))]
         sources = StoredViews(sources, {n: [tar] for n, tar in enumerate(tars)})
-        view = stored_view(spec, (spec.size, spec.size), backend)
+        view = stored_view(spec)
     loader = Loader(
         Order(sources, seed), sources, [view], [tokenizer],
         seed=seed, global_batch=batch, views=1, workers=workers,

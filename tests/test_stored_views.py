@@ -24,6 +24,7 @@ from training.clip.models import build_teachers
 from training.data.index import index_shards
 from training.data.loader import Loader, Reader, Recipe
 from training.data.order import Order
+from training.data.pixels import Pixels
 from training.data.stored import StoredViews, ViewWriter, encoded
 from training.data.views import ImageSpec, normalise, stored_view, train_view
 from training.errors import Failure, UsageError
@@ -62,7 +63,7 @@ def batches(sources, steps, ranks=1, workers=0, transform=None):
     parts = []
     for rank in range(ranks):
         loader = Loader(
-            Order(sources, 5), sources, [transform or stored_view(SPEC, SIZE)], [Letters()],
+            Order(sources, 5), sources, [transform or stored_view(SPEC)], [Letters()],
             seed=5, global_batch=6, views=2, rank=rank, world_size=ranks, workers=workers,
             start_method="fork" if workers else None,
         )  # fmt: skip
@@ -138,14 +139,19 @@ def test_open_clips_own_reader_reads_a_tar_of_views(stored):
 
 def counted(monkeypatch) -> list[tuple[int, int]]:
     """The sizes of images, as they are decoded."""
-    sizes, decode = [], training.data.loader.decode_image
+    sizes = []
 
-    def count(data, caps):
-        image = decode(data, caps)
-        sizes.append(image.size)
-        return image
+    def counting(decode):
+        def count(*args):
+            image = decode(*args)
+            sizes.append(image.whole if isinstance(image, Pixels) else image.size)
+            return image
 
-    monkeypatch.setattr(training.data.loader, "decode_image", count)
+        return count
+
+    for name in ("decode_image", "decode_pixels"):
+        decode = getattr(training.data.loader, name)
+        monkeypatch.setattr(training.data.loader, name, counting(decode))
     return sizes
 
 

@@ -243,14 +243,13 @@ class CachedTeachers:
             check_config(directory, wanted)
 
     @property
-    def view_size(self) -> tuple[int, int] | None:
-        """(height, width) of the stored views; None: they are drawn from the originals."""
-        stored = self.configs[0]["stored_views"]
-        return stored and tuple(stored["size"])
+    def stored(self) -> bool:
+        """Whether views are stored, in the first cache, and not drawn from the originals."""
+        return self.configs[0]["stored_views"] is not None
 
     def images_of(self, sources: Sources) -> Sources:
         """Where a data set's samples are read from."""
-        if self.view_size is None:
+        if not self.stored:
             return sources
         views = range(self.configs[0]["views"])
         shards = {

@@ -149,7 +149,7 @@ class Caches:
         sizes = [height_width(size) for size in (*(spec.size for spec in specs), student)]
         size = height_width(config.view_size) if config.view_size else max(sizes, key=max)
         view = train_view(replace(specs[0], size=size), config.aug_cfg, config.image_backend)
-        self.transforms.view_size = size
+        self.transforms.stored, self.view_size = True, size
         reader = Reader(self.sources, Recipe([view], [], config.view_seed))
         return ViewWriter(reader, [], config.view_quality)
 
@@ -177,7 +177,7 @@ class Caches:
     def begin(self) -> None:
         """Write the configurations, or refuse folders that hold other caches."""
         stored = self.writer and {
-            "size": self.transforms.view_size,
+            "size": self.view_size,
             "quality": self.writer.quality,
             "subsampling": SUBSAMPLING,
         }
