@@ -21,7 +21,7 @@ import cifd_clip
 from cifd_clip import World
 from cifd_clip.files import BadFile
 from cifd_clip.rdm import RDMBank
-from runs import assert_bit_equal, final, lines, word_tokenizer
+from runs import CONFIGS, assert_bit_equal, final, lines, word_tokenizer
 from training.clip.config import DISTILL
 from training.clip.flags import UNSUPPORTED, parse_args, parser
 from training.clip.run import bank_config
@@ -334,6 +334,56 @@ def test_a_hangup_stops_a_run_unless_it_is_ignored_as_under_nohup():
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def test_a_run_goes_on_with_data_a_teacher_and_a_bank_that_have_moved_but_with_no_others(
+    flags, teacher, bank, scenes, tmp_path
+):
+    def command(train: Path, teacher: str, bank: Path) -> list[str]:
+        given = [
+            *flags,
+            "--train-data",
+            str(train),
+            "--distill",
+            "cifd",
+            "--distill-model",
+            teacher,
+        ]
+        given += ["--rdm-bank", str(bank), "--logs", str(tmp_path), "--name", "run"]
+        return [*given, "--epochs", "2", "--resume", "latest"]
+
+    def moved(folder: Path, name: str) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / name))
+
+    assert main(command(scenes / "train", teacher, bank)) == 0
+    (tmp_path / "run" / "finished.json").unlink()
+    places = moved(scenes / "train", "data"), moved(Path(teacher.partition(":")[2]), "teacher")
+    places = str(places[0] / "*.tar"), f"local-dir:{places[1]}", moved(bank, "bank")
+    assert main(command(*places)) == 0
+    (tmp_path / "run" / "finished.json").unlink()
+    assert main([*flags, "--seed", "1", "--logs", str(tmp_path), "--name", "other"]) == 0
+    rdm = [*flags, "--distill", "rdm", "--distill-model", teacher, "--rates", "300", "30"]
+    assert main([*rdm, "--seed", "1", "--logs", str(tmp_path), "--name", "rdm"]) == 0
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(UsageError, match="was trained with other weights: of the teachers and"):
+        main(command(*places[:2], tmp_path / "rdm" / "bank"))
+    with pytest.raises(UsageError, match="was trained on other data"):
+        main(command(scenes / "val", *places[1:]))
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    with pytest.raises(UsageError, match="--rdm-bank was"):
+        main([*command(*places), "--rdm-bank", ""])
+
+
+def test_a_student_that_cannot_run_is_refused_before_its_bank_is_trained(flags, teacher, tmp_path):
+    """It can be built, but its vocabulary is smaller than its tokenizer's."""
+    config = json.loads((ROOT / "tests" / "models" / "tiny-student.json").read_text())
+    config["text_cfg"]["vocab_size"] = 1000
+    (tmp_path / "small.json").write_text(json.dumps(config))
+    command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--logs", str(tmp_path)]
+    command += ["--model-config", *CONFIGS, str(tmp_path / "small.json"), "--model", "small"]
+    with pytest.raises(UsageError, match="--model small can't encode an image and a caption"):
+        main([*command, "--name", "run"])
+    assert not (tmp_path / "run" / "rdm").exists()
+
+
 def test_a_missing_bank_and_a_foreign_bank_are_refused(flags, bank, teacher, tmp_path):
     command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--logs", str(tmp_path)]
     with pytest.raises(UsageError, match="holds no RDM bank"):
@@ -455,7 +505,7 @@ def test_piped_shards_stream_and_resume_at_a_shard(flags, scenes, tmp_path):
 def test_a_held_out_batch_without_a_usable_sample_is_passed_over(
     flags, scenes, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("training.clip.run.VALIDATION_BATCH", 29)  # of 30: the last is alone
+    monkeypatch.setattr("training.clip.heldout.VALIDATION_BATCH", 29)  # of 30: the last is alone
     (source,) = (scenes / "val").glob("*.tar")
     data = bytearray(source.read_bytes())
     at = data.rindex(b"\x89PNG") + 1

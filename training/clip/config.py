@@ -44,11 +44,12 @@ class MethodConfig:
     distill: str = flag(
         "none", "none: plain CLIP; rdm: stage 1 of CIFD (the bank); cifd: stage 2", choices=DISTILL
     )
-    distill_model: str = flag("", "teacher architecture(s)", metavar="NAME[,NAME]")
+    distill_model: str = flag("", "teacher architecture(s)", metavar="NAME[,NAME]", moves=True)
     distill_pretrained: str = flag(
         "",
         "teacher weights, one per --distill-model; none for local-dir: models",
         metavar="TAG|PATH[,...]",
+        moves=True,
     )
     distill_precision: str = flag(
         "fp32",
@@ -59,6 +60,7 @@ class MethodConfig:
         "",
         "teacher embeddings written by training.cache_teacher",
         metavar="DIR[,DIR]",
+        moves=True,
     )
     rates: tuple[float, ...] = flag(
         (),
@@ -72,6 +74,7 @@ class MethodConfig:
         "the frozen bank whose RDMs assist the first teacher: its folder or its run; without it "
         "cifd trains one first, in RUN/rdm",
         metavar="DIR",
+        moves=True,
     )
     rdm_epochs: int = flag(7, "epochs of stage 1 when cifd trains its own bank", least=1)
     rdm_hidden: tuple[int, ...] = flag(
@@ -105,6 +108,7 @@ class DataConfig:
         "",
         "WebDataset tars: a directory, a brace or glob pattern; '::' joins sources",
         metavar="SHARDS",
+        moves=True,
     )
     train_data_upsampling_factors: str | None = flag(None, "one weight per source", metavar="W::W")
     train_num_samples: int | None = flag(None, "samples per epoch [all]", above=0)

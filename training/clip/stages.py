@@ -10,6 +10,7 @@ from typing import Any
 
 import open_clip
 import torch
+from PIL import Image
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,6 +27,7 @@ from cifd_clip import (
 )
 from cifd_clip.losses import Features
 from cifd_clip.noise import Noise, derive_seed
+from cifd_clip.teacher import weights_hash
 from cifd_clip.towers import compile_towers
 from training.clip.cache import CachedTeachers
 from training.clip.config import Config, MethodConfig
@@ -40,7 +42,15 @@ from training.clip.models import (
 )
 from training.data.index import Sources
 from training.data.loader import Batch, Fetcher
-from training.data.views import ImageSpec, View, eval_view, normalise, stored_view, train_view
+from training.data.views import (
+    ImageSpec,
+    View,
+    eval_view,
+    normalise,
+    private_randomness,
+    stored_view,
+    train_view,
+)
 from training.engine.config import OptimConfig
 from training.engine.optim import one_adamw
 from training.engine.stage import Stage
@@ -203,7 +213,9 @@ class ClipStage(Stage[Batch]):
     def teacher_info(self) -> dict[str, Any]:
         """Who the teachers are, and what the bank is: for the run directory."""
         bank = None if self.bank is None else self.bank.config()
-        return {"teachers": self.source.identities, "bank": bank}
+        trained = self.bank is None or self.rates  # here: it is no one's teacher yet
+        weights = None if trained else weights_hash(self.bank)
+        return {"teachers": self.source.identities, "bank": bank, "bank_weights": weights}
 
     def optimizers(self, config: OptimConfig) -> list[Optimizer]:
         return one_adamw(config, self.task)
@@ -372,6 +384,30 @@ def _content(task: DistillationTask) -> dict[str, Any]:
 def _load(task: DistillationTask, content: dict[str, Any]) -> None:
     task.student.model.load_state_dict(content["state_dict"])
     task.method.load_state_dict(content["method"])
+
+
+@torch.no_grad()
+def check_student(config: Config) -> None:
+    """Refuse a student that can't encode one image and one caption of its tokenizer.
+
+    Raises:
+        UsageError: what was wrong.
+    """
+    model = build_student(config, config.seed)
+    check_accumulation(config, model)
+    try:
+        transforms = Transforms()
+        transforms.add_texts(config.model, student_config(config))
+        spec = ImageSpec.of(model.visual.preprocess_cfg)
+        pixels = eval_view(spec)(Image.new("RGB", (300, 200)))
+        student = Student(model.eval(), config.options.get("ibm_site", "projection"))
+        with private_randomness():
+            tokens = transforms.tokenizers[0](["a photo of a dog"])
+        student.embed(student(normalise(pixels[None], spec), tokens))
+    except Exception as error:  # of several libraries
+        raise UsageError(
+            f"--model {config.model} can't encode an image and a caption: {error}"
+        ) from error
 
 
 def check_accumulation(config: Config, model: nn.Module) -> None:

@@ -104,6 +104,12 @@ def free_to_change(config: Any) -> set[str]:
     return whole | {f.name for f in fields(config) if f.metadata.get("free")}
 
 
+def moved(config: Any, before: Mapping[str, Any]) -> set[str]:
+    """Fields whose content a hash decides, where the run had them: they may name another place."""
+    moves = {f.name for f in fields(config) if f.metadata.get("moves")}
+    return {name for name in moves if bool(before.get(name)) == bool(getattr(config, name))}
+
+
 def share_batch(given: Given, default: int, world_size: int) -> dict[str, int]:
     """``batch_size`` and ``global_batch`` that go together.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cifd_clip.files import BadFile, file_hash, make_folder, read_json, write_json
-from training.engine.config import FORMAT, free_to_change, record
+from training.engine.config import FORMAT, free_to_change, moved, record
 from training.engine.environment import environment
 from training.engine.flags import spelled
 from training.errors import UsageError
@@ -35,7 +35,9 @@ class RunDirectory:
                     f"{self.path} holds a run already: choose another --name, or continue it with "
                     "--resume latest"
                 )
-            _check_same(self.path, self.read("config.json"), self.config, free_to_change(config))
+            before = self.read("config.json")
+            free = free_to_change(config) | moved(config, before)
+            _check_same(self.path, before, self.config, free)
         make_folder(self.path)
 
     @property
