@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+__version__ = "0.1.0"
+
 #: Public names by module. They are imported on first use: commands read the methods' declarations
 #: and refuse wrong flags before torch is loaded.
 _PUBLIC = {

@@ -1,7 +1,6 @@
 """Zero-shot classification and retrieval of one model on one data set."""
 
 import base64
-import importlib.metadata
 import io
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from eval.datasets import Folder
 from eval.embed import Classifiers, Forward, embed_images, embed_texts
 from eval.models import Evaluated
 from eval.result import Examples, Query, Retrieved
-from training.engine.environment import origin
+from training.engine.environment import origin, versions
 from training.engine.result import UNPUBLISHED, WHOLE, Metrics, Provenance, Result
 
 PACKAGES = ("torch", "open_clip_torch", "clip-benchmark", "timm", "transformers", "numpy", "Pillow")
@@ -31,7 +30,7 @@ def provenance(model: Evaluated, folder: Folder, forward: Forward) -> Provenance
         precision=forward.precision,
         device=forward.device.type,
         parameters=model.parameters,
-        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        versions=versions(*PACKAGES),
     )
 
 
@@ -112,7 +111,6 @@ def _queries(
 
 
 def _thumbnail(folder: Folder, index: int) -> str:
-    """A small PNG of an image, base64."""
     image = datasets.picture(folder.samples[index])
     image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 
 from experiments.study import command_line
-from slurm import classifiers, clip
 from slurm.jobs import Job, Line, Site, running, submit
 from training.errors import UsageError, cli
 
@@ -19,7 +18,9 @@ GRIDS = Path("slurm/grids")
 
 def kind(path: Path) -> ModuleType:
     """What a grid's lines are flags of: the folder tells."""
-    return classifiers if path.parent.name == "classify" else clip
+    from slurm import classifiers, clip, tuning  # torch comes in after the command line
+
+    return {"classify": classifiers, "tune": tuning}.get(path.parent.name, clip)
 
 
 def describe(study: ModuleType, jobs: list[Job], runs: list[Line], site: Site) -> str:

@@ -13,12 +13,13 @@ import open_clip
 import pytest
 import torch
 from clip_benchmark.datasets.builder import build_dataset
-from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from clip_benchmark.metrics import zeroshot_retrieval
 from safetensors.torch import load_file, save_file
 
 from demo import scenes
 from eval import benchmark, datasets, embed, models, zeroshot
 from eval.metrics import RECALL_AT
+from stock import stock_classification
 from training.clip.config import Config
 from training.engine import result
 from training.engine.config import FORMAT, record
@@ -112,7 +113,7 @@ def stock_metrics(model_dir, folder):
     if folder.task == "zeroshot_retrieval":
         recall = list(RECALL_AT)
         return zeroshot_retrieval.evaluate(model, loader, tokenizer, recall_k_list=recall, **common)
-    return zeroshot_classification.evaluate(
+    return stock_classification().evaluate(
         model, loader, tokenizer, data.classes, data.templates, **common
     )
 

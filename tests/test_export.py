@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-import cifd_clip.export
-from cifd_clip.export import Towers, export, load
+from cifd_clip.export import checked
 from cifd_clip.export.__main__ import main as command
 from cifd_clip.export.card import RUN_FORMAT
+from cifd_clip.export.checked import export
+from cifd_clip.export.source import Towers, load
 from cifd_clip.teacher import weights_hash
 from eval.benchmark import main as benchmark
 from runs import word_tokenizer
@@ -369,7 +370,7 @@ def test_an_export_that_computes_something_else_never_appears(student, tmp_path,
         towers = source.towers()
         return Towers(towers.image, lambda tokens: -towers.text(tokens))
 
-    monkeypatch.setitem(cifd_clip.export.FORMATS, "onnx", wrong)
+    monkeypatch.setitem(checked.WRITERS, "onnx", wrong)
     with pytest.raises(ValueError, match="differ by"):
         export(student("custom text"), "onnx", tmp_path / "logs" / "out")
     assert not list((tmp_path / "logs").iterdir())

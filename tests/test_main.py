@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from open_clip_train.params import parse_args as open_clip_parse_args
 
+import cifd_clip
 import training.engine.loop
 from cifd_clip import World
 from cifd_clip.files import BadFile
@@ -84,6 +85,8 @@ def test_a_run_directory_explains_itself(flags, teacher, bank, tmp_path, scenes)
     assert data["usable"] == 96 and len(data["hash"]) == 64
     environment = json.loads((run / "environment.json").read_text())["starts"][-1]
     assert environment["packages"]["open_clip_torch"].startswith("3.")
+    assert environment["packages"]["cifd_clip"] == cifd_clip.__version__
+    assert {"cuda", "cudnn", "nccl", "driver"} < environment.keys()
     row = lines(run)[-1]
     for name in ("logit_scale", "samples_per_s", "data_wait", "image_bits", "text_bits", "lr"):
         assert np.isfinite(row[name]), name

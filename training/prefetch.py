@@ -14,11 +14,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import open_clip
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.utils import get_session
-
-from training.clip.models import add_model_configs, check_weights, model_config, quiet
 from training.engine.flags import CommandLine
 from training.errors import Failure, UsageError, cli
 
@@ -30,6 +25,9 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.datasets and not args.data_root:
         raise UsageError("--datasets needs --data-root: the folder that eval.benchmark will read")
+
+    from training.clip.models import add_model_configs  # torch comes in after the command line
+
     add_model_configs(args.model_config)
     if args.offline:
         forbid_network()
@@ -65,6 +63,8 @@ def fetch_model(spec: str, cache_dir: str | None, options: list[str]) -> str:
 
 def fetch_dataset(name: str, root: Path) -> str:
     """Fetch a data set of clip_benchmark's collection into `root`; says where it is."""
+    from huggingface_hub import snapshot_download
+
     folder = root / f"wds_{name.replace('/', '-')}"
     if any((path / "test" / "nshards.txt").is_file() for path in (folder, root / name)):
         return "is here"
@@ -89,6 +89,8 @@ def fetch_dataset(name: str, root: Path) -> str:
 
 def check(spec: str) -> None:
     """Refuse what is no model, and weights that it has not."""
+    from training.clip.models import check_weights, model_config
+
     name, pretrained = split(spec)
     model_config(name, "MODEL")
     if pretrained:
@@ -105,6 +107,10 @@ def split(spec: str) -> tuple[str, str | None]:
 
 def load(spec: str, cache_dir: str | None) -> None:
     """Make the model and its tokenizer, as a job would; with a network, this fetches them."""
+    import open_clip
+
+    from training.clip.models import quiet
+
     name, pretrained = split(spec)
     try:
         with quiet():
@@ -137,6 +143,9 @@ def forbid_network() -> None:
 
 def online() -> None:
     """Refuse at once where the hub can't be reached, instead of after a client's retries."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
     try:
         get_session().head(constants.ENDPOINT, timeout=20)
     except Exception as error:  # the transport's own, which differs between versions

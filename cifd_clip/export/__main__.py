@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cifd_clip.export import FORMATS, export
+from cifd_clip.export import FORMATS
 from cifd_clip.files import BadFile
 
 
@@ -17,6 +17,9 @@ def main(argv: list[str]) -> int:
         "-o", "--out", type=Path, help="folder to make (RUN/export/FORMAT, or FOLDER-FORMAT)"
     )
     args = parser.parse_args(argv)
+
+    from cifd_clip.export.checked import export
+
     try:
         out, difference = export(args.run, args.format, args.out)
     except (ValueError, BadFile) as error:

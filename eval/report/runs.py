@@ -192,7 +192,9 @@ def _clip_setting(source: Source) -> Setting:
     bank = taught_by["bank"] | {"teacher": None} if known and taught_by["bank"] else None
     unknown = config.distill == "cifd" and not known
     rest = {k: v for k, v in source.config.items() if k not in SEEDED and (unknown or k != "rates")}
-    teachers = [_with_tag(*teacher) for teacher in config.teachers]
+    # A file of weights has no name that a paper could print.
+    tagged = ((name, weights or "") for name, weights in config.teachers)
+    teachers = [f"{name}:{tag}" if tag and "/" not in tag else name for name, tag in tagged]
     if known and not teachers:  # a cache's, of which only the cache knows the name
         teachers = [teacher["model"] for teacher in taught_by["teachers"]]
     return Setting(
@@ -203,8 +205,3 @@ def _clip_setting(source: Source) -> Setting:
         ibm=config.options.get("ibm", False),
         rest=json.dumps([bank, rest], sort_keys=True),
     )
-
-
-def _with_tag(name: str, weights: str | None) -> str:
-    """``NAME:TAG``; a file of weights has no name that a paper could print."""
-    return f"{name}:{weights}" if weights and "/" not in weights else name

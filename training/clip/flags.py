@@ -356,11 +356,6 @@ def _check_teachers(config: Config) -> None:
                 "--distill is none; choose a method, such as --distill cifd"
             )
         return
-    if config.caches and config.val_data:
-        raise UsageError(
-            "--val-data needs the live teacher, --teacher-cache is there to do without: leave one "
-            "of them out"
-        )
     if config.caches and not weights:
         return  # the cache knows its teacher
     if not names:

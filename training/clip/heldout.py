@@ -48,9 +48,11 @@ def held_out(
     rows: np.ndarray | None,
 ) -> HeldOut | None:
     """The batches of ``--val-data``, or those of the training data's held-out rows; or None."""
+    fetchers = ()  # of rows that are training data, a cache has no view without augmentation
     if config.val_data:
         sources = index_shards(config.val_data, cache_dir=config.index_dir, flag="--val-data")
         rows = np.arange(sources.num_samples)
+        fetchers = stage.source.fetchers(sources, held_out=True)
     if rows is None:
         return None
     batches = partial(
@@ -60,6 +62,7 @@ def held_out(
         stage.transforms.tokenizers,
         batch_size=VALIDATION_BATCH,
         spans=[(rows, 0)],
+        fetchers=fetchers,
         rank=world.rank,
         world_size=world.size,
         workers=config.workers,

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,9 @@ from training.engine.stage import Stage
 from training.errors import UsageError
 
 RECALL_AT = (1, 5, 10)
+
+
+NEWEST = 1000  # batches whose keys are kept, to name samples that can't be used
 
 
 class Transforms:
@@ -133,6 +137,8 @@ class LiveTeachers:
         self.specs = [ImageSpec.of(t.model.visual.preprocess_cfg) for t in teachers]
         self.images = [transforms.add_images(spec) for spec in self.specs]
         self.texts = [transforms.add_texts(t.name, c) for t, c in zip(teachers, configs)]
+        self._bad: Tensor | None = None  # how many samples, and which of the newest
+        self._newest: deque[tuple[list[str], Tensor]] = deque(maxlen=NEWEST)
 
     @property
     def dims(self) -> list[int]:
@@ -144,7 +150,7 @@ class LiveTeachers:
         """Who they are."""
         return [t.identity for t in self.teachers]
 
-    def fetchers(self, sources: Sources) -> list[Fetcher]:
+    def fetchers(self, sources: Sources, held_out: bool = False) -> list[Fetcher]:
         """Nothing that the loader would have to deliver."""
         return []
 
@@ -156,14 +162,43 @@ class LiveTeachers:
         """Where a data set's samples are read from: there."""
         return sources
 
-    def __call__(self, batch: Batch) -> list[Features]:
-        """Every teacher's features of a batch."""
+    def features(self, batch: Batch) -> list[Features]:
+        """Every teacher's features of a batch, whatever they are."""
         return [
             teacher(normalise(batch.images[image], spec), batch.texts[text])
             for teacher, spec, image, text in zip(
                 self.teachers, self.specs, self.images, self.texts
             )
         ]
+
+    def __call__(self, batch: Batch) -> list[Features]:
+        """Every teacher's features of a batch.
+
+        A sample of which some are not finite can't be used: the first good one's images, texts and
+        features take its place, in the batch too.
+        """
+        every = self.features(batch)
+        if not every:
+            return every
+        finite = [f.image.isfinite().all(dim=-1) & f.text.isfinite().all(dim=-1) for f in every]
+        bad = ~torch.stack(finite).all(dim=0)
+        self._bad = bad.sum() + (0 if self._bad is None else self._bad)
+        self._newest.append((batch.keys, bad))
+        rows = torch.arange(len(batch), device=bad.device)
+        rows = torch.where(bad, (~bad).int().argmax(), rows)
+        batch.images = [images[rows] for images in batch.images]
+        batch.texts = [texts[rows] for texts in batch.texts]
+        return [f._replace(image=f.image[rows], text=f.text[rows]) for f in every]
+
+    def bad_samples(self) -> Counter[str]:
+        """Samples replaced since it was last called; reads the device."""
+        count = 0 if self._bad is None else int(self._bad)
+        if count:
+            keys = [k for keys, bad in self._newest for k, b in zip(keys, bad.tolist()) if b]
+            logging.warning("the teacher's features are not finite: %s", sorted(set(keys)))
+        self._bad = None
+        self._newest.clear()
+        return Counter({"teacher: features not finite": count}) if count else Counter()
 
 
 class ClipStage(Stage[Batch]):
@@ -192,6 +227,9 @@ class ClipStage(Stage[Batch]):
     def targets(self, batch: Batch) -> list[Features]:
         """Features of every teacher."""
         return self.source(batch)
+
+    def bad_samples(self) -> Counter[str]:
+        return self.source.bad_samples()
 
     def concatenate(self, parts: list[list[Features]]) -> list[Features]:
         return [

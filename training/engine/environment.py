@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cifd_clip
 from training.masking import masked
 
+ROOT = Path(__file__).resolve().parents[2]  # of the packages
+DRIVER = Path("/proc/driver/nvidia/version")
 PACKAGES = (
     "torch", "torchvision", "open_clip_torch", "webdataset", "timm", "transformers", "numpy",
     "clip-benchmark", "safetensors", "Pillow",
@@ -31,21 +34,33 @@ def origin() -> dict[str, str | None]:
     return {"command": masked(command), "commit": _commit()}
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of this project and of packages that are installed."""
+    ours = {"cifd_clip": cifd_clip.__version__}
+    return ours | {name: importlib.metadata.version(name) for name in packages}
+
+
 def environment() -> dict[str, Any]:
     """Command, commit, versions and hardware of this process."""
     import torch
+    import torch.distributed as dist
 
+    nccl = torch.cuda.nccl.version() if dist.is_nccl_available() else ()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         **origin(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
-        "packages": {p: importlib.metadata.version(p) for p in PACKAGES},
+        "packages": versions(*PACKAGES),
         "host": platform.node(),
         "processor": processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, nccl)) or None,
+        "driver": DRIVER.read_text().splitlines()[0] if DRIVER.is_file() else None,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
 
@@ -64,9 +79,13 @@ def _entry_point() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with ``-dirty`` when it has uncommitted changes."""
-    root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    """The checkout's commit, with ``-dirty`` when it has uncommitted changes.
+
+    None of an installed package: a repository around it, such as the user's own, is another's.
+    """
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

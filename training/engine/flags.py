@@ -19,6 +19,7 @@ from typing import Any, get_args, get_origin
 
 from training.errors import UsageError
 
+INSTALLED = Path(__file__).parents[2]  # where the packages are
 ARGPARSE = ("choices", "metavar", "nargs", "action")  # what goes to it from a field's metadata
 Given = dict[str, Any]  # flags of a command line, with underscores, by what it says of them
 
@@ -253,7 +254,8 @@ def expand_files(words: Sequence[str], folder: Path | None = None) -> list[str]:
     Args:
         words: of a command line or of a flag file.
         folder: of the flag file that they stand in: a file that it names is looked for there
-            first, then in the working directory.
+            first, then in the working directory, and last where this package is installed, which
+            brings `slurm/recipes`.
 
     Raises:
         UsageError: a file is missing, or names itself.
@@ -263,8 +265,8 @@ def expand_files(words: Sequence[str], folder: Path | None = None) -> list[str]:
         if not re.match(r"@.", word):
             expanded.append(word)
             continue
-        places = [Path(word[1:]), *([folder / word[1:]] if folder else [])]
-        path = next((place for place in reversed(places) if place.is_file()), None)
+        folders = [*([folder] if folder else []), Path(), INSTALLED]
+        path = next((p for f in folders if (p := f / word[1:]).is_file()), None)
         if path is None:
             raise UsageError(f"{word}: no such flag file")
         try:

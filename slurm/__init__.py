@@ -1,0 +1,1 @@
+"""Studies on SLURM: grids of runs, submitted as one chain of jobs."""
