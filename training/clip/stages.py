@@ -81,8 +81,11 @@ class Transforms:
         self.aug_cfg, self.backend = aug_cfg, backend
         self.stored = False
         try:
-            self.normalised = bool(train_view(ImageSpec(), aug_cfg, backend).finish)
-        except (TypeError, ValueError) as error:
+            view = train_view(ImageSpec(), aug_cfg, backend)
+            self.normalised = bool(view.finish)
+            with private_randomness():
+                view(Image.new("RGB", (64, 64)))
+        except (TypeError, ValueError, RuntimeError) as error:
             shown = " ".join(f"{key}={value}" for key, value in aug_cfg.items())
             raise UsageError(f"--aug-cfg {shown}: OpenCLIP can't use it: {error}") from error
         self.specs: list[ImageSpec] = []
