@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -82,7 +83,8 @@ def test_a_run_directory_explains_itself(flags, teacher, bank, tmp_path, scenes)
     held_out = lines(run, "val")[-1]
     assert held_out["image_embedding_loss"] > 0 and "image_rate_loss" not in held_out
     assert list((run / "tensorboard").glob("events*"))
-    assert "step 4/4" in (run / "out.log").read_text()
+    log = (run / "out.log").read_text()
+    assert re.search(r"epoch 0\.75/1, step 3/4, 0 min \d\d s left", log), log
 
 
 def test_stage_one_reports_bits_distortion_and_snr_of_every_rate(bank):
@@ -141,6 +143,20 @@ def test_resuming_passes_over_a_truncated_checkpoint(flags, tmp_path):
     (run / "finished.json").unlink()
     assert main([*command, "--name", "run", "--resume", "latest"]) == 0
     assert_bit_equal(final(run), whole)
+
+
+def test_a_run_goes_back_to_a_checkpoint_and_on_from_it(flags, teacher, tmp_path):
+    command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--rdm-epochs", "1"]
+    command += ["--rates", "100", "--save-every-n-steps", "1", "--keep", "0"]
+    command += ["--logs", str(tmp_path), "--name", "run"]
+    assert main(command) == 0
+    run, whole = tmp_path / "run", final(tmp_path / "run")
+    older = run / "checkpoints" / "step_00000002.pt"
+    assert main([*command, "--resume", str(older)]) == 0
+    assert (run / "checkpoints" / "superseded" / f"step_{STEPS:08d}.pt").is_file()
+    assert_bit_equal(final(run), whole)
+    assert [row["step"] for row in lines(run)] == list(range(1, STEPS + 1))
+    assert (run / "finished.json").is_file()
 
 
 def test_accumulation_trains_as_the_large_batch_does(flags, teacher, bank, tmp_path):
