@@ -19,6 +19,7 @@ from open_clip_train.params import parse_args as open_clip_parse_args
 import cifd_clip
 from cifd_clip import World
 from cifd_clip.rdm import RDMBank
+from cifd_clip.teacher import weights_hash
 from runs import assert_bit_equal, final, lines, word_tokenizer
 from training.clip.config import DISTILL
 from training.clip.flags import UNSUPPORTED, parse_args, parser
@@ -224,6 +225,9 @@ WRONG = {
     "a clip that is no number": (["--grad-clip-norm", "nan"], [], "must be positive"),
     "no patience": (["--max-nonfinite-steps", "0"], [], "--max-nonfinite-steps must be at least 1"),
     "a GPU that is not there": (["--device", "cuda"], [], "torch finds no GPU"),
+    "a checkpoint as an architecture": (
+        ["--distill", "kd", "--distill-model", "logs/a/checkpoints/step_1.pt"], [],
+        "name its run, or --distill-model NAME --distill-pretrained logs/a/checkpoints/step_1.pt"),
     "no device": (["--device", "gpu"], [], "--device 'gpu': expected cpu, cuda or cuda:N"),
     "unknown augmentation": (["--aug-cfg", "scal=(0.5,1)"], [], "--aug-cfg scal="),
     "augmentation of the wrong kind": (["--aug-cfg", "scale=0.4"], [], "--aug-cfg scale=0.4"),
@@ -301,6 +305,20 @@ def test_a_checkpoint_as_teacher_sees_images_as_its_run_did(flags, tmp_path):
     assert main([*command, "--distill-pretrained", str(weights), "--name", "student"]) == 0
     (taught_by,) = json.loads((tmp_path / "student" / "teachers.json").read_text())["teachers"]
     assert taught_by["preprocess"]["mean"] == [0.1, 0.2, 0.3]
+
+
+def test_a_teacher_is_named_by_its_run_its_student_or_its_weights(flags, teacher, tmp_path):
+    student = Path(teacher.removeprefix("local-dir:"))
+    run, file = student.parent, student / "open_clip_model.safetensors"
+    for place in (run, f"local-dir:{run}", student):
+        config = parse_args([*flags, "--distill", "kd", "--distill-model", str(place)])
+        assert config.teachers == [(teacher, None)], place
+    given = ["--distill", "kd", "--distill-model", "tiny-teacher", "--distill-pretrained", str(run)]
+    assert parse_args([*flags, *given]).teachers == [("tiny-teacher", str(file))]
+    assert main([*flags, *given, "--logs", str(tmp_path), "--name", "run"]) == 0
+    (taught_by,) = json.loads((tmp_path / "run" / "teachers.json").read_text())["teachers"]
+    model, _, _ = open_clip.create_model_and_transforms(teacher)
+    assert taught_by["weights"] == weights_hash(model)
 
 
 def test_a_bank_may_be_named_by_its_run_and_belongs_to_its_teachers_images(
