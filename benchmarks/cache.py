@@ -1,26 +1,77 @@
-"""``python -m benchmarks.cache``: what the teacher cache saves, through the real loop.
+"""``python -m benchmarks.cache``: what the teacher cache saves, and what feeds it.
 
-Stage 2 with a full cache against --distill none and against the live teacher (images/s), and stage
-1 from the cache against the live teacher (samples/s). All take the same batches, in turn, in blocks
-of steps; each has a loader of its own.
+Through the real loop, stage 2 with a full cache against --distill none and against the live teacher
+(images/s), and stage 1 from the cache against the live teacher (samples/s). All take the same
+batches, in turn, in blocks of steps; each has a loader of its own.
+
+``--end-to-end``: one cache with stored views, of generated 512-pixel images where no --train-data
+are given: how fast it is written, against the bare teacher, and how fast `training.main` reads it,
+with the share of time that it waits for data.
 """
 
+import argparse
+import json
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.contestants import add_flags, common_flags, random_teacher
+from benchmarks.contestants import add_flags, common_flags, random_batch, random_teacher
 from benchmarks.harness import command_line, paired, ratios, record, spelled
+from benchmarks.loader import generate
 from cifd_clip import World
 from training.cache_teacher import main as write_cache
-from training.clip.flags import named_files, parse, resolve
+from training.clip.cache_teacher import Caches
+from training.clip.flags import cache_config, named_files, parse, parse_cache, resolve
 from training.clip.run import epoch_steps, make_loader
 from training.clip.stages import RDMStage, StudentStage
 from training.data.index import index_shards
 from training.engine.trainer import Trainer
-from training.errors import cli
+from training.errors import UsageError, cli
+from training.main import main as train
+
+
+def writing(args: argparse.Namespace, common: list[str]) -> dict[str, float]:
+    """Images per second of the writing of a cache, and of its teacher on a batch at hand."""
+    device, size = torch.device(args.device), args.batch_size
+    caches = Caches(cache_config(parse_cache(common), device.type), World(), device)
+    caches.begin()
+    samples = caches.sources.num_samples
+    figures = {"views stored per s": samples / clocked(lambda: caches.store_views(caches.numbers))}
+    figures["embedded per s"] = samples / clocked(caches.write)
+    batch = random_batch(caches.transforms, size, args.seed).to(device)
+
+    def bare() -> None:
+        with caches.autocast():
+            caches.teachers.features(batch)
+
+    (seconds,) = paired({"teacher": bare}, 5, 2, device).values()
+    figures["bare teacher per s"] = size / statistics.median(seconds)
+    figures["embedded / bare teacher"] = figures["embedded per s"] / figures["bare teacher per s"]
+    return figures
+
+
+def reading(args: argparse.Namespace, common: list[str], folder: Path) -> dict[str, float]:
+    """Samples per second of a run of feature distillation, and the share of time it waits."""
+    samples = args.steps * args.batch_size
+    run = ["--distill=fd", "--epochs=1", f"--train-num-samples={samples}", "--name=run"]
+    run += [f"--logs={folder}", f"--log-every-n-steps={max(1, args.steps // 10)}"]
+    train([*common, *run])
+    rows = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    rows = [row for row in rows if row["kind"] == "train"][1:]
+    shown = {"samples_per_s": "trained per s", "data_wait": "data wait"}
+    return {what: statistics.median(row[name] for row in rows) for name, what in shown.items()}
+
+
+def clocked(call: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 class Blocks:
@@ -50,19 +101,32 @@ def main(argv: list[str]) -> None:
     parser = command_line("cache", __doc__, rounds=6)
     add_flags(parser, "ViT-B-32", "ViT-S-32-alt")
     add = parser.add_argument
-    add("--train-data", required=True, metavar="SHARDS", help="as for training.main")
+    add("--train-data", metavar="SHARDS", help="as for training.main")
     add("--index-dir", metavar="DIR", help="where shard indexes go [beside the shards]")
     add("--block", type=int, default=4, help="steps a turn")
     add("--workers", type=int, default=1, help="processes that decode, of each run")
+    add("--end-to-end", action="store_true", help="write a cache of stored views, and read it")
+    add("--images", type=int, default=8192, help="--end-to-end: to generate without --train-data")
+    add("--steps", type=int, default=200, help="--end-to-end: of the run that reads it")
     args = parser.parse_args(argv)
+    if not (args.train_data or args.end_to_end):
+        raise UsageError("--train-data is missing: name a directory or pattern of WebDataset tars")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        common = [*common_flags(args), f"--train-data={args.train_data}", "--views=1"]
+        urls = args.train_data or generate(folder / "data", args.images, 512, 512)
+        common = [*common_flags(args), f"--train-data={urls}", "--views=1"]
         common.append(f"--workers={args.workers}")
         if args.index_dir:
             common.append(f"--index-dir={args.index_dir}")
-        live, cached = [f"--distill-model={random_teacher(args, folder)}"], []
-        cached.append(f"--teacher-cache={folder / 'cache'}")
+        live = [f"--distill-model={random_teacher(args, folder)}"]
+        cached = [f"--teacher-cache={folder / 'cache'}"]
+        if args.end_to_end:
+            figures = writing(args, [*common, *live, *cached, "--store-views"])
+            figures |= reading(args, [*common, *live, *cached], folder)
+            for name, figure in figures.items():
+                print(f"{name:24} {figure:9.3f}")
+            record("cache", args, figures)
+            return
         write_cache([*common, *live, *cached])
         runs = {"none": Blocks(common, args.block)} | {
             f"{method}, {way}": Blocks([*common, f"--distill={method}", *flags], args.block)

@@ -1,18 +1,22 @@
-"""``python -m benchmarks.loader``: this project's reader against OpenCLIP's own, on one core.
+"""``python -m benchmarks.loader``: this project's reader against OpenCLIP's and torchvision's.
 
-Both read the same shards, decode every image, apply OpenCLIP's training transform at the same size
-and tokenise the captions with the same tokenizer. Each measurement is one pass in a process of its
-own, pinned to one core with the files in the page cache; the two loaders take turns, and the ratio
-is taken within each pair. Ours hands out uint8 and normalises on the device, so it is measured
-twice: as it is handed out, and with the normalisation done on the same core.
+All read the same shards, decode every image, draw OpenCLIP's training crop at the same size and
+tokenise the captions with the same tokenizer: OpenCLIP's own loader; WebDataset with torchvision's
+decoder and v2 transforms; and ours, by Pillow, by torch, and from stored views. With at most one
+worker each measurement is one pass in a process of its own, pinned to one core with the files in
+the page cache; the readers take turns, and ratios are taken within each turn. Ours and torchvision
+hand out uint8 and leave the normalisation to the device. ``--workers 8 16`` asks what so many
+processes deliver, unpinned.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,15 +28,16 @@ from benchmarks.harness import command_line, ratios, record, spelled
 from experiments.shards import write_shards
 from experiments.study import output
 from training.data.decode import Caps, decode_image
-from training.data.index import index_shards
-from training.data.loader import Loader
+from training.data.index import Sources, index_shards
+from training.data.loader import Loader, Reader, Recipe
 from training.data.order import Order
-from training.data.views import ImageSpec, draw, normalise, train_view
+from training.data.shard import index_shard
+from training.data.stored import StoredViews, ViewWriter
+from training.data.views import ImageSpec, draw, normalise, stored_view, train_view
 from training.errors import UsageError, cli
 
 FLICKR = Path("../shared/data/flickr8k/train")
-# by number of workers; with one, batches also travel between processes, as in a run
-CONTENDERS = {0: ("ours", "open_clip"), 1: ("ours", "ours+normalise", "open_clip")}
+READERS = ("open_clip", "torchvision v2", "ours", "ours, torch", "ours, stored")
 
 
 def main(argv: list[str]) -> None:
@@ -40,127 +45,109 @@ def main(argv: list[str]) -> None:
     parser = command_line("loader", __doc__, rounds=5)
     add = parser.add_argument
     add("--data", metavar="SHARDS", help=f"plain tars to read [those of {FLICKR}, if there]")
-    add("--images", type=int, default=1024, help="images to generate")
+    add("--images", type=int, default=1024, help="to generate, of each size; 4,096 for 16 workers")
     add("--size", type=int, default=224, help="pixels of a training image")
-    add("--batch-size", type=int, default=64, help="of both")
+    add("--batch-size", type=int, default=64, help="of all")
+    add("--workers", type=int, nargs="+", default=[0, 1], help="processes of each reader")
+    add("--readers", nargs="+", default=READERS, choices=READERS, metavar="NAME", help="which")
     add("--one", help=argparse.SUPPRESS)  # a measurement: the arguments of `measure`
     args = parser.parse_args(argv)
-    try:
-        import open_clip_train.data  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"OpenCLIP's own loader needs {error.name}: pip install 'cifd_clip[bench]'"
-        ) from None
     if args.one:
         print(json.dumps(measure(**json.loads(args.one))))
         return
+    if "open_clip" in args.readers and importlib.util.find_spec("pandas") is None:
+        raise UsageError(
+            "OpenCLIP's own loader needs pandas: pip install 'cifd_clip[bench]', or name other "
+            "--readers"
+        )
     result = {}
-    with tempfile.TemporaryDirectory() as folder:
-        sets = {"generated 256-512 px": generate(Path(folder) / "generated", args.images)}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        sets = {
+            f"generated {low}-{high} px": generate(folder / str(low), args.images, low, high)
+            for low, high in ((256, 512), (512, 512))
+        }
         if args.data:
             sets = {args.data: args.data} | sets
         elif FLICKR.is_dir():
             sets = {"Flickr8k": f"{FLICKR}/{{00000..00003}}.tar"} | sets
-        for name, urls in sets.items():
+        for number, (name, urls) in enumerate(sets.items()):
             print(f"\n{name}")
-            result[name] = compare(urls, args, folder)
+            result[name] = compare(urls, args, folder / f"views{number}")
     record("loader", args, {"data": result})
 
 
-def compare(urls: str, args: argparse.Namespace, cache_dir: str) -> dict[str, Any]:
+def compare(urls: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Paired measurements of one data set."""
-    sources = index_shards(urls, cache_dir=cache_dir)
-    check_equal_pixels(sources, args.size, args.seed)
-    print(f"pixels equal; {sources.num_samples} images")
-    job = {"urls": urls, "cache_dir": cache_dir, "size": args.size, "batch": args.batch_size}
-    for shard in sources.shards:  # into the page cache
+    sources = index_shards(urls, cache_dir=folder)
+    check_pixels(sources, args.size, args.seed)
+    print(f"Pillow's pixels equal OpenCLIP's, torch's nearly; {sources.num_samples} images")
+    views = store(sources, args.size, args.seed, folder)
+    job = {"urls": urls, "folder": str(folder), "size": args.size, "batch": args.batch_size}
+    for shard in [*sources.shards, *views]:  # into the page cache
         Path(shard.path).read_bytes()
     result = {"fingerprint": sources.fingerprint(), "passes": {}}
-    for workers, contenders in CONTENDERS.items():
-        passes: dict[str, list[dict]] = {who: [] for who in contenders}
+    for workers in args.workers:
+        passes: dict[str, list[dict]] = {who: [] for who in args.readers}
         for turn in range(args.rounds):
-            for who in contenders if turn % 2 else contenders[::-1]:
+            for who in args.readers if turn % 2 else args.readers[::-1]:
                 one = job | {"who": who, "workers": workers, "seed": args.seed}
                 done = output("benchmarks.loader", "--one", json.dumps(one))
                 passes[who].append(json.loads(done.splitlines()[-1]))
         result["passes"][f"{workers} workers"] = passes
-        seconds = {who: [one["seconds"] for one in own] for who, own in passes.items()}
+        seconds = {
+            who: [one["seconds"] / one["images"] for one in own] for who, own in passes.items()
+        }
         for who, own in passes.items():
-            speed = own[0]["images"] / statistics.median(seconds[who])
-            ratio = spelled(ratios(seconds, "open_clip", who))
-            line = f"{workers} worker(s)  {who:15s} {speed:7.1f} images/s   x {ratio}"
+            line = f"{workers} worker(s)  {who:15s} {1 / statistics.median(seconds[who]):7.1f} /s"
+            for other in {"open_clip", "torchvision v2"} & passes.keys() - {who}:
+                line += f"   x {other} {spelled(ratios(seconds, other, who))}"
             if workers == 0:
                 read = statistics.median(one["bytes_per_image"] for one in own)
-                line += f"   {read / 1e3:6.1f} KB read per image"
+                line += f"   {read / 1e3:6.1f} KB read"
             print(line, flush=True)
     return result
 
 
 def measure(
-    who: str, urls: str, cache_dir: str, size: int, batch: int, workers: int, seed: int
-) -> dict:
-    """One pass over the data on one core, in this process."""
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    who: str, urls: str, folder: str, size: int, batch: int, workers: int, seed: int
+) -> dict[str, float]:
+    """One pass over the data in this process, on one core where at most one worker reads."""
+    if workers < 2:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     from open_clip import get_tokenizer
 
-    tokenizer = get_tokenizer("ViT-B-32")
-    spec = ImageSpec(size=size)
-    sources = index_shards(urls, cache_dir=cache_dir)
-    if who == "open_clip":
-        batches = _stock(sources, spec, tokenizer, batch, workers, seed)
-    else:
-        loader = Loader(
-            Order(sources, seed), sources, [train_view(spec)], [tokenizer],
-            seed=seed, global_batch=batch, workers=workers,
-        )  # fmt: skip
-        batches = loader.batches(0, sources.num_samples // batch)
+    sources = index_shards(urls, cache_dir=folder)
+    inputs = (sources, ImageSpec(size=size), get_tokenizer("ViT-B-32"), batch, workers, seed)
+    readers = {"open_clip": _open_clip, "torchvision v2": _torchvision}
+    batches = readers[who](*inputs) if who in readers else _ours(who, folder, *inputs)
+    for _ in range(2 * workers):
+        next(batches)  # made while the workers started
     before, start, images = _bytes_read(), time.perf_counter(), 0
     for item in batches:
-        if who == "ours+normalise":
-            normalise(item.images[0], spec)
-        images += len(item[0] if who == "open_clip" else item)
+        images += len(item[0]) if who in readers else len(item)
     seconds = time.perf_counter() - start
-    read = _bytes_read() - before
-    if who != "open_clip":
-        loader.close()
     # a worker's reads are its own: this figure is of no use with workers
-    return {"images": images, "seconds": seconds, "bytes_per_image": read / images}
+    read = (_bytes_read() - before) / images
+    return {"images": images, "seconds": seconds, "bytes_per_image": read}
 
 
-def check_equal_pixels(sources, size: int, seed: int, samples: int = 50) -> None:
-    """Both pipelines turn the same bytes and the same draw into the same float images."""
-    from open_clip.transform import image_transform
-    from webdataset.autodecode import ImageHandler
-
-    spec = ImageSpec(size=size)
-    ours, decode = train_view(spec), ImageHandler("pilrgb")
-    stock = image_transform(size, is_train=True, mean=spec.mean, std=spec.std)
-    for row in range(0, sources.num_samples, max(1, sources.num_samples // samples)):
-        shard, record = sources.record(row, view=0)
-        offset, length = record["image"]
-        with open(shard.path, "rb") as file:
-            file.seek(offset)
-            data = file.read(length)
-        mine = normalise(draw(ours, decode_image(data, Caps()), seed, 0, b"%d" % row)[None], spec)
-        theirs = draw(stock, decode("x.jpg", data), seed, 0, b"%d" % row)
-        assert torch.equal(mine[0], theirs), f"row {row}: pixels differ"
+def _ours(who, folder, sources, spec, tokenizer, batch, workers, seed) -> Iterator:
+    backend = "pil" if who == "ours" else "torch"
+    view = train_view(spec, backend=backend)
+    if who == "ours, stored":
+        tars = [index_shard(str(_tar(folder, n))) for n in range(len(sources.shards))]
+        sources = StoredViews(sources, {n: [tar] for n, tar in enumerate(tars)})
+        view = stored_view(spec, (spec.size, spec.size), backend)
+    loader = Loader(
+        Order(sources, seed), sources, [view], [tokenizer],
+        seed=seed, global_batch=batch, views=1, workers=workers,
+    )  # fmt: skip
+    return loader.batches(0, sources.num_samples // batch)  # its workers end with the process
 
 
-def generate(folder: Path, images: int) -> str:
-    """Four shards of photo-like JPEGs (noise of many scales), 256 to 512 px."""
-    scales = (4, 8, 16, 32, 64, 128, 256)
-    pictures = Pictures(images, 256, 512, scales=scales, power=0.8, contrast=50, quality=92)
-    captions = (f"a picture of clouds, number {n}, wide and soft and grey" for n in range(images))
-    samples = (
-        {"jpg": image, "txt": text.encode(), "json": json.dumps({"caption": text}).encode()}
-        for image, text in zip(pictures("JPEG"), captions)
-    )
-    write_shards(folder, samples, -(-images // 4), "{:09}", "{:05}")
-    return str(folder)
-
-
-def _stock(sources, spec: ImageSpec, tokenizer, batch: int, workers: int, seed: int):
+def _open_clip(sources, spec, tokenizer, batch, workers, seed) -> Iterator:
     from open_clip.transform import image_transform
     from open_clip_train.data import get_wds_dataset
 
@@ -175,7 +162,72 @@ def _stock(sources, spec: ImageSpec, tokenizer, batch: int, workers: int, seed: 
         workers=workers,
     )
     preprocess = image_transform(spec.size, is_train=True, mean=spec.mean, std=spec.std)
-    return get_wds_dataset(args, preprocess, True, floor=True, tokenizer=tokenizer).dataloader
+    data = get_wds_dataset(args, preprocess, True, floor=True, tokenizer=tokenizer)
+    return iter(data.dataloader)
+
+
+def _torchvision(sources, spec, tokenizer, batch, workers, seed) -> Iterator:
+    import webdataset
+    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.transforms import InterpolationMode, v2
+
+    crop = v2.RandomResizedCrop(
+        spec.size, scale=(0.9, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True
+    )
+
+    def sample(members: dict[str, bytes]):
+        data = torch.frombuffer(bytearray(members["jpg"]), dtype=torch.uint8)
+        return crop(decode_jpeg(data, ImageReadMode.RGB)), tokenizer([members["txt"].decode()])[0]
+
+    urls = [shard.path for shard in sources.shards]
+    data = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).map(sample)
+    return iter(torch.utils.data.DataLoader(data, batch, num_workers=workers, drop_last=True))
+
+
+def check_pixels(sources: Sources, size: int, seed: int, samples: int = 50) -> None:
+    """All pipelines turn the same bytes and the same draw into the same images; torch's nearly."""
+    from open_clip.transform import image_transform
+    from webdataset.autodecode import ImageHandler
+
+    spec = ImageSpec(size=size)
+    pillow, decode = train_view(spec), ImageHandler("pilrgb")
+    fast = Recipe([train_view(spec, backend="torch")], [], seed)
+    stock = image_transform(size, is_train=True, mean=spec.mean, std=spec.std)
+    for row in range(0, sources.num_samples, max(1, sources.num_samples // samples)):
+        shard, record = sources.record(row, view=0)
+        data, key = shard.read(*record["image"].tolist()), record["key"]
+        mine = draw(pillow, decode_image(data, Caps()), seed, 0, key)
+        theirs = draw(stock, decode("x.jpg", data), seed, 0, key)
+        assert torch.equal(normalise(mine[None], spec)[0], theirs), f"row {row}: pixels differ"
+        _, (quick,) = fast.sample(key, 0, lambda *_, data=data: data)
+        assert (quick.float() - mine.float()).abs().mean() < 4, f"row {row}: another image"
+
+
+def generate(folder: Path, images: int, low: int, high: int) -> str:
+    """Four shards of photo-like JPEGs (noise of many scales) of ``low`` to ``high`` pixels."""
+    scales = (4, 8, 16, 32, 64, 128, 256)
+    pictures = Pictures(
+        images, low, high, distinct=256, scales=scales, power=0.8, contrast=50, quality=92
+    )
+    captions = (f"a picture of clouds, number {n}, wide and soft and grey" for n in range(images))
+    samples = (
+        {"jpg": image, "txt": text.encode(), "json": json.dumps({"caption": text}).encode()}
+        for image, text in zip(pictures("JPEG"), captions)
+    )
+    write_shards(folder, samples, -(-images // 4), "{:09}", "{:05}")
+    return str(folder)
+
+
+def store(sources: Sources, size: int, seed: int, folder: Path) -> list:
+    """One stored view of each sample."""
+    recipe = Recipe([train_view(ImageSpec(size=size))], [], seed)
+    jobs = [(n, 0, _tar(folder, n)) for n in range(len(sources.shards))]
+    writer = ViewWriter(Reader(sources, recipe), jobs, quality=90)
+    return [writer[n] for n in range(len(jobs))]
+
+
+def _tar(folder: str | Path, shard: int) -> Path:
+    return Path(folder) / f"{shard}.view0.tar"
 
 
 def _bytes_read() -> int:

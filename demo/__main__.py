@@ -60,17 +60,14 @@ def plan(quick: bool) -> list[Run]:
     # and by what the assistants keep of their teacher.
     models = [teacher, none, clipkd, cifd]
     on = ("--datasets", "digits", "digit_scenes", "--workers=0")
-    evaluations = [
-        Run(
-            name, module, (*(f"{{{run.name}}}" for run in evaluated), *on),
-            where=("--data-root={data}/benchmark",), cost=20 / 60,
-        )
-        for name, module, evaluated in (
-            ("evaluation", "eval.benchmark", models),
-            ("bank_evaluation", "eval.bank", [bank]),
-        )
-    ]  # fmt: skip
-    return [*models, bank, *evaluations]
+    options = {"where": ("--data-root={data}/benchmark",), "cost": 20 / 60}
+    trained = (f"{{{run.name}}}" for run in models)
+    return [
+        *models,
+        bank,
+        Run("evaluation", "eval.benchmark", (*trained, *on), **options),
+        Run("bank_evaluation", "eval.bank", ("{bank}", *on), **options),
+    ]
 
 
 def demo(out: Path, quick: bool, record: Path | None = None) -> int:

@@ -114,11 +114,6 @@ def captions(scene: Scene) -> list[str]:
     return [t.format(a=a, relation=r, mirror=m, b=b) for t in TWO for a, r, m, b in sides]
 
 
-def plain_captions(scene: Scene) -> list[str]:
-    """Captions of a single digit that leave out its colour."""
-    return [t.format(c=WORDS[scene.digits[0].value]) for t in TEMPLATES]
-
-
 class Artist:
     """Draws scenes of one split's handwriting; every choice comes from the generator given."""
 
@@ -169,8 +164,8 @@ def pairs(split: str, size: int, rng: np.random.Generator) -> Iterator[dict[str,
     for _ in range(size):
         scene = Scene((artist.digit(),)) if rng.random() < ALONE else artist.pair()
         choices = captions(scene)
-        if scene.arrangement == "alone" and rng.random() < 0.5:
-            choices = plain_captions(scene)
+        if scene.arrangement == "alone" and rng.random() < 0.5:  # without its colour
+            choices = [t.format(c=WORDS[scene.digits[0].value]) for t in TEMPLATES]
         caption = str(rng.choice(choices))
         facts = {
             "caption": caption,

@@ -101,7 +101,6 @@ def build(path: Path, name: str, split: str) -> Local:
 
 
 def _coco(images: Path, coco, number: int) -> tuple[Path, list[str]]:
-    """An image of COCO and its captions."""
     captions = [note["caption"] for note in coco.loadAnns(coco.getAnnIds(number))]
     return images / coco.loadImgs(number)[0]["file_name"], captions
 

@@ -162,7 +162,6 @@ def open_folder(root: Path, name: str, split: str) -> Folder:
 
 
 def _built(name: str, path: Path, split: str) -> Folder:
-    """The data set in its authors' layout."""
     missing = f"no folder '{name}/{split}' with nshards.txt under the data root"
     if not builders.knows(name, split):
         known = {*PROTOCOLS, *(p.name.removeprefix("wds_") for p in path.parent.iterdir())}
@@ -187,7 +186,6 @@ def _built(name: str, path: Path, split: str) -> Folder:
 
 
 def _webdataset(name: str, path: Path, split: str) -> Folder:
-    """The data set in clip_benchmark's WebDataset layout."""
     kind = "".join(_lines(path / "dataset_type.txt")).lower() or "classification"
     task = f"zeroshot_{kind}"
     if task not in LABELS:

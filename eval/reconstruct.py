@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.manifold import TSNE
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.datasets import CIFAR100
 
 from cifd_clip import RDMBank
@@ -144,7 +144,6 @@ class ClipBank(Bank):
         super().__init__(folder, args.out, args.split, rdms, run)
 
     def open(self, dataset: str) -> Folder:
-        """One of the data sets."""
         return datasets.open_folder(self.root, dataset, self.split)
 
     def measure(self, folder: Folder) -> Measured:
@@ -162,27 +161,27 @@ class ClipBank(Bank):
             classes = F.normalize(prompts.mean(dim=1), dim=-1)
             return zeroshot.classification(images, classes, folder)
 
-        own = embed_images(self.model, folder, self.forward)
-        spaces, bits = [(own, embed_texts(self.model, texts, self.forward))], []
-        for k in range(len(self.rdms.rates)):
-            towers = zip((self.rdms.image, self.rdms.text), spaces[0])
-            embeddings, kept = zip(*(self._reconstruct(*tower, k) for tower in towers))
-            bits.append(dict(zip(("image", "text"), kept)))
-            spaces.append(embeddings)
+        own_images = embed_images(self.model, folder, self.forward)
+        own_texts = embed_texts(self.model, texts, self.forward)
+        images, image_bits = self._reconstruct(self.rdms.image, own_images)
+        texts_kept, text_bits = self._reconstruct(self.rdms.text, own_texts)
+        spaces = [(own_images, own_texts), *zip(images, texts_kept)]
         mean = (F.normalize(sum(embeddings), dim=-1) for embeddings in zip(*spaces))
-        images = [image for image, _ in spaces]
-        held = {"images": len(images[0]), "texts": len(texts)}
-        scores = [metrics_of(*embeddings) for embeddings in spaces]
-        return Measured(scores, bits, images, held, metrics_of(*mean))
+        return Measured(
+            scores=[metrics_of(*embeddings) for embeddings in spaces],
+            bits=[{"image": i, "text": t} for i, t in zip(image_bits, text_bits)],
+            images=[own_images, *images],
+            held={"images": len(own_images), "texts": len(own_texts)},
+            mean=metrics_of(*mean),
+        )
 
     @torch.no_grad()
-    def _reconstruct(self, rdms, embeddings: Tensor, k: int) -> tuple[Tensor, float]:
-        """Module k's unit embeddings (N, D) of unit embeddings (N, D), and bits per embedding."""
-        vectors, nats = [], 0.0
-        for batch in embeddings.split(self.forward.batch_size):
-            vectors.append(rdms.reconstruct(batch)[k])
-            nats += float(rdms(batch, None).nats[k].double().sum())
-        return torch.cat(vectors), nats / math.log(2) / len(embeddings)
+    def _reconstruct(self, rdms: nn.Module, embeddings: Tensor) -> tuple[Tensor, list[float]]:
+        """Unit embeddings (K, N, D) of (N, D), and bits per embedding, of every rate."""
+        batches = embeddings.split(self.forward.batch_size)
+        vectors = torch.cat([rdms.reconstruct(batch) for batch in batches], dim=1)
+        nats = sum(rdms(batch, None).nats.double().sum(1) for batch in batches)
+        return vectors, (nats / math.log(2) / len(embeddings)).tolist()
 
 
 def _teacher_of(folder: Path, run: dict[str, Any] | None) -> str:
@@ -232,7 +231,6 @@ class ClassifierBank(Bank):
         super().__init__(folder, args.out, "test", rdms, run)
 
     def open(self, dataset: str) -> Images:
-        """The test images."""
         if dataset == "imagenet":
             table = load_photos(self.data, "val", self.forward.workers)
             trained = read_run(self.run, "data.json")["train"]
@@ -244,7 +242,6 @@ class ClassifierBank(Bank):
 
     @torch.no_grad()
     def measure(self, images: Images) -> Measured:
-        """Accuracies."""
         table, size = images.table, EVALUATION_BATCH
         outputs = [self.networks(b) for b in table.in_order(torch.arange(len(table)), size)]
         logits, spaces = (

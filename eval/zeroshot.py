@@ -111,7 +111,6 @@ def _queries(
 
 
 def _thumbnail(folder: Folder, index: int) -> str:
-    """A small PNG of an image, base64."""
     image = datasets.picture(folder.samples[index])
     image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()

@@ -150,20 +150,20 @@ def figure_1b() -> dict[str, dict[str, float]]:
         "with backward": backward,
         "and stage 1 cached": {**backward, "cifd": backward["cifd"] - spared},
     }
-    return {way: {m: v / found["kd"] for m, v in found.items()} for way, found in ways.items()}
+    return {way: {m: v / costs["kd"] for m, v in costs.items()} for way, costs in ways.items()}
 
 
 def assistants_that_fit() -> list[str]:
     """Which single assistant, trained for how long, gives the 3.5 and 4.5 of Figure 1(b)."""
     teacher, student = (classifier(n, 224).macs for n in ("resnet34", "resnet18"))
-    found = []
+    fitting = []
     for name in (*RESNETS, "resnet34"):
         costs = chain_macs([teacher, classifier(name, 224).macs, student])
         for epochs in range(80, 260, 10):
             scale = epochs / KD_EPOCHS / costs["kd"]
             if all(abs(costs[m] * scale - FIGURE_1B[m]) < 0.05 for m in ("takd", "dgkd")):
-                found.append(f"{name} for {epochs} epochs")
-    return found
+                fitting.append(f"{name} for {epochs} epochs")
+    return fitting
 
 
 def table_1() -> dict[str, dict[str, float]]:
@@ -176,7 +176,7 @@ def table_1() -> dict[str, dict[str, float]]:
         "with backward": chain_macs(models, rdm, 1.0, TRAINED),
         "and frozen models cached": chain_macs(models, rdm, 1.0, TRAINED, live=False),
     }
-    return {way: {m: v / found["cifd"] for m, v in found.items()} for way, found in ways.items()}
+    return {way: {m: v / costs["cifd"] for m, v in costs.items()} for way, costs in ways.items()}
 
 
 def report() -> tuple[str, dict[str, Any]]:
@@ -201,7 +201,7 @@ def ways_table(title: str, ways: dict[str, dict[str, float]]) -> str:
     """Methods as rows, ways of counting as columns; the last way has every method."""
     methods = [*ways.values()][-1]
     rows = [
-        [method, *(f"{found[method]:.3f}" if method in found else "" for found in ways.values())]
+        [method, *(f"{costs[method]:.3f}" if method in costs else "" for costs in ways.values())]
         for method in methods
     ]
     return table([title, *ways], rows)

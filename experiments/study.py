@@ -125,6 +125,10 @@ class Study:
         folder = (self.results or Path()) / "runs"
         return {f"result{end}.json": folder / f"{run.name}{end}.json" for end in run.results}
 
+    def has_results(self, run: Run) -> bool:
+        """Whether its results are kept, in a study that keeps any."""
+        return bool(self.results) and all(path.is_file() for path in self.kept(run).values())
+
     def finished(self, run: Run) -> bool:
         """Whether its directory holds all it was for."""
         return all((self.logs / run.name / f).is_file() for f in ("study.json", "finished.json"))
@@ -134,8 +138,8 @@ class Study:
         todo: list[Run] = []
         needed: set[str] = set()
         for run in reversed(self.runs.values()):  # those that need it before it
-            kept = self.results and all(path.is_file() for path in self.kept(run).values())
-            if (run.name in needed or not kept) and not self.finished(run):
+            wanted = run.name in needed or not self.has_results(run)
+            if wanted and not self.finished(run):
                 todo.insert(0, run)
                 needed.update(run.needs)
         return todo
@@ -165,12 +169,12 @@ class Study:
 
         With nothing to do, a study would look like one that has just made its table.
         """
-        kept = [path for run in self.runs.values() for path in self.kept(run).values()]
-        if self.results is None or not all(path.is_file() for path in kept):
+        if not all(map(self.has_results, self.runs.values())):
             return None
+        count = sum(len(run.results) for run in self.runs.values())
         return (
-            f"all {len(kept)} results are in {self.results} already; to make them again, give "
-            "another --results, and another --logs if it has their runs"
+            f"all {count} results are in {self.results} already; to make them again, give another "
+            "--results, and another --logs if it has their runs"
         )
 
     def dry_run(self) -> None:
@@ -208,7 +212,6 @@ class Study:
         return execution.side_by_side() if jobs else execution.here()
 
     def begin(self, run: Run, commit: str | None) -> None:
-        """Write down what a run is started with."""
         content = {"command": self.spelled(run), "commit": commit, "flags": run.depends}
         write_json(self.logs / run.name / "study.json", content, FORMAT)
 
@@ -254,7 +257,6 @@ class _Execution:
         return True
 
     def side_by_side(self) -> bool:
-        """As processes, some at a time."""
         with signals(self._stop):
             try:
                 while (self.waiting and not self.signals) or self.active:

@@ -117,7 +117,8 @@ def read_lines(
         if name in runs:
             raise UsageError(f"{path}:{number}: a second run '{name}'; give it a --name")
         # always with a --name, by which its batch script knows the run's directory
-        runs[name] = Line([*run.flags, "--name", name], run.config)
+        end = run.flags.index("--") if "--" in run.flags else len(run.flags)
+        runs[name] = Line([*run.flags[:end], "--name", name, *run.flags[end:]], run.config)
     if not runs:
         raise UsageError(f"{path} has no runs: every line is one, as flags of its program")
     return list(runs.values())

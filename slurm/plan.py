@@ -18,9 +18,9 @@ GRIDS = Path("slurm/grids")
 
 def kind(path: Path) -> ModuleType:
     """What a grid's lines are flags of: the folder tells."""
-    from slurm import classifiers, clip  # torch comes in after the command line
+    from slurm import classifiers, clip, tuning  # torch comes in after the command line
 
-    return classifiers if path.parent.name == "classify" else clip
+    return {"classify": classifiers, "tune": tuning}.get(path.parent.name, clip)
 
 
 def describe(study: ModuleType, jobs: list[Job], runs: list[Line], site: Site) -> str:

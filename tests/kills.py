@@ -3,8 +3,10 @@
 A run that saves after every step is killed with SIGKILL at random moments, then once inside every
 operation that makes a checkpoint durable (each write, sync, rename and removal), and is made to run
 out of disk. It must always resume, lose no more than the steps since the last save, and end with
-the same bits. Children are forked from a process that has imported everything, so that one kill
-costs about a second.
+the same bits. So must what a power cut at a random moment leaves on its disk (where an image can be
+mounted), and a run that is started twice at once. One whose checkpoints were purged must not begin
+again. Children are forked from a process that has imported everything, so that one kill costs about
+a second.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -25,6 +28,9 @@ import torch
 import training.clip.run  # noqa: F401  (imported before the fork, not by each child)
 import training.engine.checkpoint as checkpoint
 from demo.scenes import write
+from tests.disk import after_a_power_cut, disk, lacking, stopped
+from training.engine import lease
+from training.errors import Failure
 from training.main import main as train
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +60,8 @@ def child(argv: list[str], sabotage=None) -> int:
                 if sabotage:
                     sabotage()
                 code = train(argv)
+            except Failure as error:
+                code = error.exit_code
             except BaseException:
                 code = 98
         os._exit(code)
@@ -99,8 +107,8 @@ def small_disk() -> None:
 
 def saved_step(run: Path) -> int:
     """The newest step whose checkpoint is whole."""
-    found = checkpoint.Checkpoints(run / "checkpoints").newest()
-    return found[1]["progress"]["step"] if found else 0
+    newest = final(run)
+    return newest["progress"]["step"] if newest else 0
 
 
 def same_bits(a, b) -> bool:
@@ -116,26 +124,130 @@ def same_bits(a, b) -> bool:
     return a == b
 
 
+class Story:
+    """What happens to the runs of one data set, and what went wrong.
+
+    Args:
+        folder: to work in.
+        rng: of the moments.
+    """
+
+    def __init__(self, folder: Path, rng: random.Random):
+        write(folder / "scenes", train=96, val=30, scenes=12)
+        self.folder, self.rng, self.problems = folder, rng, []
+        self.data, self.logs = folder / "scenes" / "train", folder / "logs"
+        start = time.monotonic()
+        if wait(child(command(self.data, self.logs, "whole"))) != 0:
+            sys.exit("the undisturbed run failed")
+        self.duration = time.monotonic() - start
+        self.whole = final(self.logs / "whole")
+
+    def some_time(self) -> None:
+        """Let a random part of a run's time pass."""
+        time.sleep(self.rng.uniform(0.1, 0.9) * self.duration)
+
+    def expect(self, holds: bool, what: str) -> None:
+        """Note what went wrong, unless it holds."""
+        if not holds:
+            self.problems.append(what)
+
+    def ends_well(self, logs: Path, name: str) -> None:
+        """The run goes on to its end, with the same bits."""
+        code = wait(child(command(self.data, logs, name)))
+        self.expect(code == 0, f"{name}: ended with code {code}")
+        self.expect(same_bits(final(logs / name), self.whole), f"{name}: other final weights")
+
+    def power_cuts(self, count: int) -> int:
+        """Cut the power of runs at random moments, and when they have just ended."""
+        cuts = 0
+        while cuts < count and not self.problems:
+            with disk(self.folder / "disk") as root:
+                name, ended = f"cut{cuts}", False
+                pid = child(command(self.data, root, name))
+                while not ended:
+                    self.some_time()
+                    os.kill(pid, signal.SIGSTOP)
+                    stopped(pid)
+                    ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                    latest = root / name / "checkpoints" / "latest.json"
+                    saved = json.loads(latest.read_text())["step"] if latest.exists() else 0
+                    with after_a_power_cut(self.folder / "disk", self.folder / "copy") as left:
+                        after = saved_step(left / name)
+                        self.expect(after >= saved, f"{name}: step {saved} was saved, not {after}")
+                        there = left / name / "finished.json"
+                        self.expect(there.exists() or not ended, f"{name}: the end was forgotten")
+                        self.ends_well(left, name)
+                    cuts += 1
+                    os.kill(pid, signal.SIGCONT)
+                wait(pid)
+            shutil.rmtree(self.folder / "disk")
+        return cuts
+
+    def pairs(self, count: int) -> int:
+        """Start runs twice at once."""
+        for number in range(count):
+            name = f"pair{number}"
+            first = child(command(self.data, self.logs, name))
+            time.sleep(self.rng.choice((0, self.rng.uniform(0, self.duration))))
+            codes = sorted(map(wait, (first, child(command(self.data, self.logs, name)))))
+            self.expect(codes in ([0, 2], [0, 0]), f"{name}: ended with codes {codes}")
+            run = self.logs / name
+            for manifest in run.glob(MANIFESTS):
+                problem = checkpoint._problem(manifest.with_suffix(".pt"), manifest)
+                self.expect(problem is None, f"{name}: {problem}")
+            self.expect(same_bits(final(run), self.whole), f"{name}: other final weights")
+        return count
+
+    def purges(self, count: int) -> int:
+        """Take a run's checkpoints away, or some of their files, and bring them back."""
+        patterns = ("*", "step_*.json", "*.pt")
+        for number in range(count):
+            run, pattern = self.logs / f"purged{number}", patterns[number % len(patterns)]
+            while not saved_step(run):
+                pid = child(command(self.data, self.logs, run.name))
+                self.some_time()
+                os.kill(pid, signal.SIGKILL)
+                wait(pid)
+            copy, metrics = self.folder / "kept", (run / "metrics.jsonl").read_bytes()
+            (run / "finished.json").unlink(missing_ok=True)
+            shutil.copytree(run / "checkpoints", copy)
+            for path in (run / "checkpoints").glob(pattern):
+                path.unlink()
+            code = wait(child(command(self.data, self.logs, run.name)))
+            self.expect(code == 1, f"{run.name}, without {pattern}: ended with code {code}")
+            self.expect((run / "metrics.jsonl").read_bytes() == metrics, f"{run.name}: lost lines")
+            shutil.rmtree(run / "checkpoints")
+            copy.rename(run / "checkpoints")
+            self.ends_well(self.logs, run.name)
+        return count
+
+
+def final(run: Path) -> dict | None:
+    """The content of its newest checkpoint."""
+    newest = checkpoint.Checkpoints(run / "checkpoints").newest()
+    return newest and newest[1]
+
+
 def main() -> int:
     """Run the story; 0 when every kill was survived."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="at least so many")
+    parser.add_argument("--others", type=int, default=20, help="power cuts, pairs and purges each")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rng = random.Random(args.seed)
-    kills, problems, disasters = {"random": 0, "writing": 0}, [], []
+    # Nobody waits a minute here for one that was stopped.
+    lease.BEAT, lease.DEAD, lease.LOOK = 0.1, 1.0, 0.02
+    kills, disasters = {"random": 0, "writing": 0}, []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        write(folder / "scenes", train=96, val=30, scenes=12)
-        data, logs = folder / "scenes" / "train", folder / "logs"
-        start = time.monotonic()
-        if wait(child(command(data, logs, "whole"))) != 0:
-            print("the undisturbed run failed")
-            return 1
-        duration = time.monotonic() - start
-        whole = torch.load(next(iter(sorted((logs / "whole").rglob("*.pt"))[::-1])))
+        story = Story(Path(temporary), random.Random(args.seed))
+        data, logs, problems = story.data, story.logs, story.problems
         last_step = saved_step(logs / "whole")
+        others = {
+            "power_cuts": 0 if lacking() else story.power_cuts(args.others),
+            "pairs": story.pairs(args.others),
+            "purges": story.purges(args.others),
+        }
 
         def check(name: str, before: int, what: str) -> None:
             after = saved_step(logs / name)
@@ -160,7 +272,7 @@ def main() -> int:
                 before = saved_step(run)
                 if kills["random"] <= kills["writing"]:
                     pid = child(command(data, logs, name))
-                    time.sleep(rng.uniform(0.1, 0.9) * duration)
+                    story.some_time()
                     os.kill(pid, signal.SIGKILL)
                     code, kind = wait(pid), "random"
                 else:
@@ -181,11 +293,9 @@ def main() -> int:
                 if due and saved > 1 and saved_step(run) < last_step:
                     full_disk_and_truncation(name)
             if not problems:
-                final = checkpoint.Checkpoints(run / "checkpoints").newest()
-                if not same_bits(final[1], whole):
-                    problems.append(f"{name}: other final weights than the undisturbed run")
-    story = {"kills": kills, "runs": number, "full_disks": len(disasters), "seed": args.seed}
-    print(json.dumps({**story, "problems": problems}))
+                story.expect(same_bits(final(run), story.whole), f"{name}: other final weights")
+    counts = {"kills": kills, "runs": number, "full_disks": len(disasters), **others}
+    print(json.dumps({**counts, "seed": args.seed, "problems": problems}))
     return 1 if problems else 0
 
 

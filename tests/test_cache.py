@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save_file
 
 import training.clip.stages
 from cifd_clip.files import file_hash
 from runs import assert_bit_equal, final, lines
 from training.cache_teacher import main as write_cache
-from training.clip.cache import verify_shard, write_shard
+from training.clip.cache import shard_name, verify_shard, write_shard
+from training.clip.calibrate import find_shards
 from training.data.index import index_shards
 from training.errors import Failure, UsageError
 from training.main import main
@@ -148,7 +150,8 @@ def test_samples_that_could_not_be_embedded_are_replaced_not_taught(
     embeddings["image"][:, 7] = torch.nan
     embeddings["image"][:, 8, 3] = torch.nan
     embeddings["text"][:, 9] *= 2
-    write_shard(copy, *index_shards(str(scenes / "train")).shards, embeddings)
+    (shard,) = index_shards(str(scenes / "train")).shards
+    write_shard(copy, shard_name(shard), embeddings)
     command = [*flags, "--distill", "fd", "--teacher-cache", str(copy), "--logs", str(tmp_path)]
     assert main([*command, "--name", "run"]) == 0
     skipped = final(tmp_path / "run")["progress"]["skipped"]
@@ -160,6 +163,78 @@ def stored(folder) -> dict[str, torch.Tensor]:
     """What the one shard of a cache holds, a copy."""
     (path,) = folder.glob("*.safetensors")
     return {modality: tensor.clone() for modality, tensor in load_file(path).items()}
+
+
+@pytest.fixture(scope="module")
+def blind_teacher(teacher, scenes, tmp_path_factory) -> tuple[str, set[str]]:
+    """A teacher that makes NaN of a word, and the keys of the captions that have it."""
+    folder = tmp_path_factory.mktemp("blind") / "teacher"
+    shutil.copytree(teacher.removeprefix("local-dir:"), folder)
+    weights = load_file(folder / "open_clip_model.safetensors")
+    (word,) = SimpleTokenizer().encode("purple")
+    weights["token_embedding.weight"][word] = torch.nan
+    save_file(weights, folder / "open_clip_model.safetensors", {"format": "pt"})
+    (shard,) = index_shards(str(scenes / "train")).shards
+    captions = {r["key"].decode(): shard.read(*r["text"]).decode() for r in shard.records}
+    keys = {key for key, caption in captions.items() if "purple" in caption}
+    assert 3 < len(keys) < 48
+    return f"local-dir:{folder}", keys
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_samples_of_which_a_live_teacher_makes_no_number_are_replaced_and_named(
+    blind_teacher, flags, tmp_path, accumulated
+):
+    name, keys = blind_teacher
+    command = [*flags, "--distill=clipkd", f"--distill-model={name}", "--max-bad-fraction=0.5"]
+    command += [f"--accum-freq={accumulated}", f"--batch-size={24 // accumulated}"]
+    assert main([*command, f"--logs={tmp_path}", "--name=run"]) == 0
+    state = final(tmp_path / "run")
+    assert state["progress"]["skipped"] == {"teacher: features not finite": len(keys)}
+    assert state["progress"]["nonfinite_steps"] == 0
+    assert all(torch.isfinite(t).all() for t in state["state_dict"].values())
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert {key for key in keys if key in log} == keys
+
+
+def test_samples_of_which_a_teacher_makes_no_number_are_in_no_cache(
+    blind_teacher, flags, tmp_path, capsys
+):
+    name, keys = blind_teacher
+    folder = tmp_path / "cache"
+    command = [*flags, f"--teacher-cache={folder}", "--max-bad-fraction=0.5"]
+    assert write_cache([*command, f"--distill-model={name}", "--views=2"]) == 0
+    (manifest,) = [p for p in folder.glob("*-*.json") if ".verified" not in p.name]
+    assert set(json.loads(manifest.read_text())["not_finite"]) == keys
+    assert all(key in capsys.readouterr().out for key in sorted(keys)[:1])
+    assert main([*command, "--distill=clipkd", f"--logs={tmp_path}", "--name=run"]) == 0
+    skipped = final(tmp_path / "run")["progress"]["skipped"]
+    assert skipped["teacher cache: nothing stored"] >= len(keys), "replaced ones may be such too"
+    assert final(tmp_path / "run")["progress"]["nonfinite_steps"] == 0
+
+
+def test_held_out_data_are_cached_too_and_measured_as_with_the_live_teacher(
+    flags, teacher, scenes, tmp_path, no_teacher, monkeypatch
+):
+    monkeypatch.undo()
+    folder, held_out = str(tmp_path / "cache"), ["--val-data", str(scenes / "val")]
+    written = [*flags, f"--distill-model={teacher}", "--views=1", f"--teacher-cache={folder}"]
+    assert write_cache(written) == 0
+    run = [*flags, *held_out, "--distill=clipkd", f"--logs={tmp_path}"]
+    with pytest.raises(UsageError, match=r"lacks 1 of 1 shards of --val-data"):
+        main([*run, f"--teacher-cache={folder}"])
+    assert write_cache([*written, *held_out]) == 0
+    assert main([*run, f"--distill-model={teacher}", "--views=1", "--name=live"]) == 0
+    assert main([*run, f"--teacher-cache={folder}", "--name=cached"]) == 0
+    rdm = ["--distill=rdm", "--rates=100", "--name=bank", f"--teacher-cache={folder}"]
+    assert main([*run, *rdm]) == 0
+    (live,), (cached,) = lines(tmp_path / "live", "val"), lines(tmp_path / "cached", "val")
+    assert live.keys() == cached.keys()
+    assert sum(name.endswith("_loss") for name in live) > 1, "the teacher's terms are among them"
+    for name in live.keys() - {"kind"}:
+        assert cached[name] == pytest.approx(live[name], rel=5e-3, abs=0.04), name
+    (shard,) = index_shards(str(scenes / "train")).shards
+    assert find_shards(Path(folder), None) == [shard_name(shard)], "calibration leaves them alone"
 
 
 DAMAGES = {

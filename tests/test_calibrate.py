@@ -11,7 +11,7 @@ from cifd_clip.files import write_json
 from tiny import embeddings
 from training.calibrate import main
 from training.clip import calibrate
-from training.clip.cache import write_shard
+from training.clip.cache import shard_name, write_shard
 from training.clip.config import CACHE_FORMAT
 from training.clip.flags import calibration_config, parse, parse_calibration
 from training.data.index import Shard
@@ -46,7 +46,7 @@ def cache(tmp_path_factory):
         images[:, : 3 * number] = torch.nan
         texts = unit(meaning + 0.02 * noise(rows))[None].half()
         shard = Shard(f"{number:05d}.tar", "", 1, rows, f"{number:064d}")
-        write_shard(folder, shard, {"image": images, "text": texts})
+        write_shard(folder, shard_name(shard), {"image": images, "text": texts})
     return folder
 
 
@@ -141,7 +141,7 @@ def test_a_teacher_that_knows_nothing_is_refused_before_the_sweep(cache, tmp_pat
         vectors = {m: embeddings(rows, DIM, seed=9 * number + k)[None].half()
                    for k, m in enumerate(("image", "text"), start=5)}  # fmt: skip
         shard = Shard(f"{number:05d}.tar", "", 1, rows, f"{number:064d}")
-        write_shard(clueless, shard, vectors)
+        write_shard(clueless, shard_name(shard), vectors)
     monkeypatch.setattr(calibrate, "train_sweep", None)
     with pytest.raises(UsageError, match="hardly more than chance"):
         run(clueless, tmp_path / "c.json", "--shares", "0.5", "--among", "100")

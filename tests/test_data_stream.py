@@ -8,9 +8,10 @@ import pytest
 from shards import Letters, encode, picture, sample, write_shards, write_tar
 from training.data.decode import Caps
 from training.data.index import is_remote
-from training.data.stream import StreamLoader, masked, read_shard, stream_fingerprint
+from training.data.stream import StreamLoader, read_shard, stream_fingerprint
 from training.data.views import ImageSpec, eval_view
 from training.errors import Failure, UsageError
+from training.masking import masked
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

@@ -302,6 +302,14 @@ def test_the_order_of_columns_does_not_depend_on_the_order_of_results():
     assert figures(found[:1]) == figures(found[1:])
 
 
+def test_the_gaps_of_a_model_without_results_are_one_row(tmp_path):
+    for name in ("a", "b"):
+        gap = GapRecord(dataset=name, model="m", weights="w", gap="not here")
+        result.write(tmp_path / "gaps" / f"{name}.json", gap)
+    (row,) = rows_of(read_sources([tmp_path]))
+    assert row.gaps == {"a": "not here", "b": "not here"}
+
+
 def test_an_empty_folder_is_one_clear_sentence(tmp_path):
     with pytest.raises(UsageError, match=re.escape(f"'{tmp_path}'")):
         report.main([str(tmp_path), "--out", str(tmp_path / "r.html")])

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 
 from cifd_clip import World
 from runs import ROOT, final, lines
+from shards import encode, picture, write_tar
 from training.engine.checkpoint import Checkpoints
 from training.engine.control import STOPPED_EXIT, barrier
 from training.errors import Failure
@@ -72,6 +73,29 @@ def test_two_ranks_stopped_by_a_signal_to_one_go_on_as_one_rank_with_the_same_lo
     assert [row["step"] for row in shared] == [row["step"] for row in alone]
     for a, b in zip(alone, shared):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3), f"step {a['step']}"
+
+
+def test_samples_that_two_ranks_skipped_are_counted_across_a_stop(flags, tmp_path):
+    """Between log lines too: here there is none before the end."""
+    pairs = {f"{i:03}": {"jpg": encode(picture(i)), "txt": b"a caption"} for i in range(96)}
+    for i in range(0, 96, 6):
+        pairs[f"{i:03}"]["jpg"] = b"no image"
+    members = {f"{key}.{kind}": data for key, pair in pairs.items() for kind, data in pair.items()}
+    data = write_tar(tmp_path / "0.tar", members)
+    command = [*flags, "--train-data", str(data), "--logs", str(tmp_path), "--epochs", "20"]
+    command += ["--max-bad-fraction", "1", "--log-every-n-steps", "0", "--save-frequency", "0"]
+    assert main([*command, "--name", "alone"]) == 0
+    shared = [*command, "--name", "shared", "--batch-size", "12"]
+    ranks = launch(shared, tmp_path / "log")
+    while not (tmp_path / "shared" / "metrics.jsonl").is_file():
+        assert all(rank.poll() is None for rank in ranks), (tmp_path / "log.0").read_text()
+        time.sleep(0.02)
+    ranks[0].terminate()
+    assert [rank.wait(timeout=60) for rank in ranks] == [STOPPED_EXIT] * 2
+    assert 0 < final(tmp_path / "shared")["progress"]["step"] < 80
+    assert main([*command, "--name", "shared", "--resume", "latest"]) == 0
+    alone, shared = (final(tmp_path / run)["progress"] for run in ("alone", "shared"))
+    assert shared["skipped"] == alone["skipped"] and sum(alone["skipped"].values()) >= 16 * 20
 
 
 def test_ranks_that_see_other_folders_do_not_go_on_from_other_checkpoints(flags, tmp_path):

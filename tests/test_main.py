@@ -1,5 +1,6 @@
 """``training.main``, as a user runs it, on real scenes of handwritten digits."""
 
+import errno
 import json
 import os
 import re
@@ -14,18 +15,27 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.distributed as dist
 from open_clip_train.params import parse_args as open_clip_parse_args
 
 import cifd_clip
 from cifd_clip import World
+from cifd_clip.files import BadFile
 from cifd_clip.rdm import RDMBank
 from cifd_clip.teacher import weights_hash
-from runs import assert_bit_equal, final, lines, word_tokenizer
+from runs import CONFIGS, assert_bit_equal, final, lines, word_tokenizer
 from training.clip.config import DISTILL
 from training.clip.flags import UNSUPPORTED, parse_args, parser
 from training.clip.run import bank_config
 from training.engine.control import StopFlag
-from training.errors import Failure, NonFinite, UsageError
+from training.errors import (
+    Failure,
+    MachineFailure,
+    NonFinite,
+    Stopped,
+    UsageError,
+    exit_code,
+)
 from training.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -347,6 +357,67 @@ def test_the_first_ctrl_c_asks_to_stop_and_the_second_interrupts():
         stop.close()
 
 
+def test_a_hangup_stops_a_run_unless_it_is_ignored_as_under_nohup():
+    for before, raised in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        signal.signal(signal.SIGHUP, before)
+        stop = StopFlag(World())
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.raised() is raised
+        stop.close()
+        assert signal.getsignal(signal.SIGHUP) is before
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_a_run_goes_on_with_data_a_teacher_and_a_bank_that_have_moved_but_with_no_others(
+    flags, teacher, bank, scenes, tmp_path
+):
+    def command(train: Path, teacher: str, bank: Path) -> list[str]:
+        given = [
+            *flags,
+            "--train-data",
+            str(train),
+            "--distill",
+            "cifd",
+            "--distill-model",
+            teacher,
+        ]
+        given += ["--rdm-bank", str(bank), "--logs", str(tmp_path), "--name", "run"]
+        return [*given, "--epochs", "2", "--resume", "latest"]
+
+    def moved(folder: Path, name: str) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / name))
+
+    assert main(command(scenes / "train", teacher, bank)) == 0
+    (tmp_path / "run" / "finished.json").unlink()
+    places = moved(scenes / "train", "data"), moved(Path(teacher.partition(":")[2]), "teacher")
+    places = str(places[0] / "*.tar"), f"local-dir:{places[1]}", moved(bank, "bank")
+    assert main(command(*places)) == 0
+    (tmp_path / "run" / "finished.json").unlink()
+    assert main([*flags, "--seed", "1", "--logs", str(tmp_path), "--name", "other"]) == 0
+    rdm = [*flags, "--distill", "rdm", "--distill-model", teacher, "--rates", "300", "30"]
+    assert main([*rdm, "--seed", "1", "--logs", str(tmp_path), "--name", "rdm"]) == 0
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(UsageError, match="was trained with other weights: of the teachers and"):
+        main(command(*places[:2], tmp_path / "rdm" / "bank"))
+    with pytest.raises(UsageError, match="was trained on other data"):
+        main(command(scenes / "val", *places[1:]))
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    with pytest.raises(UsageError, match="--rdm-bank was"):
+        main([*command(*places), "--rdm-bank", ""])
+
+
+def test_a_student_that_cannot_run_is_refused_before_its_bank_is_trained(flags, teacher, tmp_path):
+    """It can be built, but its vocabulary is smaller than its tokenizer's."""
+    config = json.loads((ROOT / "tests" / "models" / "tiny-student.json").read_text())
+    config["text_cfg"]["vocab_size"] = 1000
+    (tmp_path / "small.json").write_text(json.dumps(config))
+    command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--logs", str(tmp_path)]
+    command += ["--model-config", *CONFIGS, str(tmp_path / "small.json"), "--model", "small"]
+    with pytest.raises(UsageError, match="--model small can't encode an image and a caption"):
+        main([*command, "--name", "run"])
+    assert not (tmp_path / "run" / "rdm").exists()
+
+
 def test_a_missing_bank_and_a_foreign_bank_are_refused(flags, bank, teacher, tmp_path):
     command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--logs", str(tmp_path)]
     with pytest.raises(UsageError, match="holds no RDM bank"):
@@ -432,6 +503,27 @@ def test_flag_files_may_be_followed_by_flags_that_win(tmp_path):
 
 def test_failures_carry_documented_exit_codes():
     assert (Failure.exit_code, UsageError.exit_code, NonFinite.exit_code) == (1, 2, 3)
+    assert (Stopped.exit_code, MachineFailure.exit_code) == (75, 76)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ESTALE, os.strerror(errno.ESTALE), "00000.tar"), 76),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), 76),
+        (RuntimeError("CUDA error: device-side assert triggered"), 1),
+        (
+            dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:2001, remote"),
+            76,
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), 1),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), 1),
+        (BadFile("run.json is damaged"), 2),
+    ],
+)
+def test_a_failure_of_the_machine_has_a_code_of_its_own(error, code):
+    """With which SLURM's jobs are put back into the queue, at most MAX_RESTARTS times in vain."""
+    assert exit_code(error) == code
 
 
 def test_piped_shards_stream_and_resume_at_a_shard(flags, scenes, tmp_path):
@@ -447,7 +539,7 @@ def test_piped_shards_stream_and_resume_at_a_shard(flags, scenes, tmp_path):
 def test_a_held_out_batch_without_a_usable_sample_is_passed_over(
     flags, scenes, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("training.clip.run.VALIDATION_BATCH", 29)  # of 30: the last is alone
+    monkeypatch.setattr("training.clip.heldout.VALIDATION_BATCH", 29)  # of 30: the last is alone
     (source,) = (scenes / "val").glob("*.tar")
     data = bytearray(source.read_bytes())
     at = data.rindex(b"\x89PNG") + 1

@@ -222,10 +222,12 @@ def test_rkd_has_a_bounded_gradient_where_rows_are_equal():
 
 
 @pytest.mark.parametrize("cfg", [SAME, "tiny-teacher"], ids=["same dims", "projected"])
-def test_clipkd_is_task_crd_icl_and_fd(cfg):
+@pytest.mark.parametrize("form, scale", [("exp", 1 / 0.07), ("raw", math.log(1 / 0.07))])
+def test_clipkd_is_task_crd_icl_and_fd(cfg, form, scale):
     batch, model = pairs(ROWS), clip("tiny-student")
     other = teacher(cfg)
-    made = task("clipkd", model, [other.dim], lambda_crd=1.5, lambda_icl=0.5)
+    weights = {"lambda_crd": 1.5, "lambda_icl": 0.5}
+    made = task("clipkd", model, [other.dim], **weights, interactive_scale=form)
     losses, _ = run(made, batch, [other(*batch)])
     student, taught = student_features(model, batch), lesson(other(*batch))
     t_image, t_text, _ = taught
@@ -233,7 +235,6 @@ def test_clipkd_is_task_crd_icl_and_fd(cfg):
         heads = made.method.projectors
         image = unit(heads.head("image", 0)(model.encode_image(batch[0])).double())
         text = unit(heads.head("text", 0)(model.encode_text(batch[1])).double())
-    scale = math.exp(math.log(1 / 0.07))
     icl = [
         cross_entropy_to_pairs(cosines(image, t_text, scale)),
         cross_entropy_to_pairs(cosines(text, t_image, scale)),

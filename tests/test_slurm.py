@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import os
 import re
 import shlex
@@ -356,6 +357,34 @@ def test_a_task_outlives_its_machine_and_a_controller_that_is_down_when_it_stops
         assert read_run(study / run)["wandb_notes"] == "two\nlines"
     with open(study / "report.csv") as table:
         assert {row["model"] for row in csv.DictReader(table)} == {"a", "b c"}
+
+
+def test_four_tasks_tune_one_study_of_which_one_is_pre_empted(slurm, site, common, tmp_path):
+    ask = Cluster(slurm)
+    grid, logs = tmp_path / "tune" / "weights.grid", tmp_path / "logs" / "weights"
+    grid.parent.mkdir()
+    runs = f"-- --train-data $TRAIN_DATA @{common} --epochs 4 --val-fraction 0.3"
+    size = "--trials 3 --seeds 2 --space lr=1e-4:1e-2"
+    grid.write_text(f"--name study --methods none 'low=--distill none --lr 2e-4' {size} {runs}\n")
+    told = ask("slurm/submit.sh", "--cluster", site, grid)
+    (job,) = re.findall(r"tune (\d+)", told.partition(":")[2])
+    study = logs / "study"
+
+    def story() -> str:
+        return ask.story(logs)
+
+    # while a run is held in the middle, its task is told to stop
+    held = catch(study / "runs" / "none-t00", story)
+    environment = Path(f"/proc/{held}/environ").read_text().split("\0")
+    (task,) = [w.partition("=")[2] for w in environment if w.startswith("SLURM_ARRAY_TASK_ID=")]
+    ask("scancel", "--batch", "--signal=USR1", f"{job}_{task}")
+    let_go_when_signalled(held)
+    tasks = [f"{job}_{i}" for i in range(1, 5)]
+    assert set(ask.wait(tasks, logs).values()) == {"COMPLETED"}, story()
+    assert ask.job(f"{job}_{task}")["Restarts"] == "1", story()
+    rows = {row["row"]: row for row in json.loads((study / "table.json").read_text())["rows"]}
+    for row in rows.values():
+        assert len(row["trials"]) == 3 and list(row["scores"]) == ["1", "2"]
 
 
 def test_classifiers_follow_their_teachers_and_a_failed_one_takes_only_its_own_along(

@@ -11,7 +11,7 @@ import pytest
 
 from eval import benchmark
 from runs import CONFIGS, ROOT
-from slurm import classifiers, clip
+from slurm import classifiers, clip, tuning
 from slurm.clip import chain, preparation, read_grid
 from slurm.jobs import Job, Site, running, sbatch, submit
 from slurm.plan import GRIDS, describe, grid_path, main
@@ -22,6 +22,7 @@ from training.clip.flags import cache_config, parse_args, parse_cache
 from training.engine.config import share_batch
 from training.engine.flags import line_words
 from training.errors import UsageError
+from training.tuning.plan import parse as parse_tuning
 
 MILLION = 1_000_000
 
@@ -241,6 +242,16 @@ def test_classifiers_come_after_their_teachers_and_rdms(name, pairs, site):
     assert "slurm/classify.sbatch" in whole and "--dependency=afterany:7" in whole
     share = site.number("RANKS_PER_NODE") if runs[0].config.dataset == "imagenet" else 1
     assert f"--gres=gpu:{share}" in whole and f"--ntasks-per-node={share}" in whole
+
+
+def test_the_tasks_of_a_tuning_study_share_it(site):
+    runs = tuning.read_grid(grid_path("tune/weights"), site, ["--lr", "1e-4"])
+    (study,), (job,) = [run.config for run in runs], tuning.chain(runs, site)
+    assert job.script == "slurm/tune.sbatch" and (job.nodes, job.ranks) == (1, 1)
+    assert len(job.tasks) == site.number("TUNE_TASKS") and len(set(map(tuple, job.tasks))) == 1
+    assert parse_tuning(job.tasks[0]).settings == study.settings
+    assert "1e-4" in study.flags, "extra flags are of every run"
+    assert [row.name for row in study.rows][-2:] == ["clipkd", "cifd"]
 
 
 def test_classifiers_on_imagenet_whose_batch_the_processes_cannot_share_are_refused(site, tmp_path):

@@ -70,11 +70,11 @@ def check(
     paths = [path for source in sources for path in source]
     numbers = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
     work = partial(check_shard, cache_dir=cache_dir, caps=caps or Caps(), deep=deep)
-    found = list(progress(_in_processes(work, paths, workers), total=len(paths)))
-    shards = [shard for shard, *_ in found if shard is not None]
-    data = Sources(shards, numbers[[shard is not None for shard, *_ in found]])
+    checked = list(progress(_in_processes(work, paths, workers), total=len(paths)))
+    shards = [shard for shard, *_ in checked if shard is not None]
+    data = Sources(shards, numbers[[shard is not None for shard, *_ in checked]])
     problems, examples = Counter(data.skipped), {}
-    for path, (shard, trouble, seen) in zip(paths, found):
+    for path, (shard, trouble, seen) in zip(paths, checked):
         problems.update(trouble)
         for reason in [*trouble, *(shard.skipped if shard else ())]:
             examples.setdefault(reason, [])

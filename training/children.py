@@ -33,17 +33,17 @@ def start(command: list[str], threads: int, log: Path | None = None) -> subproce
         return subprocess.Popen([sys.executable, *command], stdout=out, stderr=out, **options)
 
 
-def end_orphan(pid: int, word: str, patience: float = 20.0) -> None:
+def end_orphan(pid: int, command: list[str], patience: float = 20.0) -> None:
     """End a process of this host whose parent has died, letting it save itself.
 
     Args:
         pid: its number, which another process may have by now.
-        word: a word of its command line, which no other process has.
+        command: what follows ``python`` in its command line.
         patience: seconds that it has before it is killed.
     """
     line, begin = Path(f"/proc/{pid}/cmdline"), time.monotonic()
     with suppress(FileNotFoundError, ProcessLookupError):
-        while word.encode() in line.read_bytes().split(b"\0"):
+        while line.read_bytes().split(b"\0")[1:-1] == [word.encode() for word in command]:
             late = time.monotonic() - begin > patience
             os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
             time.sleep(0.5)

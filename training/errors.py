@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from cifd_clip.files import BadFile
+from training.masking import masked
 
 #: What errors of a device, of the network between processes, and of a file system that is gone say.
 _MACHINE = re.compile(
@@ -71,16 +72,17 @@ def cli(main: Callable[[list[str]], int | None]) -> None:
     try:
         code = main(sys.argv[1:]) or 0
     except (Failure, BadFile) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        print(f"error: {masked(sentence(error))}", file=sys.stderr)
+        code = exit_code(error)
+    except (OSError, MemoryError) as error:
+        print(f"error: {masked(str(error) or 'out of memory')}", file=sys.stderr)
         code = exit_code(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130  # as of a shell's command
     except Exception as error:
+        print(masked(traceback.format_exc()), file=sys.stderr)
         code = exit_code(error)
-        if code == 1 and not _distributed():
-            raise
-        traceback.print_exc()
     if code and _distributed():
         _leave(code)
     sys.exit(code)

@@ -13,6 +13,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.transformer import Transformer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -78,6 +79,8 @@ def teacher(bench: Bench) -> dict[str, Any]:
     for name in ("stock", "custom"):
         forms[f"{name}, bf16"] = copy.deepcopy(forms[f"{name}, autocast"])
         forms[f"{name}, bf16"].cast(torch.bfloat16)
+    forms["custom, bf16, compiled"] = copy.deepcopy(forms["custom, bf16"])
+    forms["custom, bf16, compiled"].compile()
     student = bench.student(bench.args.students[0], "none")
     spec, rows = bench.plain.specs[0], bench.args.batch_size
     images, texts = normalise(student.batch.images[0], spec), student.batch.texts[0]
@@ -112,7 +115,7 @@ def teacher(bench: Bench) -> dict[str, Any]:
 
 def steps(bench: Bench, figures: dict[str, Any]) -> None:
     """Each student as it was, as it is by default, and compiled; one run, one set of weights."""
-    figures["waited_s"] = finish(bench.warming, 60)
+    figures["waited_s"] = finish(bench.warming, 45)
     figures["ceilings"] = ceilings(bench)
     figures["students"] = {}
     for name in bench.args.students:
@@ -144,11 +147,12 @@ def steps(bench: Bench, figures: dict[str, Any]) -> None:
 
 
 def finish(processes: list[subprocess.Popen], seconds: float) -> float:
-    """Wait for processes, so long at most; how long it was."""
+    """Wait for processes, so long at most, and end the others; how long it was."""
     start = time.monotonic()
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, start + seconds - time.monotonic()))
+        process.kill()
     return time.monotonic() - start
 
 
@@ -236,6 +240,24 @@ def warm(bench: Bench, name: str) -> None:
     use_custom_blocks(contestant.stage.task)
     compile_towers(contestant.stage.task)
     contestant()
+
+
+def whole(bench: Bench, figures: dict[str, Any]) -> None:
+    """The first student compiled tower by tower, not block by block."""
+    name = bench.args.students[0]
+    line = {method: bench.student(name, method) for method in ("fd", "cifd")}
+    for contestant in line.values():
+        contestant.stage.source = Remembered(bench.quick, contestant.batch)
+        use_custom_blocks(contestant.stage.task)
+        for module in contestant.stage.task.modules():
+            if isinstance(module, Transformer):
+                module.compile(dynamic=False)
+    figures["first_step_s"] = first(line["fd"])
+    figures["images_per_s"] = {
+        method: bench.args.batch_size / statistics.median(seconds)
+        for method, seconds in bench.timed(line, bench.args.rounds).items()
+    }
+    figures["profile"] = longest(bench, line["cifd"])
 
 
 # -- memory, and the density by itself -----------------------------------------------------------

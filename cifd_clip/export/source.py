@@ -54,12 +54,10 @@ class Source:
 
     @property
     def text_config(self) -> dict[str, Any]:
-        """The ``text_cfg`` of the architecture."""
         return self.config["model_cfg"]["text_cfg"]
 
     @property
     def context_length(self) -> int:
-        """Tokens of a text."""
         return self.tokenizer.context_length
 
     def towers(self) -> Towers:

@@ -15,6 +15,12 @@ DECLARATION = {
         "lambda_crd": (1.0, "weight of the relational term"),
         "lambda_icl": (1.0, "weight of the interactive term"),
         "lambda_fd": (2000.0, "weight of the feature term"),
+        "interactive_scale": (
+            "exp",
+            "the interactive term's factor: its own temperature, exponentiated, or, as in the "
+            "published code, the parameter itself",
+            ("exp", "raw"),
+        ),
     },
     "spans": {"lambda_crd": (0.1, 10.0), "lambda_icl": (0.1, 10.0), "lambda_fd": (100.0, 10000.0)},
     "uses": ["projector", "ibm", "ibm_branch"],
@@ -24,10 +30,11 @@ DECLARATION = {
 class CLIPKD(Method):
     """The combination its scripts recommend: CRD 1, ICL 1, FD 2000 beside the task loss.
 
-    Two repairs to the published code: the interactive term's temperature is exponentiated, and
-    what trains (projectors, temperature) sits in this module, so that the optimizer, the
-    checkpoint and every rank agree on it. Its scripts have a projector for each modality
-    (``projector`` separate). With several teachers, the weighted mean of their terms.
+    Two repairs to the published code: the interactive term's temperature is exponentiated
+    (``interactive_scale`` raw: as published), and what trains (projectors, temperature) sits in
+    this module, so that the optimizer, the checkpoint and every rank agree on it. Its scripts have
+    a projector for each modality (``projector`` separate). With several teachers, the weighted
+    mean of their terms.
     """
 
     declaration = DECLARED["clipkd"]
@@ -44,12 +51,14 @@ class CLIPKD(Method):
         if embedded.compared is not embedded.contrastive:
             logits = world.logits(embedded.compared.features())
         projected = self.projectors(embedded.compared, teachers)
+        raw = self.options["interactive_scale"] == "raw"
+        scale = self.cross_logit_scale if raw else self.cross_logit_scale.exp()
         relational = interactive = feature = 0.0
         for teacher in teachers:
             weight, columns = teacher.weight, world.columns(teacher)
             image, text = projected[teacher.space]
             # Student rows against the gathered teacher: no gradient has to cross ranks.
-            cross = world.logits(Features(image, text, self.cross_logit_scale.exp()), columns)
+            cross = world.logits(Features(image, text, scale), columns)
             taught = world.logits(teacher, columns)
             relational = relational + weight * relational_kl(logits, taught)
             interactive = interactive + weight * contrastive_loss(cross, labels) / 2

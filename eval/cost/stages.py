@@ -176,7 +176,6 @@ def _memory(frozen: Sequence[Part], trained: int) -> int:
 
 
 def _kept(config: CostConfig, epochs: int) -> int:
-    """Checkpoints on disk in the end."""
     saved = max(1, epochs // (config.save_frequency or epochs))
     return min(config.keep, saved) if config.keep else saved
 

@@ -11,6 +11,7 @@ and, where the paper's tables appear, OUT.paper.csv. The same files give the sam
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from training.engine.flags import CommandLine
@@ -25,6 +26,12 @@ def parse(argv: Sequence[str]) -> Namespace:
     add("runs", nargs="+", type=Path, metavar="RUN", help="run directories, folders of results")
     add("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page")
     add("--title", default="Controlled information flow", metavar="TEXT", help="of the page")
+    add(
+        "--no-examples",
+        action="store_true",
+        help="leave out retrieval's examples, which show test images: look up whether their "
+        "licence lets a page of them be passed on",
+    )
     args = parser.parse_args(argv)
     if args.out.suffix != ".html":
         raise UsageError(f"--out '{args.out}': expected a name that ends in .html")
@@ -41,6 +48,8 @@ def main(argv: list[str]) -> None:
     from eval.report.runs import read_sources
 
     sources = read_sources(args.runs)
+    if args.no_examples:
+        sources = [replace(source, examples=[]) for source in sources]
     rows = rows_of(sources)
     placed = paper.place(rows)
     report = page.blocks(sources, rows, placed)

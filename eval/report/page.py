@@ -84,7 +84,6 @@ def results_section(sources: list[Source], rows: list[Row], colours: Colours) ->
 
 
 def _explanations(rows: list[Row], plain: Row | None) -> list[str]:
-    """What the table's figures mean."""
     sentences = ["Percent."]
     counts = {r.parameters["token_table"] for r in rows if "token_table" in r.parameters}
     if counts:

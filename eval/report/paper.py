@@ -41,7 +41,6 @@ class Ours:
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the printed figure, in points."""
         return None if self.printed is None else self.mean - self.printed
 
     @property
@@ -217,7 +216,6 @@ def _spelling(name: Any) -> Any:
 
 
 def _description(row: Row) -> str:
-    """Whose figures a row's are."""
     setting, seeds = row.setting, row.seeds
     parts = [f"{row.name}, {setting}"]
     if setting.teachers:

@@ -55,7 +55,6 @@ class Row:
 
     @property
     def names(self) -> list[str]:
-        """Names of the runs, each once."""
         return list(dict.fromkeys(run.name for run in self.runs))
 
     @property
@@ -88,7 +87,6 @@ class Row:
         return replace(cell, small=f"{cell.small}{few}".strip(), difference=difference)
 
     def gap(self, dataset: str) -> Cell:
-        """The reason of a gap, or nothing."""
         reason = self.gaps.get(dataset)
         return Cell(f"gap: {reason}" if reason else "", style="gap")
 

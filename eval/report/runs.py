@@ -12,7 +12,7 @@ from training.classifier.config import Config as ClassifierConfig
 from training.clip.config import OWN_WEIGHTS, Config, recorded
 from training.engine.config import free_to_change
 from training.engine.result import BankResult, Result, read
-from training.engine.run import read_run
+from training.engine.run import read_metrics, read_run
 from training.errors import UsageError
 
 #: What may differ between the runs of one setting besides what may differ within one run.
@@ -92,7 +92,8 @@ class Source:
         if not (self.clip and self.finished):
             return ""
         held = read_run(self.path, "data.json")["usable"]
-        return f"{self.finished['samples']:,} samples seen of {held:,}"
+        held = f"{held:,}" if isinstance(held, int) else held  # a stream's are not counted
+        return f"{self.finished['samples']:,} samples seen of {held}"
 
 
 def read_sources(paths: Iterable[Path]) -> list[Source]:
@@ -115,9 +116,7 @@ def _read(path: Path) -> Source:
         source.clip = recorded(source.config) if "distill" in source.config else None
         if (path / "finished.json").is_file():
             source.finished = read_run(path, "finished.json")
-        if (path / "metrics.jsonl").is_file():
-            lines = (path / "metrics.jsonl").read_text().splitlines()
-            source.metrics = [json.loads(line) for line in lines]
+        source.metrics = read_metrics(path)
         results = path / "results"
         _read_results(source, [*path.glob("result*.json"), *results.glob("*.json")], results)
         _check_one_student(source)
@@ -193,7 +192,9 @@ def _clip_setting(source: Source) -> Setting:
     bank = taught_by["bank"] | {"teacher": None} if known and taught_by["bank"] else None
     unknown = config.distill == "cifd" and not known
     rest = {k: v for k, v in source.config.items() if k not in SEEDED and (unknown or k != "rates")}
-    teachers = [_with_tag(*teacher) for teacher in config.teachers]
+    # A file of weights has no name that a paper could print.
+    tagged = ((name, weights or "") for name, weights in config.teachers)
+    teachers = [f"{name}:{tag}" if tag and "/" not in tag else name for name, tag in tagged]
     if known and not teachers:  # a cache's, of which only the cache knows the name
         teachers = [teacher["model"] for teacher in taught_by["teachers"]]
     return Setting(
@@ -204,8 +205,3 @@ def _clip_setting(source: Source) -> Setting:
         ibm=config.options.get("ibm", False),
         rest=json.dumps([bank, rest], sort_keys=True),
     )
-
-
-def _with_tag(name: str, weights: str | None) -> str:
-    """``NAME:TAG``; a file of weights has no name that a paper could print."""
-    return f"{name}:{weights}" if weights and "/" not in weights else name

@@ -110,7 +110,6 @@ class Table(Block):
         return groups if any(name for name, _ in groups) else []
 
     def cells(self) -> list[list[Cell]]:
-        """The rows, without mere text."""
         return [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in self.rows]
 
     def merged(self) -> Iterable[list[tuple[Cell, str, int]]]:
@@ -126,7 +125,6 @@ class Table(Block):
             ]
 
     def markdown(self) -> str:
-        """A GitHub table."""
         lines = [[plain(str(column)) for column in self.columns]]
         lines.append(["---" if column.words else "---:" for column in self.columns])
         for row in self.cells():
@@ -135,7 +133,6 @@ class Table(Block):
         return markdown(lines)
 
     def csv(self) -> str:
-        """Comma-separated values."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow([harmless(str(column)) for column in self.columns])

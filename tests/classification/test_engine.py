@@ -1,6 +1,8 @@
 """What classifiers have from the engine: accumulation, skipped steps, W&B's and TensorBoard's."""
 
 import copy
+import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from training.classifier.cifar import Batches
 from training.classifier.config import resolve
 from training.classifier.stage import ClassifierStage
 from training.classifier.teachers import TeacherNetworks
-from training.engine.trainer import Trainer
+from training.engine.trainer import LOOK_BACK, Trainer
 from training.errors import NonFinite, UsageError
 
 ROWS, STEPS = 16, 4
@@ -101,6 +103,27 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped_by_every_optimizer():
     cifd.step(last)
     with pytest.raises(NonFinite, match=r"2 steps in a row .*ce_loss = nan"):
         cifd.check_finite()
+
+
+def test_too_many_skipped_steps_are_noticed_some_steps_later_or_at_the_end():
+    """In a row, as a share of all, and in a run that is shorter than either; without log lines."""
+
+    def steps(*bad: bool, of: int = 1000, **options) -> None:
+        stepping = trainer("cifd", max_nonfinite_steps=3, **options)
+        stepping.total_steps = of
+        for spoilt, batch in zip(bad, itertools.cycle(batches())):
+            images = torch.full_like(batch.images, torch.nan) if spoilt else batch.images
+            stepping.step(replace(batch, images=images))
+            stepping.check_finite(0 if stepping.progress.step == of else LOOK_BACK)
+
+    with pytest.raises(NonFinite, match=r"3 steps in a row .* at step 5;"):
+        steps(False, False, *[True] * 3, *[False] * LOOK_BACK)
+    steps(False, False, *[True] * 3, *[False] * (LOOK_BACK - 1))
+    with pytest.raises(NonFinite, match=r"4 of 7 steps had .* at step 7;"):
+        steps(*[True, False] * 6)
+    with pytest.raises(NonFinite, match=r"2 of 2 steps had"):
+        steps(True, True, of=2)
+    steps(True, False, of=2)
 
 
 def test_a_run_that_diverges_ends_with_the_weights_it_had(photos, tmp_path):

@@ -285,6 +285,7 @@ def resolve(
     config = construct(Config, values)
     _check(config, given)
     engine.check(config)
+    engine.check_place(config)
     _check_assistants(config, bank)
     return config
 

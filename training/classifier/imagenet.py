@@ -21,8 +21,9 @@ from training.classifier.cifar import ImageBatch, normalise, share
 from training.classifier.tars import SUFFIXES, read_labels, shards
 from training.data import draws
 from training.data.decode import BadSample, Caps, decode_image
-from training.data.loader import data_loader, end, iterate
+from training.data.tar import open_regular
 from training.data.views import draw, private_randomness
+from training.data.workers import check_limits, data_loader, end, iterate
 from training.errors import UsageError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -70,15 +71,15 @@ class Photos:
         """One of them, RGB.
 
         Raises:
-            UsageError: it can't be decoded.
+            UsageError: it can't be read or decoded.
         """
         path = self.files[self.file[row]]
-        with open(path, "rb") as file:
-            file.seek(self.offset[row])
-            data = file.read(self.size[row])
         try:
+            with open_regular(path) as file:
+                file.seek(self.offset[row])
+                data = file.read(self.size[row])
             return decode_image(data, CAPS)
-        except BadSample as problem:
+        except (BadSample, OSError) as problem:
             raise UsageError(f"--data: '{self.names[row]}' in {path}: {problem}") from None
 
 
@@ -131,6 +132,8 @@ class PhotoTable:
     ) -> Iterator[ImageBatch]:
         """Batches of these rows; random views are functions of seed, epoch and the image's name."""
         items = _Decoded(self.photos, [chunk.tolist() for chunk in chunks], view, seed, epoch)
+        if self.workers and chunks:
+            check_limits(3 * SIDE**2 * len(chunks[0]), self.workers)
         loader = data_loader(items, None, self.workers, None, self.device.type == "cuda", 2, False)
         iterator = iterate(loader)
         try:

@@ -8,6 +8,7 @@ of shards it has, in any order. A sample that could not be used is all NaN, and 
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -31,13 +32,17 @@ from training.data.stored import StoredViews, libraries
 from training.errors import Failure, UsageError
 
 MODALITIES = ("image", "text")
+HELD_OUT = "-held-out"  # ends the name of a held-out shard
 #: How far float16 may move the square of a unit vector's norm.
 NORM_TOLERANCE = 0.01
 
 
-def shard_name(shard: Shard) -> str:
-    """A shard's name in a cache: its file's stem and the digest of its content's layout."""
-    return f"{Path(shard.path).stem}-{shard.digest[:16]}"
+def shard_name(shard: Shard, held_out: bool = False) -> str:
+    """A shard's name in a cache: its file's stem and the digest of its content's layout.
+
+    Of a held-out shard the images are not augmented, so it may be there beside a training shard.
+    """
+    return f"{Path(shard.path).stem}-{shard.digest[:16]}{HELD_OUT if held_out else ''}"
 
 
 def view_path(directory: Path, shard: Shard, view: int) -> Path:
@@ -62,9 +67,8 @@ def check_config(directory: Path, wanted: dict[str, Any]) -> None:
             )
 
 
-def is_complete(directory: Path, shard: Shard) -> bool:
+def is_complete(directory: Path, name: str) -> bool:
     """Whether a shard's files are all there, whole."""
-    name = shard_name(shard)
     manifest = directory / f"{name}.json"
     if not manifest.is_file():
         return False
@@ -76,15 +80,26 @@ def is_complete(directory: Path, shard: Shard) -> bool:
 
 
 def write_shard(
-    directory: Path, shard: Shard, embeddings: dict[str, Tensor], views: Sequence[Shard] = ()
+    directory: Path,
+    name: str,
+    embeddings: dict[str, Tensor],
+    views: Sequence[Shard] = (),
+    not_finite: Sequence[str] = (),
 ) -> None:
-    """Write one shard's embeddings, of views that are stored already; its manifest appears last."""
-    name = shard_name(shard)
+    """Write one shard's embeddings; its manifest appears last.
+
+    Args:
+        directory: the cache.
+        name: of the shard, see `shard_name`.
+        embeddings: ``image`` (V, samples, T), ``text`` (V or 1, samples, T).
+        views: the stored ones, if they are.
+        not_finite: keys of samples of which the teacher made no finite features.
+    """
     path = directory / f"{name}.safetensors"
     write_tensors(path, embeddings)
     files = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}}
     files |= {Path(v.path).name: {"bytes": v.bytes, "sha256": v.content} for v in views}
-    content = {"samples": shard.samples, "files": files, "libraries": libraries()}
+    content = {"not_finite": list(not_finite), "files": files, "libraries": libraries()}
     write_json(directory / f"{name}.json", content, CACHE_FORMAT)
 
 
@@ -152,22 +167,30 @@ class CacheFetcher(Fetcher):
         directory: the cache.
         sources: the data set whose rows are asked for.
         space: index of the teacher.
+        held_out: whether these are held-out data.
     """
 
     directory: Path
     sources: Sources
     space: int
+    held_out: bool = False
     names: list[str] = field(init=False)
 
     def __post_init__(self):
         shards = self.sources.shards
-        missing = [s.path for s in shards if not is_complete(self.directory, s)]
+        self.names = [shard_name(shard, self.held_out) for shard in shards]
+        missing = [
+            shard.path
+            for shard, name in zip(shards, self.names)
+            if not is_complete(self.directory, name)
+        ]
         if missing:
+            flag = "--val-data" if self.held_out else "--train-data"
             raise UsageError(
                 f"--teacher-cache '{self.directory}' lacks {len(missing)} of {len(shards)} shards "
-                f"(the first: {missing[0]}); run `python -m training.cache_teacher` to its end"
+                f"of {flag} (the first: {missing[0]}); run `python -m training.cache_teacher` with "
+                "it, to its end"
             )
-        self.names = [shard_name(s) for s in shards]
 
     def check(self, row: int, view: int) -> None:
         shard, place = self.sources.place(row)
@@ -262,9 +285,13 @@ class CachedTeachers:
         """Who they are."""
         return [config["teacher"] for config in self.configs]
 
-    def fetchers(self, sources: Sources) -> list[CacheFetcher]:
+    def fetchers(self, sources: Sources, held_out: bool = False) -> list[CacheFetcher]:
         """What the loader needs to deliver the embeddings."""
-        return [CacheFetcher(d, sources, i) for i, d in enumerate(self.directories)]
+        return [CacheFetcher(d, sources, i, held_out) for i, d in enumerate(self.directories)]
+
+    def bad_samples(self) -> Counter[str]:
+        """None: what is stored is looked at when it is read."""
+        return Counter()
 
     def answers(self, batch: Batch) -> bool:
         """Whether their features of the batch are stored, as they are of training views."""

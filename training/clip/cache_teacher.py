@@ -4,18 +4,21 @@ Shards are independent: ``--part I/N`` (an array job) or several processes (torc
 them, finished ones are skipped, and what was written is verified at the end.
 """
 
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from open_clip_train.precision import get_autocast
 from torch import Tensor
 from tqdm import tqdm
 
-from cifd_clip import Features
+from cifd_clip import Features, World
 from cifd_clip.files import write_json
 from training.clip.cache import (
     MODALITIES,
@@ -53,23 +56,41 @@ def start(given: Given) -> int:
     start_logging(world)
     config = cache_config(given, device.type)
     add_model_configs(config.model_config)
-    # This process's share of the shards.
-    sources = index_shards(config.train_data, cache_dir=config.index_dir)
-    part, parts = config.parts
-    shards = list(range(sources.counts.size))[part - 1 :: parts][world.rank :: world.size]
-    caches = Caches(config, sources, device)
-    caches.describe_work(shards)
+    caches = Caches(config, world, device)
+    data = [caches, caches.of_held_out()] if config.val_data else [caches]
+    for each in data:
+        each.describe_work()
     if not config.dry_run:
         if world.rank == 0:
             caches.begin()
         barrier(world)
         # Tasks share the folders; a part has one writer.
+        part, parts = config.parts
         with held(config.caches[0] / f"part-{part}-of-{parts}.lease", world, wait=True):
-            caches.write(shards)
-            caches.verify(shards)
+            for each in data:
+                each.write()
+                each.verify()
             barrier(world)
     end_processes()
     return 0
+
+
+def without_infinite(embeddings: dict[str, Tensor], placed: Tensor) -> np.ndarray:
+    """Make NaN of every row that holds an infinity or a NaN, as of samples that can't be used.
+
+    Args:
+        embeddings: of a shard, (V or 1, samples, T) each.
+        placed: (V, samples) which of them were computed.
+
+    Returns:
+        (samples,) the samples of which a computed row is not finite.
+    """
+    bad = torch.zeros(placed.shape[1], dtype=torch.bool)
+    for rows in embeddings.values():
+        finite = rows.isfinite().all(dim=-1)
+        bad |= (placed[: len(rows)] & ~finite).any(dim=0)
+        rows[~finite] = torch.nan
+    return bad.numpy()
 
 
 class Caches:
@@ -77,12 +98,12 @@ class Caches:
 
     Args:
         config: what to write.
-        sources: the data set.
-        device: of the teachers.
+        world, device: of this process.
     """
 
-    def __init__(self, config: CacheConfig, sources: Sources, device: torch.device):
-        self.config, self.sources, self.device = config, sources, device
+    def __init__(self, config: CacheConfig, world: World, device: torch.device):
+        self.config, self.world, self.device, self.held_out = config, world, device, False
+        self._read(config.train_data, "--train-data")
         # The teachers, and the images and tokens that they read.
         names = config.teachers
         if len(config.caches) != len(names):
@@ -100,6 +121,22 @@ class Caches:
         if self.stored:
             self.writer = self._view_writer()
             self.transforms.view_size = tuple(self.stored["size"])
+
+    def of_held_out(self) -> "Caches":
+        """``--val-data`` in the same folders: one view, not augmented and not stored."""
+        other = copy.copy(self)
+        other.config = replace(self.config, views=1, captions="first")
+        other.text_views, other.stored, other.held_out = 1, None, True
+        other._read(self.config.val_data, "--val-data")
+        return other
+
+    def _read(self, urls: str, flag: str) -> None:
+        """Index the data; this process's share of the shards, and what they are called."""
+        self.sources = index_shards(urls, cache_dir=self.config.index_dir, flag=flag)
+        shards, (part, parts) = self.sources.shards, self.config.parts
+        self.names = [shard_name(shard, self.held_out) for shard in shards]
+        self.numbers = list(range(len(shards)))[part - 1 :: parts]
+        self.numbers = self.numbers[self.world.rank :: self.world.size]
 
     def _stored_views(self) -> dict[str, Any]:
         """How views are stored: by default as large as who wants the most of them."""
@@ -124,14 +161,20 @@ class Caches:
         recipe = Recipe([view], [], self.config.view_seed)
         return ViewWriter(Reader(self.sources, recipe), [], self.config.view_quality)
 
-    def describe_work(self, numbers: list[int]) -> None:
+    @property
+    def left(self) -> list[int]:
+        """The shards that are not there yet."""
+        folders = self.config.caches
+        return [n for n in self.numbers if not all(is_complete(f, self.names[n]) for f in folders)]
+
+    def describe_work(self) -> None:
         """Say what is left to do, and what it takes on the disk."""
-        shards, views = self.sources.shards, self.config.views
-        left = [n for n in numbers if not self._complete(n)]
-        samples = sum(shards[n].samples for n in left)
+        views, left = self.config.views, self.left
+        samples = int(self.sources.counts[left].sum())
         size = samples * (views + self.text_views) * sum(self.teachers.dims) * 2
         print(
-            f"{len(numbers) - len(left)} of {len(numbers)} shards are there; "
+            f"{len(self.numbers) - len(left)} of {len(self.numbers)} "
+            f"{'held-out ' if self.held_out else ''}shards are there; "
             f"{samples * views:,} image passes and {size / 2**30:.2f} GiB of embeddings to go",
             flush=True,
         )
@@ -168,21 +211,37 @@ class Caches:
             description["pretrained"] = self.config.teachers[teacher.space].weights
             write_json(path, description, CACHE_FORMAT)
 
-    def write(self, numbers: list[int]) -> None:
-        """Compute and store the shards that are not there yet."""
-        left = [n for n in numbers if not self._complete(n)]
+    def write(self) -> None:
+        """Compute and store the shards that are not there yet, each while the next is computed."""
+        left = self.left
         views = self.store_views(left) if self.stored else {}
         sources = StoredViews(self.sources, views) if self.stored else self.sources
-        for number, embeddings in self._embeddings(sources, left):
-            shard = self.sources.shards[number]
-            for folder, own in zip(self.config.caches, embeddings):
-                stored = views.get(number, ()) if folder == self.config.caches[0] else ()
-                write_shard(folder, shard, own, stored)
+        with ThreadPoolExecutor(max_workers=1) as background:
+            written: list[Future] = []
+            for number, embeddings, placed in self._embeddings(sources, left):
+                stored = views.get(number, ())
+                written.append(background.submit(self._store, number, embeddings, placed, stored))
+                if len(written) > 1:
+                    written[-2].result()
+            for last in written:
+                last.result()
 
-    def _complete(self, number: int) -> bool:
-        return all(
-            is_complete(folder, self.sources.shards[number]) for folder in self.config.caches
-        )
+    def _store(
+        self,
+        number: int,
+        embeddings: list[dict[str, Tensor]],
+        placed: Tensor,
+        views: Sequence[Shard],
+    ) -> None:
+        shard = self.sources.shards[number]
+        for folder, on_device in zip(self.config.caches, embeddings):
+            own = {modality: rows.cpu() for modality, rows in on_device.items()}
+            bad = without_infinite(own, placed)
+            keys = [key.decode("utf-8", "replace") for key in shard.records["key"][bad]]
+            if keys:
+                print(f"{folder}: {shard.path}: features that are not finite: {keys}", flush=True)
+            stored = views if folder == self.config.caches[0] else ()
+            write_shard(folder, self.names[number], own, stored, keys)
 
     def store_views(self, numbers: list[int]) -> dict[int, list[Shard]]:
         """The tars of shards' views, by number and view; those that are not there are written."""
@@ -207,8 +266,8 @@ class Caches:
 
     def _embeddings(
         self, sources: Sources, numbers: list[int]
-    ) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
-        """(shard number, every teacher's embeddings of it), shard by shard."""
+    ) -> Iterator[tuple[int, list[dict[str, Tensor]], Tensor]]:
+        """(shard number, every teacher's embeddings, (V, samples) which there are), by shard."""
         views = range(self.config.views)
         spans = [(sources.rows_of(n), view) for n in numbers for view in views]
         total = sum(len(rows) for rows, _ in spans)
@@ -218,11 +277,13 @@ class Caches:
         with closing(bar), closing(batches):
             for number in numbers:
                 rows, of_shard = sources.rows_of(number), self._empty(sources.counts[number])
+                placed = torch.zeros(len(views), len(rows), dtype=torch.bool)
                 while batch is not None and int(batch[0].rows[0]) in rows:
+                    placed[batch[0].views, batch[0].rows - rows.start] = True
                     self._place(of_shard, batch[0], batch[1], rows.start)
                     bar.update(len(batch[0]))
                     batch = next(batches, None)
-                yield number, [{m: t.cpu() for m, t in own.items()} for own in of_shard]
+                yield number, of_shard, placed
 
     def _empty(self, samples: int) -> list[dict[str, Tensor]]:
         """Room for a shard's embeddings, on the device: no batch waits for a copy."""
@@ -245,10 +306,11 @@ class Caches:
 
     def _features(self, sources: Sources, spans: list) -> Iterator[tuple[Batch, list[Features]]]:
         """(batch, every teacher's features) of spans of rows, see `sequential`."""
+        held_out, transforms = self.held_out, self.transforms
         batches = sequential(
             sources,
-            self.transforms.train_views(),
-            self.transforms.tokenizers,
+            transforms.eval_views() if held_out else transforms.train_views(),
+            transforms.tokenizers,
             batch_size=self.config.batch_size,
             spans=spans,
             seed=self.config.view_seed,
@@ -260,17 +322,16 @@ class Caches:
         for batch in batches:
             if len(batch):
                 with self.autocast():
-                    yield batch, self.teachers(batch.to(self.device))
+                    yield batch, self.teachers.features(batch.to(self.device))
 
-    def verify(self, numbers: list[int]) -> None:
+    def verify(self) -> None:
         """Re-read every file's hash, and recompute the first samples of the first shard.
 
         Raises:
             Failure: what is stored is not what it should be.
         """
         for folder in self.config.caches:
-            for number in numbers:
-                name = shard_name(self.sources.shards[number])
+            for name in (self.names[n] for n in self.numbers):
                 for path in damaged_files(folder, name):
                     (folder / f"{name}.json").unlink()
                     path.unlink(missing_ok=True)
@@ -278,22 +339,23 @@ class Caches:
                         f"{path} is damaged; its shard is marked as missing: run the same command "
                         "again"
                     )
-        if numbers:
-            self._recompute(numbers[0])
-        print(f"{self.config.teacher_cache}: {len(numbers)} shards verified", flush=True)
+        if self.numbers:
+            self._recompute(self.numbers[0])
+        print(f"{self.config.teacher_cache}: {len(self.numbers)} shards verified", flush=True)
 
     def _recompute(self, number: int) -> None:
-        shard, rows = self.sources.shards[number], self.sources.rows_of(number)
+        rows = self.sources.rows_of(number)
         sources = self.sources
         if self.stored:
             sources = StoredViews(sources, self.store_views([number]))
         for batch, features in self._features(sources, [(rows[: self.config.batch_size], 0)]):
             places = (batch.rows - rows.start).numpy()
             for folder, own in zip(self.config.caches, features):
-                stored = read_embeddings(folder / f"{shard_name(shard)}.safetensors")["image"]
+                stored = read_embeddings(folder / f"{self.names[number]}.safetensors")["image"]
                 worst = abs(stored[0, places] - own.image.cpu().numpy()).max()
                 if not worst <= TOLERANCE[self.config.precision]:
                     raise Failure(
-                        f"{folder}: recomputed embeddings of {shard.path} differ by {worst:.3g} "
-                        "from the stored ones; the cache belongs to other software or data"
+                        f"{folder}: recomputed embeddings of {self.sources.shards[number].path} "
+                        f"differ by {worst:.3g} from the stored ones; the cache belongs to other "
+                        "software or data"
                     )

@@ -26,7 +26,14 @@ from torch.optim import Optimizer
 from cifd_clip import Features, RDMBank, RDMTask
 from cifd_clip.files import file_hash, read_json, write_json, write_text
 from cifd_clip.noise import derive_seed
-from training.clip.cache import MODALITIES, are_unit, read_embeddings, shard_name, verify_shard
+from training.clip.cache import (
+    HELD_OUT,
+    MODALITIES,
+    are_unit,
+    read_embeddings,
+    shard_name,
+    verify_shard,
+)
 from training.clip.config import CalibrationConfig, read_cache_config
 from training.clip.flags import calibration_config
 from training.clip.stages import make_bank
@@ -202,7 +209,8 @@ def find_shards(directory: Path, train_data: str | None, index_dir: str | None =
         UsageError: a shard of the data set is not in the cache, or there is none.
     """
     there = sorted(path.stem for path in directory.glob("*.json") if path.stem != "config")
-    there = [name for name in there if (directory / f"{name}.safetensors").is_file()]
+    there = [n for n in there if (directory / f"{n}.safetensors").is_file()]
+    there = [n for n in there if not n.endswith(HELD_OUT)]
     if train_data:
         wanted = [
             shard_name(shard) for shard in index_shards(train_data, cache_dir=index_dir).shards

@@ -55,12 +55,16 @@ class MethodConfig:
         "none", "none: plain CLIP; rdm: stage 1 of CIFD (the bank); cifd: stage 2", choices=DISTILL
     )
     distill_model: str = flag(
-        "", "teachers: architectures, runs or model folders", metavar="NAME|RUN[,...]"
+        "",
+        "teachers: architectures, runs or model folders",
+        metavar="NAME|RUN[,...]",
+        moves=True,
     )
     distill_pretrained: str = flag(
         "",
         "weights, one per architecture of --distill-model: a tag, a file, a checkpoint or a run",
         metavar="TAG|PATH[,...]",
+        moves=True,
     )
     distill_precision: str = flag(
         "fp32",
@@ -71,6 +75,7 @@ class MethodConfig:
         "",
         "teacher embeddings written by training.cache_teacher",
         metavar="DIR[,DIR]",
+        moves=True,
     )
     rates: tuple[float, ...] = flag(
         (),
@@ -84,6 +89,7 @@ class MethodConfig:
         "the frozen bank whose RDMs assist the first teacher: its folder or its run; without it "
         "cifd trains one first, in RUN/rdm",
         metavar="DIR",
+        moves=True,
     )
     rdm_epochs: int = flag(7, "epochs of stage 1 when cifd trains its own bank", least=1)
     rdm_hidden: tuple[int, ...] = flag(
@@ -117,6 +123,7 @@ class DataConfig:
         "",
         "WebDataset tars: a directory, a brace or glob pattern; '::' joins sources",
         metavar="SHARDS",
+        moves=True,
     )
     train_data_upsampling_factors: str | None = flag(None, "one weight per source", metavar="W::W")
     train_num_samples: int | None = flag(None, "samples per epoch [all]", above=0)

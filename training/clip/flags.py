@@ -340,6 +340,7 @@ def _check(config: Config) -> None:
     if not config.train_data:
         raise UsageError("--train-data is missing: name a directory or pattern of WebDataset tars")
     engine.check(config)
+    engine.check_place(config)
     _check_teachers(config)
     if len(config.rdm_hidden) not in (0, 1, 3) or (
         len(config.rdm_hidden) == 3 and config.rdm_channels
@@ -385,11 +386,6 @@ def _check_teachers(config: Config) -> None:
                 "--distill is none; choose a method, such as --distill cifd"
             )
         return
-    if config.caches and config.val_data:
-        raise UsageError(
-            "--val-data needs the live teacher, --teacher-cache is there to do without: leave one "
-            "of them out"
-        )
     if config.caches and not weights:
         return  # the cache knows its teacher
     if not names:

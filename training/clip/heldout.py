@@ -51,6 +51,7 @@ def held_out(
     rows: np.ndarray | None,
 ) -> HeldOut | None:
     """The batches of ``--val-data``, or those of the training data's held-out rows; or None."""
+    fetchers = ()  # of rows that are training data, a cache has no view without augmentation
     if config.val_data:
         trained = {shard.digest for shard in sources.shards} if sources else set()
         sources = index_shards(config.val_data, cache_dir=config.index_dir, flag="--val-data")
@@ -61,6 +62,7 @@ def held_out(
                 *(len(seen), len(sources.shards), seen[0]),
             )
         rows = np.arange(sources.num_samples)
+        fetchers = stage.source.fetchers(sources, held_out=True)
     if rows is None:
         return None
     batches = partial(
@@ -70,6 +72,7 @@ def held_out(
         stage.transforms.tokenizers,
         batch_size=VALIDATION_BATCH,
         spans=[(rows, 0)],
+        fetchers=fetchers,
         rank=world.rank,
         world_size=world.size,
         workers=config.workers,

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import json
 import logging
 import operator
 import time
@@ -19,8 +20,8 @@ from cifd_clip import World
 from training.clip.config import Config, ProcessConfig
 from training.clip.flags import resolve
 from training.clip.heldout import held_out, split
-from training.clip.models import add_model_configs, build_student
-from training.clip.stages import RDMStage, StudentStage
+from training.clip.models import add_model_configs
+from training.clip.stages import RDMStage, StudentStage, check_student
 from training.data.index import (
     NotAShard,
     Sources,
@@ -81,7 +82,7 @@ def run_stages(config: Config, world: World, device: torch.device) -> bool:
     if config.distill == "cifd" and bank is None and config.rates:
         # Refuse now what stage 2 would refuse after stage 1 has been trained.
         RunDirectory(config)
-        build_student(config, config.seed)
+        check_student(config)
         if not run(bank_config(config), path / "rdm", world, device):
             return False
         bank = path / "rdm" / "bank"
@@ -162,8 +163,11 @@ def _run(
     validation = held_out(config, stage, world, sources, held)
     writer = None
     if world.rank == 0:
+        data, teachers = identify(directory, config, trainer, sources)
         directory.open()
-        describe(directory, config, trainer, sources, checkpoint and checkpoint[0])
+        directory.write("data.json", data)
+        directory.write("teachers.json", teachers)
+        describe(directory, config, trainer, data, checkpoint and checkpoint[0])
         writer = MetricWriter(path, config, directory.config, trainer.progress.step)
     stop = StopFlag(world)
     try:
@@ -294,14 +298,14 @@ def epoch_steps(config: Config, sources: Sources | None, kept: np.ndarray | None
     return samples // config.global_batch
 
 
-def describe(
-    directory: RunDirectory,
-    config: Config,
-    trainer: Trainer,
-    sources: Sources | None,
-    checkpoint: Path | None,
-) -> None:
-    """Record the data's fingerprint and say what is about to happen."""
+def identify(
+    directory: RunDirectory, config: Config, trainer: Trainer, sources: Sources | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the run learns from, for ``data.json`` and ``teachers.json``.
+
+    Raises:
+        UsageError: other data, teachers or another bank than those that the run began with.
+    """
     fingerprint = sources.fingerprint() if sources else stream_fingerprint(config.train_data)
     before = directory.read("data.json", fingerprint)
     if before["hash"] != fingerprint["hash"]:
@@ -310,8 +314,32 @@ def describe(
             f"{before['hash'][:12]}, --train-data has {fingerprint['samples']} with "
             f"{fingerprint['hash'][:12]}"
         )
-    directory.write("data.json", fingerprint)
-    directory.write("teachers.json", trainer.stage.teacher_info())
+    teachers = json.loads(json.dumps(trainer.stage.teacher_info()))
+    before = directory.read("teachers.json", teachers)
+
+    def known(info: dict[str, Any]) -> list:
+        return [info["bank_weights"], *((t["weights"], t["preprocess"]) for t in info["teachers"])]
+
+    if known(before) != known(teachers):
+        raise UsageError(
+            f"{directory.path} was trained with other weights: of the teachers and the bank "
+            f"{_hashes(before)}, now {_hashes(teachers)}"
+        )
+    return fingerprint, teachers
+
+
+def _hashes(info: dict[str, Any]) -> list[str]:
+    return [t["weights"][:12] for t in info["teachers"]] + [(info["bank_weights"] or "none")[:12]]
+
+
+def describe(
+    directory: RunDirectory,
+    config: Config,
+    trainer: Trainer,
+    fingerprint: dict[str, Any],
+    checkpoint: Path | None,
+) -> None:
+    """Say what is about to happen."""
     parameters = sum(p.numel() for p in trainer.parameters)
     log.info(
         "%s | %s on %s | %s samples in %d shards | %d steps of %d | %.1f M parameters train | %s",

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import open_clip
 import torch
+from PIL import Image
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +27,7 @@ from cifd_clip import (
 )
 from cifd_clip.losses import Features
 from cifd_clip.noise import Noise, derive_seed
+from cifd_clip.teacher import weights_hash
 from cifd_clip.towers import compile_towers
 from training.clip.cache import CachedTeachers
 from training.clip.config import Config, MethodConfig
@@ -39,13 +42,24 @@ from training.clip.models import (
 )
 from training.data.index import Sources
 from training.data.loader import Batch, Fetcher
-from training.data.views import ImageSpec, View, eval_view, normalise, stored_view, train_view
+from training.data.views import (
+    ImageSpec,
+    View,
+    eval_view,
+    normalise,
+    private_randomness,
+    stored_view,
+    train_view,
+)
 from training.engine.config import OptimConfig
 from training.engine.optim import one_adamw
 from training.engine.stage import Stage
 from training.errors import UsageError
 
 RECALL_AT = (1, 5, 10)
+
+
+NEWEST = 1000  # batches whose keys are kept, to name samples that can't be used
 
 
 class Transforms:
@@ -120,6 +134,8 @@ class LiveTeachers:
         self.specs = [ImageSpec.of(t.model.visual.preprocess_cfg) for t in teachers]
         self.images = [transforms.add_images(spec) for spec in self.specs]
         self.texts = [transforms.add_texts(t.name, c) for t, c in zip(teachers, configs)]
+        self._bad: Tensor | None = None  # how many samples, and which of the newest
+        self._newest: deque[tuple[list[str], Tensor]] = deque(maxlen=NEWEST)
 
     @property
     def dims(self) -> list[int]:
@@ -131,7 +147,7 @@ class LiveTeachers:
         """Who they are."""
         return [t.identity for t in self.teachers]
 
-    def fetchers(self, sources: Sources) -> list[Fetcher]:
+    def fetchers(self, sources: Sources, held_out: bool = False) -> list[Fetcher]:
         """Nothing that the loader would have to deliver."""
         return []
 
@@ -143,14 +159,43 @@ class LiveTeachers:
         """Where a data set's samples are read from: there."""
         return sources
 
-    def __call__(self, batch: Batch) -> list[Features]:
-        """Every teacher's features of a batch."""
+    def features(self, batch: Batch) -> list[Features]:
+        """Every teacher's features of a batch, whatever they are."""
         return [
             teacher(normalise(batch.images[image], spec), batch.texts[text])
             for teacher, spec, image, text in zip(
                 self.teachers, self.specs, self.images, self.texts
             )
         ]
+
+    def __call__(self, batch: Batch) -> list[Features]:
+        """Every teacher's features of a batch.
+
+        A sample of which some are not finite can't be used: the first good one's images, texts and
+        features take its place, in the batch too.
+        """
+        every = self.features(batch)
+        if not every:
+            return every
+        finite = [f.image.isfinite().all(dim=-1) & f.text.isfinite().all(dim=-1) for f in every]
+        bad = ~torch.stack(finite).all(dim=0)
+        self._bad = bad.sum() + (0 if self._bad is None else self._bad)
+        self._newest.append((batch.keys, bad))
+        rows = torch.arange(len(batch), device=bad.device)
+        rows = torch.where(bad, (~bad).int().argmax(), rows)
+        batch.images = [images[rows] for images in batch.images]
+        batch.texts = [texts[rows] for texts in batch.texts]
+        return [f._replace(image=f.image[rows], text=f.text[rows]) for f in every]
+
+    def bad_samples(self) -> Counter[str]:
+        """Samples replaced since it was last called; reads the device."""
+        count = 0 if self._bad is None else int(self._bad)
+        if count:
+            keys = [k for keys, bad in self._newest for k, b in zip(keys, bad.tolist()) if b]
+            logging.warning("the teacher's features are not finite: %s", sorted(set(keys)))
+        self._bad = None
+        self._newest.clear()
+        return Counter({"teacher: features not finite": count}) if count else Counter()
 
 
 class ClipStage(Stage[Batch]):
@@ -169,7 +214,9 @@ class ClipStage(Stage[Batch]):
     def teacher_info(self) -> dict[str, Any]:
         """Who the teachers are, and what the bank is: for the run directory."""
         bank = None if self.bank is None else self.bank.config()
-        return {"teachers": self.source.identities, "bank": bank}
+        trained = self.bank is None or self.rates  # here: it is no one's teacher yet
+        weights = None if trained else weights_hash(self.bank)
+        return {"teachers": self.source.identities, "bank": bank, "bank_weights": weights}
 
     def optimizers(self, config: OptimConfig) -> list[Optimizer]:
         return one_adamw(config, self.task)
@@ -177,6 +224,9 @@ class ClipStage(Stage[Batch]):
     def targets(self, batch: Batch) -> list[Features]:
         """Features of every teacher."""
         return self.source(batch)
+
+    def bad_samples(self) -> Counter[str]:
+        return self.source.bad_samples()
 
     def concatenate(self, parts: list[list[Features]]) -> list[Features]:
         return [
@@ -335,6 +385,30 @@ def _content(task: DistillationTask) -> dict[str, Any]:
 def _load(task: DistillationTask, content: dict[str, Any]) -> None:
     task.student.model.load_state_dict(content["state_dict"])
     task.method.load_state_dict(content["method"])
+
+
+@torch.no_grad()
+def check_student(config: Config) -> None:
+    """Refuse a student that can't encode one image and one caption of its tokenizer.
+
+    Raises:
+        UsageError: what was wrong.
+    """
+    model = build_student(config, config.seed)
+    check_accumulation(config, model)
+    try:
+        transforms = Transforms()
+        transforms.add_texts(config.model, student_config(config))
+        spec = ImageSpec.of(model.visual.preprocess_cfg)
+        pixels = eval_view(spec)(Image.new("RGB", (300, 200)))
+        student = Student(model.eval(), config.options.get("ibm_site", "projection"))
+        with private_randomness():
+            tokens = transforms.tokenizers[0](["a photo of a dog"])
+        student.embed(student(normalise(pixels[None], spec), tokens))
+    except Exception as error:  # of several libraries
+        raise UsageError(
+            f"--model {config.model} can't encode an image and a caption: {error}"
+        ) from error
 
 
 def check_accumulation(config: Config, model: nn.Module) -> None:

@@ -8,7 +8,6 @@ resuming is by shard, not by sample, and the order depends on the number of rank
 import hashlib
 import itertools
 import logging
-import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -27,26 +26,12 @@ from training.data.tar import BadTar, members, open_regular
 from training.data.views import View, private_randomness
 from training.data.workers import check_limits, data_loader, end, iterate, reads
 from training.errors import Failure, UsageError
+from training.masking import masked
 
 log = logging.getLogger(__name__)
 
 MAX_BAD, MAX_BARREN = 20_000, 100  # samples and shards in a row without a usable one
 _PROGRAMS = {"gs": "gsutil", "ais": "ais"}  # that webdataset calls; for other schemes it is curl
-_SECRETS = (  # each a place to keep, and what is hidden after it
-    r"(://)[^/\s'\"@]+(?=@)",  # user:password
-    # of a signed URL the whole query: the parts of a signature have many names
-    r"(\?)[^\s'\"]*(?:sig|signature|token|credential|key|secret|password)=[^\s'\"]*",
-    r"((?:authorization|token|secret|password|api-?key)\s*[:=]\s*(?:(?:bearer|basic)\s+)?)[^\s'\"]+",
-    r"(\bhf_)\w+",
-)
-_SECRET = [re.compile(secret, re.IGNORECASE) for secret in _SECRETS]
-
-
-def masked(text: str) -> str:
-    """A URL or command without the passwords, tokens and signatures in it."""
-    for secret in _SECRET:
-        text = secret.sub(r"\1***", text)
-    return text
 
 
 def check_urls(urls: str, flag: str = "--train-data") -> list[str]:

@@ -24,6 +24,7 @@ from torchvision.transforms import (
     ToTensor,
 )
 
+from cifd_clip.compiled import Compiled
 from training.data.decode import BadSample
 from training.data.draws import seed_of
 from training.data.pixels import Crop, Pixels, Whole, picture, tensor
@@ -129,9 +130,15 @@ def normalise(images: Tensor, spec: ImageSpec) -> Tensor:
     """
     if images.is_floating_point():
         return images
-    mean, std = _statistics(spec.mean, spec.std, images.device)
+    return _normalised(images, *_statistics(spec.mean, spec.std, images.device))
+
+
+def _plainly_normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     images = images.to(torch.float32, memory_format=torch.contiguous_format)
     return images.div_(255).sub_(mean).div_(std)
+
+
+_normalised = Compiled(_plainly_normalised)  # one pass over the pixels in place of four
 
 
 def draw(view_of: View, image: Image.Image, seed: int, view: int, key: bytes) -> Tensor:
@@ -201,5 +208,5 @@ def _view(transform: Compose) -> View:
 @lru_cache
 def _statistics(mean, std, device) -> tuple[Tensor, Tensor]:
     return tuple(
-        torch.tensor(x, dtype=torch.float32, device=device).view(-1, 1, 1) for x in (mean, std)
+        torch.tensor(x, dtype=torch.float32).view(-1, 1, 1).to(device) for x in (mean, std)
     )

@@ -5,13 +5,16 @@ classes are narrow on purpose: a part of the engine takes the one it reads.
 """
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from training.engine.flags import Given, check_ranges, flag
 from training.errors import UsageError
 
+MAX_NAME = 200  # a file's may have 255 bytes
 FORMAT = 1  # of config.json and of every other JSON file of a run directory
 SCHEDULERS = ("cosine", "const", "const-cooldown", "linear", "multistep")
 PRECISIONS = ("fp32", "amp", "amp_bf16", "amp_bfloat16")
@@ -104,6 +107,12 @@ def free_to_change(config: Any) -> set[str]:
     return whole | {f.name for f in fields(config) if f.metadata.get("free")}
 
 
+def moved(config: Any, before: Mapping[str, Any]) -> set[str]:
+    """Fields whose content a hash decides, where the run had them: they may name another place."""
+    moves = {f.name for f in fields(config) if f.metadata.get("moves")}
+    return {name for name in moves if bool(before.get(name)) == bool(getattr(config, name))}
+
+
 def share_batch(given: Given, default: int, world_size: int) -> dict[str, int]:
     """``batch_size`` and ``global_batch`` that go together.
 
@@ -163,6 +172,21 @@ def check(config: Any) -> None:
             raise UsageError(f"--report-to '{sink}': expected tensorboard, wandb or both")
         if importlib.util.find_spec(sink) is None:
             raise UsageError(f"--report-to {sink}: the package is missing: pip install {sink}")
+
+
+def check_place(config: RunConfig) -> None:
+    """Refuse a run directory that is none, or lies elsewhere than in ``--logs``.
+
+    Raises:
+        UsageError: see above.
+    """
+    name, logs = Path(config.name), Path(config.logs).absolute()
+    if not name.parts or name.is_absolute() or ".." in name.parts:
+        raise UsageError(f"--name '{config.name}': expected the name of a folder in --logs")
+    if any(len(os.fsencode(part)) > MAX_NAME for part in name.parts):
+        raise UsageError(f"--name {config.name[:20]}...: longer than {MAX_NAME} bytes")
+    if file := next((place for place in (logs, *logs.parents) if place.is_file()), None):
+        raise UsageError(f"--logs {config.logs}: {file} is a file, expected a folder")
 
 
 def record(config: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from open_clip_train.distributed import init_distributed_device
 from cifd_clip import World
 from training.engine.config import ProcessConfig
 from training.errors import Failure, Stopped, UsageError, exit_code, sentence
+from training.masking import MaskingFormatter, masked
 
 T = TypeVar("T")
 
@@ -226,15 +227,16 @@ class Peers:
                     return
                 if not self._busy():
                     break
-            print(f"error: {why}", file=sys.stderr, flush=True)
+            print(f"error: {masked(why)}", file=sys.stderr, flush=True)
             os._exit(code)
 
 
 def start_logging(world: World) -> None:
     """Rank 0 talks, the others only about trouble."""
     level = logging.INFO if world.rank == 0 else logging.WARNING
-    style = {"format": "%(asctime)s | %(message)s", "datefmt": "%H:%M:%S"}
-    logging.basicConfig(level=level, force=True, **style)
+    handler = logging.StreamHandler()
+    handler.setFormatter(MaskingFormatter("%(asctime)s | %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=level, force=True, handlers=[handler])
 
 
 def end_processes() -> None:

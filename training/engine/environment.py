@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cifd_clip
+from training.masking import masked
 
 ROOT = Path(__file__).resolve().parents[2]  # of the packages
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -30,7 +31,7 @@ def cores() -> int:
 def origin() -> dict[str, str | None]:
     """What makes this process's figures: its command and the checkout's commit."""
     command = shlex.join(["python", "-m", _entry_point(), *sys.argv[1:]])
-    return {"command": command, "commit": _commit()}
+    return {"command": masked(command), "commit": _commit()}
 
 
 def versions(*packages: str) -> dict[str, str]:

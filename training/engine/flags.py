@@ -32,7 +32,8 @@ def flag(default: Any, help: str = "", **options: Any) -> Any:
         options: ``choices``, ``metavar``, ``nargs``, ``action`` of argparse; ``least`` (the value
             is at least this), ``above`` and ``below`` (strictly), which `check_ranges` checks;
             ``span``: the lowest and highest value that `training.tune` tries;
-            ``free``: whether a resumed run may change it.
+            ``free``: whether a resumed run may change it; ``moves``: whether it may be given in
+            another way, because what it names is known by a hash.
     """
     metadata = {"help": help, **options}
     if isinstance(default, dict):

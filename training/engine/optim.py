@@ -65,6 +65,9 @@ def with_adam_for_densities(
     options = {"lr": config.lr, "weight_decay": config.wd, "fused": True}
     if config.opt == "sgd":
         optimizers: list[Optimizer] = [SGD(rest, momentum=momentum, **options)]
+        for parameter in rest if momentum else ():
+            # torch would leave it as memory held it where the first step is skipped
+            optimizers[0].state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     else:
         betas = (config.beta1, config.beta2)
         optimizers = [AdamW(rest, betas=betas, eps=config.eps, **options)]

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from cifd_clip.files import BadFile, file_hash, make_folder, read_json, write_json
-from training.engine.config import FORMAT, free_to_change, record
+from training.engine.config import FORMAT, free_to_change, moved, record
 from training.engine.environment import environment
 from training.engine.flags import spelled
 from training.errors import UsageError
+from training.masking import MaskingFormatter, masked
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +28,16 @@ class RunDirectory:
 
     def __init__(self, config: Any, path: Path | None = None):
         self.path = path or Path(config.logs) / config.name
-        self.config = json.loads(json.dumps(record(config)))
+        self.config = masked(json.loads(json.dumps(record(config))))
         if (self.path / "config.json").is_file():
             if not config.resume:
                 raise UsageError(
                     f"{self.path} holds a run already: choose another --name, or continue it with "
                     "--resume latest"
                 )
-            _check_same(self.path, self.read("config.json"), self.config, free_to_change(config))
+            before = self.read("config.json")
+            free = free_to_change(config) | moved(config, before)
+            _check_same(self.path, before, self.config, free)
         make_folder(self.path)
 
     @property
@@ -78,7 +81,7 @@ class RunDirectory:
         starts = self.read("environment.json", {"starts": []})["starts"]
         self.write("environment.json", {"starts": [*starts, environment()]})
         handler = logging.FileHandler(self.path / "out.log")
-        handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
+        handler.setFormatter(MaskingFormatter("%(asctime)s | %(levelname)s | %(message)s"))
         logging.getLogger().addHandler(handler)
 
     def close(self) -> None:
@@ -106,6 +109,26 @@ def read_run(path: Path, name: str = "config.json") -> dict[str, Any]:
         BadFile: it is missing, damaged or of another format.
     """
     return read_json(path / name, FORMAT)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run directory's ``metrics.jsonl``, if any; one that is being written is none.
+
+    Raises:
+        BadFile: a line is none.
+    """
+    if not (file := path / "metrics.jsonl").is_file():
+        return []
+    content, metrics = file.read_text(errors="replace"), []
+    for number, text in enumerate(content.splitlines(keepends=True), 1):
+        try:
+            line = json.loads(text)
+            metrics.append({**line, "kind": str(line["kind"]), "step": int(line["step"])})
+        except (ValueError, TypeError, KeyError) as error:
+            if not text.endswith("\n"):
+                break
+            raise BadFile(f"{file}:{number} is damaged: {text[:40]!r}") from error
+    return metrics
 
 
 def bank_folder(place: Path) -> Path:

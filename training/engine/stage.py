@@ -1,5 +1,6 @@
 """What the engine asks of a stage: what trains, on what, and what it leaves behind."""
 
+from collections import Counter
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -67,6 +68,10 @@ class Stage(Generic[B]):
     def targets(self, batch: B) -> Any:
         """What the teachers say of a batch or micro-batch."""
         raise NotImplementedError
+
+    def bad_samples(self) -> Counter[str]:
+        """Samples that `targets` had to replace since this was last called; reads the device."""
+        return Counter()
 
     def concatenate(self, parts: list[Any]) -> Any:
         """The targets of a batch from those of its micro-batches."""

@@ -293,6 +293,7 @@ class Trainer:
 
     def agree_on_skipped(self) -> None:
         """Add what every rank has skipped to the progress, which is the same on all of them."""
+        self.newly_skipped.update(self.stage.bad_samples())
         for part in all_gather_object(self.world, self.newly_skipped):
             self.progress.skipped.update(part)
         self.newly_skipped = Counter()

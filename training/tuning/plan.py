@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cifd_clip.methods import DECLARED
-from training.engine.flags import CommandLine, spelled
+from training.engine.flags import CommandLine, Given, expand_files, spelled
 from training.errors import UsageError
 
 EDGE = 0.05  # of a span (of its logarithm): a best value this near to an end is on the edge
@@ -56,9 +56,9 @@ class Row:
     weights: tuple[Weight, ...]
 
     def trials(self, count: int, seed: int) -> list[dict[str, float]]:
-        """The values of each trial: the defaults first, then drawn from the spans.
+        """The values of each trial: first those that the flags leave or give, then draws.
 
-        A row without weights has one trial: all of them would be the same.
+        A row without weights has none.
         """
         words = sha256(f"{seed}/{self.name}".encode()).digest()
         draws = np.random.Generator(np.random.Philox(int.from_bytes(words[:16], "big")))
@@ -66,7 +66,7 @@ class Row:
         tried = [{w.name: w.at(s) for w, s in zip(self.weights, row)} for row in shares]
         defaults = {w.name: w.default for w in self.weights}
         inside = all(w.default and w.low <= w.default <= w.high for w in self.weights)
-        return ([defaults] if inside else []) + tried[: count - inside] if defaults else [{}]
+        return ([defaults] if inside else []) + tried[: count - inside] if defaults else []
 
 
 class Command(NamedTuple):
@@ -75,6 +75,8 @@ class Command(NamedTuple):
     module: str
     method: str
     """The flag that names a method."""
+    parse: Callable[[list[str]], Given]
+    """What a command line gives."""
     resolve: Callable[[list[str]], Any]
     """The configuration of a command line."""
     weights: Callable[[Any], list[Weight]]
@@ -116,6 +118,16 @@ class Plan:
     prune: bool
 
     @property
+    def name(self) -> str:
+        """Of the study."""
+        return self.folder.name
+
+    @property
+    def logs(self) -> Path:
+        """The parent of its folder."""
+        return self.folder.parent
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What may not change while the study goes on."""
         spans = {row.name: [list(weight) for weight in row.weights] for row in self.rows}
@@ -132,29 +144,41 @@ class Plan:
         }
 
 
-def _clip(argv: list[str]) -> Any:
-    from training.clip.flags import named_files, parse, resolve
+def _clip_given(argv: list[str]) -> Given:
+    from training.clip.flags import parse
 
-    given = parse(argv)
+    return parse(argv)
+
+
+def _clip(argv: list[str]) -> Any:
+    from training.clip.flags import named_files, resolve
+
+    given = _clip_given(argv)
     return resolve(given, **named_files(given))
 
 
 def _clip_weights(config: Any) -> list[Weight]:
     options = DECLARED[config.distill].options if config.distill in DECLARED else ()
-    return [Weight(o.name, _one(o.default), *o.span) for o in options if o.span]
+    return [Weight(o.name, _one(config.options[o.name]), *o.span) for o in options if o.span]
+
+
+def _classifier_given(argv: list[str]) -> Given:
+    from training.classifier.config import parse
+
+    return parse(argv)
 
 
 def _classifier(argv: list[str]) -> Any:
-    from training.classifier.config import bank_rates, parse, resolve
+    from training.classifier.config import bank_rates, resolve
 
-    given = parse(argv)
+    given = _classifier_given(argv)
     return resolve(given, bank=bank_rates(given))
 
 
 def _classifier_weights(config: Any) -> list[Weight]:
     fields = config.__dataclass_fields__.items() if config.teachers else ()
     return [
-        Weight(name, _one(field.default), *field.metadata["span"])
+        Weight(name, _one(getattr(config, name)), *field.metadata["span"])
         for name, field in fields
         if "span" in field.metadata
         and config.method in field.metadata.get("methods", (config.method,))
@@ -167,9 +191,15 @@ def _one(default: Any) -> float:
 
 RECALL = tuple(f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10))
 COMMANDS = {
-    "main": Command("training.main", "--distill", _clip, _clip_weights, RECALL, ()),
+    "main": Command("training.main", "--distill", _clip_given, _clip, _clip_weights, RECALL, ()),
     "classify": Command(
-        "training.classify", "--method", _classifier, _classifier_weights, ("acc1",), ("--final",)
+        "training.classify",
+        "--method",
+        _classifier_given,
+        _classifier,
+        _classifier_weights,
+        ("acc1",),
+        ("--final",),
     ),
 }
 
@@ -189,7 +219,7 @@ def parse(argv: Sequence[str]) -> Plan:
     )
     add = parser.add_argument_group("what is compared").add_argument
     add("--methods", nargs="+", required=True, metavar="NAME",
-        help="methods; or NAME='FLAGS' for a row with flags of its own")  # fmt: skip
+        help="methods; NAME='FLAGS': a row with flags of its own, which are not tuned")  # fmt: skip
     add("--against", metavar="NAME", help="the row that others are compared with [the first]")
     add("--command", choices=COMMANDS, default="main", help="of training: what the runs are")
     add("--trials", type=int, default=12, metavar="N", help="of each row")
@@ -274,7 +304,7 @@ def _row(command: Command, text: str, flags: list[str], spans: dict[str, tuple])
     match = ROW.fullmatch(text)
     if not match:
         raise UsageError(f"--methods '{text}': expected a method, or NAME='FLAGS'")
-    name, own = match[1], shlex.split(match[2] or "")
+    name, own = match[1], expand_files(shlex.split(match[2] or ""))
     if command.method not in own:
         own = [command.method, name, *own]
     method = own[own.index(command.method) + 1]
@@ -282,15 +312,16 @@ def _row(command: Command, text: str, flags: list[str], spans: dict[str, tuple])
         own += TEACHERS  # which the others share
     config = command.resolve([*flags, *own])
     _check(command, name, config)
+    fixed = command.parse(own)
     weights = {
         weight.name: weight
         for weight in command.weights(config)
-        if weight.name not in OF or has(config, OF[weight.name])
+        if weight.name not in fixed and (weight.name not in OF or has(config, OF[weight.name]))
     }
     for flag, (low, high) in spans.items():
         if flag in weights:
             weights[flag] = weights[flag]._replace(low=low, high=high)
-        elif hasattr(config, flag):
+        elif hasattr(config, flag) and flag not in fixed:
             weights[flag] = Weight(flag, getattr(config, flag), low, high)
     return Row(name, tuple(own), tuple(weights.values()))
 

@@ -84,7 +84,7 @@ class Queue:
             self.optuna.create_study(study_name=name, pruner=pruner, **options)
             for name in (row.name, f"{row.name}, new seeds")
         )
-        if not trials.get_trials(deepcopy=False):
+        if not trials.get_trials(deepcopy=False):  # of a row without weights there are none
             for number, values in enumerate(row.trials(self.plan.trials, self.plan.seed)):
                 trials.enqueue_trial(values, user_attrs={"number": number})
         return Studies(trials, final)
@@ -138,7 +138,7 @@ class Queue:
             worker = trial.user_attrs.get("worker", "")
             if worker != self.worker and self._dead(worker):
                 if worker.rpartition("-")[0] == socket.gethostname():
-                    end_orphan(*trial.user_attrs.get("process", (0, "")))
+                    end_orphan(*trial.user_attrs.get("process", (0, [])))
                 self.give_back(study, trial)
 
     def _dead(self, worker: str) -> bool:

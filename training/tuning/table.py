@@ -51,7 +51,7 @@ def record(plan: Plan, row: Row, trials: Any, final: Any) -> dict[str, Any]:
     )
     runs = {t.user_attrs["number"]: t for t in final.get_trials() if t.value is not None}
     figures = [{k: v for k, v in t.user_attrs.items() if k not in OURS} for t in runs.values()]
-    best = trials.best_params
+    best = trials.best_params if row.weights else {}
     return {
         "row": row.name,
         "flags": list(row.flags),
@@ -74,7 +74,7 @@ def importance(trials: Any) -> dict[str, float]:
 
 def data(plan: Plan) -> dict[str, Any]:
     """The fingerprint of the training data, from one of the runs."""
-    return read_run(plan.folder / "runs" / f"{plan.rows[0].name}-t00", "data.json")
+    return read_run(plan.folder / "runs" / f"{plan.rows[0].name}-s00", "data.json")
 
 
 def markdown(plan: Plan, records: list[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from training.tuning.plan import Plan, row_flags
 from training.tuning.queue import Claim, Queue
 from training.tuning.table import write_table
 
-FORMAT = 1  # of study.json
+FORMAT = 1  # of settings.json
 STOPPED = os.EX_TEMPFAIL
 DIVERGED = 3  # exit code of a run whose loss is no number: as bad as it gets
 PAUSE = 0.2
@@ -75,7 +75,7 @@ def work(plan: Plan) -> int:
 
 def check_settings(plan: Plan) -> None:
     """Write down what the study is, or refuse to go on with another."""
-    path, settings = plan.folder / "study.json", json.loads(json.dumps(plan.settings))
+    path, settings = plan.folder / "settings.json", json.loads(json.dumps(plan.settings))
     if not path.is_file():
         write_json(path, settings, FORMAT)
     for name, before in read_json(path, FORMAT).items():
@@ -129,11 +129,12 @@ class Worker:
         plan, (trials, _) = self.plan, self.queue.studies[claim.row.name]
         kind, values, seed = "t", claim.trial.params, plan.seed
         if claim.final:
-            kind, values, seed = "s", trials.best_params, plan.seed + 1 + claim.number
+            kind, seed = "s", plan.seed + 1 + claim.number
+            values = trials.best_params if claim.row.weights else {}
         run = plan.folder / "runs" / f"{claim.row.name}-{kind}{claim.number:02}"
-        train = ["-m", plan.command.module, f"--name={run.name}", "--resume=latest", "--keep=1"]
-        train += [*plan.flags, *row_flags(claim.row, values), f"--seed={seed}"]
-        train += [f"--logs={run.parent}", *(plan.command.final if claim.final else ())]
+        train = ["-m", plan.command.module, *plan.flags, *row_flags(claim.row, values)]
+        train += ["--seed", str(seed), "--logs", str(run.parent), "--name", run.name]
+        train += ["--resume=latest", "--keep=1", *(plan.command.final if claim.final else ())]
         commands = [train]
         if claim.final and plan.evaluation:
             commands.append(["-m", "eval.benchmark", str(run), *plan.evaluation])
@@ -144,7 +145,7 @@ class Worker:
         log = task.run.with_suffix(".log")
         command = task.commands.pop(0)
         task.process = children.start(command, self.plan.threads, log)
-        task.claim.trial.set_user_attr("process", [task.process.pid, command[2]])
+        task.claim.trial.set_user_attr("process", [task.process.pid, command])
 
     def look_after(self, task: Task) -> None:
         """Take note of a run's validations and of its end."""

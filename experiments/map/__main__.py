@@ -1,0 +1,172 @@
+"""``python -m experiments.map``: what each term of distillation brings, and where.
+
+A pretrained teacher; students of two sizes on 2,000 to 20,000 labelled images beside photos; in
+each cell every method under equal tuning (training.tune), then new seeds on two subsets of the
+data. results/map/protocol.md says what is measured and was written before the first figure.
+Stopped, it goes on where it was.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.map.table import write_map
+from experiments.study import STOPPED, Run, Study, command_line
+from training.errors import cli
+
+MODELS = Path(os.path.relpath(Path(__file__).parent.parent / "clip_small" / "models"))
+SUBSETS = ("a", "b")
+AGAINST = "clipkd"
+
+
+class Scale(NamedTuple):
+    """How large everything is."""
+
+    images: tuple[int, ...]  # labelled ones, of each cell
+    models: str  # prefix of the students' configurations
+    samples: int  # of a run, whatever the cell
+    batch: int
+    bank: int  # samples of a bank's training
+    trials: int
+    seeds: int  # of each subset
+
+
+SCALES = {
+    "cpu": Scale((2_000, 6_000, 20_000), "small", 128_000, 128, 256_000, 8, 3),
+    "trial": Scale((200, 400), "tiny", 512, 64, 512, 2, 2),
+}
+#: Photos beside the labelled images: all of Flickr8k's beside 20,000.
+PHOTOS = 6_591 / 20_000
+#: The student of every cell, and the one that the largest cell has as well.
+SMALL, LARGE = "gap10", "gap3"
+RATES = "10000 3000 1000"
+#: Row → its flags; of a row without, the name is the method's.
+ROWS = {
+    "none": "",
+    "fd": "",
+    "clipkd-published": "--distill clipkd --projector separate --interactive-scale raw "
+    "--lambda-fd 2000 --lambda-crd 1 --lambda-icl 1",
+    "clipkd": "",
+    "cifd": "--rdm-bank {bank}",
+    "cifd-noibm": "--distill cifd --rdm-bank {bank} --no-ibm",
+    "clipkd+rdm": "--distill clipkd --rdm-bank {bank}",
+    "clipkd+ibm": "--distill clipkd --ibm",
+}
+#: Rows of the largest cell alone.
+MORE = {
+    "cifd0": "--distill cifd --rates",
+    "cifd1": "--distill cifd --rdm-bank {bank1}",
+    "kd": "",
+    "tinyclip": "",
+    "mobileclip": "",
+    "rkd": "",
+}
+
+
+class Cell(NamedTuple):
+    """A part of the map."""
+
+    images: int
+    model: str
+
+    @property
+    def name(self) -> str:
+        """Of its studies."""
+        return f"{self.model}-{self.images}"
+
+
+def cells(scale: Scale) -> list[Cell]:
+    """The cells, the smallest data first."""
+    return [Cell(n, SMALL) for n in scale.images] + [Cell(scale.images[-1], LARGE)]
+
+
+def plan(scale: Scale, jobs: int) -> Iterator[Run]:
+    """Every run, each after those it needs; those of a cell together."""
+    done = set()
+    for cell in cells(scale):
+        for subset in SUBSETS:
+            data = f"{cell.images}{subset}"
+            if data not in done:
+                done.add(data)
+                yield from teaching(scale, data)
+            rows = ROWS | (MORE if cell == Cell(scale.images[-1], SMALL) else {})
+            yield tuning(scale, cell, subset, rows, jobs)
+
+
+def common(scale: Scale, data: str) -> tuple[str, ...]:
+    """Flags of all runs on a subset."""
+    return (
+        f"--train-data={{data}}/{data}",
+        *("--captions=all", "--view-seed=0", "--aug-cfg", "scale=[0.6,1.0]", "--views=4"),
+        *(f"--batch-size={scale.batch}", "--precision=fp32", "--device=cpu", "--workers=0"),
+    )
+
+
+def teaching(scale: Scale, data: str) -> Iterator[Run]:
+    """The teacher's cache of a subset, and its banks."""
+    cache = f"cache-{data}"
+    flags = ("--distill-model=local-dir:{data}/teacher", f"--model={scale.models}-{SMALL}")
+    flags += ("--model-config", f"{MODELS}/{scale.models}-{SMALL}.json")
+    where = (f"--teacher-cache={{logs}}/{cache}",)
+    yield Run(cache, "training.cache_teacher", (*common(scale, data), *flags), where, cost=8)
+    for name, rates in (("bank", RATES), ("bank1", "1000")):
+        steps = ("--epochs=1", f"--train-num-samples={scale.bank}", "--rates", *rates.split())
+        steps += ("--val-fraction=0.1", f"--teacher-cache={{{cache}}}", "--distill=rdm")
+        where = ("--logs={logs}", "--name={name}", "--resume=latest", "--view-memory=0.5")
+        yield Run(f"{name}-{data}", "training.main", (*common(scale, data), *steps), where, cost=2)
+
+
+def tuning(scale: Scale, cell: Cell, subset: str, rows: dict[str, str], jobs: int) -> Run:
+    """A cell's study on a subset: the first tunes, the second takes the first's weights."""
+    data, first = f"{cell.images}{subset}", subset == SUBSETS[0]
+    banks = {name: f"{{{name}-{data}}}" for name in ("bank", "bank1")}
+    methods = []
+    for name, text in rows.items():
+        flags = text.format(**banks)
+        if not first:
+            flags = f"@{{{cell.name}-{SUBSETS[0]}}}/best/{name}.args {flags}"
+        methods.append(f"{name}={flags}" if flags else name)
+    model = f"{scale.models}-{cell.model}"
+    size = ("--trials", str(scale.trials), "--seeds", str(scale.seeds))
+    runs = (*common(scale, data), f"--teacher-cache={{cache-{data}}}", f"--model={model}")
+    runs += ("--model-config", f"{MODELS}/{model}.json", "--val-fraction=0.1", "--epochs=1")
+    runs += (f"--train-num-samples={scale.samples}", "--save-frequency=0", "--lr=4e-3")
+    runs += ("--view-memory=0.5",)
+    test = ("--data-root={data}/benchmark", "--datasets", "cifar100", "flickr8k")
+    return Run(
+        f"{cell.name}-{subset}",
+        "training.tune",
+        ("--methods", *methods, f"--against={AGAINST}", *size, *test, "--", *runs),
+        where=("--logs={logs}", "--name={name}", f"--jobs={jobs}"),
+        cost=1.5 * len(rows) * (scale.seeds + scale.trials * first) / jobs,
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Execute what is missing; exit 0 when everything is there."""
+    parser = command_line("experiments.map", __doc__)
+    add = parser.add_argument
+    add("--cifar100", type=Path, required=True, metavar="DIR", help="with cifar100_*.npz")
+    add("--flickr8k", type=Path, required=True, metavar="DIR", help="with train/*.tar, test/*.tar")
+    add("--scale", choices=SCALES, default="cpu", help="how large everything is")
+    add("--jobs", type=int, default=2, help="students at a time, one thread each")
+    add("--logs", type=Path, default=Path("logs/map"), metavar="DIR", help="of the runs")
+    add("--results", type=Path, default=Path("results/map"), metavar="DIR", help="of the map")
+    add("--dry-run", action="store_true", help="print the commands that are left and their cost")
+    args = parser.parse_args(argv)
+    scale = SCALES[args.scale]
+    study = Study(list(plan(scale, args.jobs)), args.logs, args.logs / "data")
+    if args.dry_run:
+        study.dry_run()
+        return 0
+    from experiments.map.data import prepare  # takes seconds to import
+
+    prepare(args.logs / "data", args.cifar100, args.flickr8k, scale.images, PHOTOS)
+    finished = study.execute(jobs=1)
+    print(write_map(args.logs, args.results, [cell.name for cell in cells(scale)], SUBSETS))
+    return 0 if finished else STOPPED
+
+
+if __name__ == "__main__":
+    cli(main)

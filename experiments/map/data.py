@@ -1,0 +1,55 @@
+"""The map's data: subsets of CIFAR-100 and Flickr8k to train on, their test sets, the teacher.
+
+Written: ``{N}a/*.tar`` and ``{N}b/*.tar``, two subsets of N labelled images and photos in
+proportion, in img2dataset's layout, without a pair in common while there are enough;
+``benchmark/cifar100`` and ``benchmark/flickr8k`` in clip_benchmark's; and ``teacher``, trained on
+all training pairs.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cifd_clip.files import read_json, write_json
+from experiments.clip_small.data import KEY, PER_SHARD, TEMPLATES, Pair, cifar_pairs, flickr_pairs
+from experiments.map.bed import write_teacher
+from experiments.shards import describe, write_shards, write_split
+from training.data.draws import permutation
+from training.errors import UsageError
+
+
+def prepare(out: Path, cifar100: Path, flickr8k: Path, sizes: Sequence[int], photos: float) -> None:
+    """Write the data unless they are there; a function of its arguments.
+
+    Args:
+        out: folder to write.
+        cifar100, flickr8k: see `experiments.clip_small.data.prepare`.
+        sizes: numbers of labelled images.
+        photos: how many photos come with each.
+    """
+    mark, settings = out / "made.json", {"sizes": list(sizes), "photos": photos}
+    if mark.is_file():
+        if read_json(mark) != settings:
+            raise UsageError(f"{out} holds data of other sizes: move it away, or use other --logs")
+        return
+    names, images = cifar_pairs(cifar100, "train")
+    pictures = list(flickr_pairs(flickr8k / "train"))
+    for size in sizes:
+        parts = [(images, size), (pictures, round(size * photos))]
+        for number, subset in enumerate("ab"):
+            chosen = [pair for pairs, count in parts for pair in _some(pairs, count, number)]
+            mixed = permutation(len(chosen), "map", size, subset)
+            samples = (chosen[row].trained() for row in mixed)
+            write_shards(out / f"{size}{subset}", samples, PER_SHARD, KEY, "{:05}")
+    tests = {"cifar100": cifar_pairs(cifar100, "test")[1]}
+    tests["flickr8k"] = list(flickr_pairs(flickr8k / "test"))
+    for name, pairs in tests.items():
+        write_split(out / "benchmark" / name, "test", map(Pair.tested, pairs), PER_SHARD, KEY)
+        describe(out / "benchmark" / name, names if name == "cifar100" else (), TEMPLATES)
+    write_teacher(out / "teacher", images, pictures)
+    write_json(mark, settings)
+
+
+def _some(pairs: Sequence[Pair], count: int, number: int) -> list[Pair]:
+    """The ``number``-th ``count`` pairs of an order that is always the same; wraps at the end."""
+    order = permutation(len(pairs), "map", "subset")
+    return [pairs[order[(number * count + i) % len(pairs)]] for i in range(count)]

@@ -1,0 +1,55 @@
+"""No step waits for the device, and none launches more kernels than it must: without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fake_cuda
+
+#: Kernels of a step of one-layer towers, at most: what reaches a GPU as launches of 6 µs each. With
+#: an IBM or in stage 1 most are the densities', which a GPU runs compiled to some thirty each.
+LAUNCHES = {
+    "none": 300, "fd": 350, "tinyclip": 400, "kd": 400, "mobileclip, two teachers": 510,
+    "clipkd": 520, "cifd, no IBM": 470, "cifd": 2950, "cifd, embedding, clean": 2950, "rdm": 2700,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """What each step did on fake CUDA tensors, in a process that finds our CUDA."""
+    if torch.version.cuda is None:
+        pytest.skip("this torch was built without CUDA")
+    folder = tmp_path_factory.mktemp("cuda")
+    environment = fake_cuda.stub(folder)
+    if environment is None:
+        pytest.skip("there is no C compiler for the stub of CUDA")
+    here = Path(__file__).parent
+    environment |= {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(here / "fake_cuda.py"), str(folder)],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_no_step_of_any_method_in_any_way_reads_the_device(steps):
+    failed = {name: error for name, error in steps.items() if isinstance(error, str)}
+    assert not failed, "\n".join(f"{name}: {error}" for name, error in failed.items())
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_step_launches_no_more_kernels_than_it_did(steps, name):
+    launches = steps[name]
+    assert sum(launches.values()) <= LAUNCHES[name], launches
+
+
+def test_reading_a_fake_tensor_is_seen():
+    """Or the first test could not fail."""
+    with torch._subclasses.FakeTensorMode(), pytest.raises(Exception, match="_local_scalar_dense"):
+        float(torch.ones(2).sum())
