@@ -71,7 +71,10 @@ class RunConfig:
     logs: str = flag("./logs", "parent of the run directory")
     name: str = flag("", "the run directory's name [from method, model and seed]")
     resume: str | None = flag(
-        None, "go on from the newest intact checkpoint of this run, if any", choices=("latest",)
+        None,
+        "latest: go on from the newest intact checkpoint, if any; PATH: go back to this one of the "
+        "run: later ones move to checkpoints/superseded",
+        metavar="latest|PATH",
     )
     save_frequency: int = flag(1, "epochs between checkpoints", least=0)
     save_every_n_steps: int = flag(
