@@ -144,7 +144,9 @@ def counted(monkeypatch) -> list[tuple[int, int]]:
     def counting(decode):
         def count(*args):
             image = decode(*args)
-            sizes.append(image.whole if isinstance(image, Pixels) else image.size)
+            size = image.whole if isinstance(image, Pixels) else image.size
+            if size != (64, 64):  # of no sample: transforms are tried out with it
+                sizes.append(size)
             return image
 
         return count
