@@ -63,7 +63,7 @@ def test_two_linear_maps_align_what_belongs_together(monkeypatch):
     image_map, text_map, _ = bed.align(labelled, photos)
     text = torch.nn.functional.normalize(labelled.texts @ text_map, dim=-1)
     classes = (labelled.images @ image_map @ text.t()).argmax(1)
-    assert (classes == labelled.groups).float().mean() > 0.9
+    assert (classes == labelled.groups).float().mean() > 0.8, "chance is a tenth"
 
 
 def test_a_missing_package_is_named(monkeypatch):
