@@ -169,11 +169,12 @@ class Trainer:
         try:
             losses, report = self.gradients(batch, noise)
         except torch.OutOfMemoryError as error:
+            rows, reason = len(batch) // self.config.accum_freq, str(error).partition(". ")[0]
             raise Failure(
-                f"the GPU's memory is too small for {len(batch) // self.config.accum_freq} rows at "
-                "a time: --accum-freq 4 takes a quarter of them at a time for the same loss (a "
-                "step takes about 1.2 times as long), --grad-checkpointing keeps about a sixth of "
-                f"the towers' activations (about 1.1 times as long); {str(error).partition('. ')[0]}"
+                f"the GPU's memory is too small for {rows} rows at a time: --accum-freq 4 takes a "
+                "quarter of them at a time for the same loss (a step takes about 1.2 times as "
+                "long), --grad-checkpointing keeps about a sixth of the towers' activations (about "
+                f"1.1 times as long); {reason}"
             ) from error
         # The update, and the average of weights.
         report["grad_norm"] = self._update(losses)
