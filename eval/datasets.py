@@ -244,6 +244,12 @@ def _check(folder: Folder) -> None:
     count = len(folder.classnames)
     if not count or not folder.templates:
         raise Gap("no class names or no templates, neither in the folder nor in clip_benchmark")
+    for template in folder.templates:
+        # replaced by itself alone: a format such as {c:>3000000000} would fill the memory
+        if "{c}" not in template or set("{}") & set(template.replace("{c}", "")):
+            raise Gap(
+                f"template '{template[:60]}': expected the class name as {{c}}, no other braces"
+            )
     if protocol.captions:
         raise Gap("a classification folder where the protocol is retrieval")
     if protocol.classes and count != protocol.classes:

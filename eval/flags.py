@@ -40,6 +40,8 @@ def forward_of(args: Namespace, local_rank: int = 0) -> "Forward":
 
     from eval.embed import Forward
 
+    if args.batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, got {args.batch_size}")
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -390,6 +390,14 @@ def test_a_known_set_with_a_wrong_class_count_is_refused(student, tmp_path):
         datasets.open_folder(tmp_path, "imagenet-a", "test")
 
 
+@pytest.mark.parametrize("template", ["a photo", "{}", "{0}", "{c!r}", "{c:>3000000000}", "{c} {"])
+def test_a_template_that_has_not_exactly_the_class_to_fill_in_is_a_gap(template, tmp_path):
+    classification_set(tmp_path / "pets", ["a", "b"], tiny_images(2), [0, 1])
+    (tmp_path / "pets" / "zeroshot_classification_templates.txt").write_text(template)
+    with pytest.raises(datasets.Gap, match=r"expected the class name as \{c\}"):
+        datasets.open_folder(tmp_path, "pets", "test")
+
+
 def test_a_known_set_without_class_names_takes_clip_benchmarks(tmp_path):
     classification_set(tmp_path / "wds_imagenetv2", [], tiny_images(1), [0])
     (tmp_path / "wds_imagenetv2" / "zeroshot_classification_templates.txt").unlink()

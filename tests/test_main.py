@@ -19,6 +19,7 @@ import torch.distributed as dist
 from open_clip_train.params import parse_args as open_clip_parse_args
 
 import cifd_clip
+import training.engine.loop
 from cifd_clip import World
 from cifd_clip.files import BadFile
 from cifd_clip.rdm import RDMBank
@@ -227,6 +228,7 @@ WRONG = {
     "missing flag file": (["@nowhere.args"], [], "no such flag file"),
     "CoCa student": (["--model", "coca_ViT-B-32"], [], "CoCa"),
     "batch norm and accumulation": (["--model", "RN50", "--accum-freq", "2"], [], "normalisation"),
+    "a crop's range upside down": (["--aug-cfg", "scale=(2,1)"], [], "--aug-cfg scale="),
     "no checkpoint kept": (["--keep", "-1"], [], "--keep must be 0 or more"),
     "no window": (["--shuffle-window", "0"], [], "--shuffle-window must be positive"),
     "negative workers": (["--workers", "-1"], [], "--workers must be 0 or more"),
@@ -416,6 +418,22 @@ def test_a_student_that_cannot_run_is_refused_before_its_bank_is_trained(flags, 
     with pytest.raises(UsageError, match="--model small can't encode an image and a caption"):
         main([*command, "--name", "run"])
     assert not (tmp_path / "run" / "rdm").exists()
+
+
+def test_what_was_trained_is_saved_when_a_worker_dies(flags, tmp_path, monkeypatch):
+    log = training.engine.loop._log
+
+    def kill(*given):
+        log(*given)
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        for worker in map(int, children):
+            os.kill(worker, signal.SIGKILL)
+
+    monkeypatch.setattr("training.engine.loop._log", kill)
+    command = [*flags, "--workers", "1", "--epochs", "50", "--save-frequency", "0"]
+    with pytest.raises(Failure, match=r"data worker \d+ was killed"):
+        main([*command, "--logs", str(tmp_path), "--name", "run"])
+    assert final(tmp_path / "run")["progress"]["step"] >= 1
 
 
 def test_a_missing_bank_and_a_foreign_bank_are_refused(flags, bank, teacher, tmp_path):

@@ -16,6 +16,7 @@ from cifd_clip.classification.methods import (
     Weights,
 )
 from cifd_clip.classification.models import simple_cnn
+from cifd_clip.files import BadFile
 from classification.command import run_photos
 from classification.small import bank, generator, table
 from runs import final
@@ -24,6 +25,9 @@ from training.classifier.cifar import Batches
 from training.classifier.config import resolve
 from training.classifier.stage import ClassifierStage
 from training.classifier.teachers import TeacherNetworks
+from training.engine.config import RunConfig
+from training.engine.metrics import MetricWriter, Sink
+from training.engine.run import read_metrics
 from training.engine.trainer import LOOK_BACK, Trainer
 from training.errors import NonFinite, UsageError
 
@@ -134,6 +138,37 @@ def test_a_run_that_diverges_ends_with_the_weights_it_had(photos, tmp_path):
     assert all(t.isfinite().all() for t in saved["task"].values())
     assert saved["progress"]["nonfinite_steps"] >= 2
     assert not (tmp_path / "diverged" / "finished.json").exists()
+
+
+def test_a_place_for_metrics_that_fails_is_told_once_and_training_goes_on(tmp_path, caplog):
+    """W&B without a network on a compute node, TensorBoard over a full quota."""
+
+    def fail(*_) -> None:
+        raise ConnectionError("no network")
+
+    (tmp_path / "tensorboard").touch()
+    writer = MetricWriter(tmp_path, RunConfig(report_to="tensorboard"))
+    writer._sinks["wandb"] = Sink(fail, fail)
+    for step in (1, 2):
+        writer.write("train", step, {"loss": 1.0})
+    writer.close()
+    told = [
+        r.getMessage() for r in caplog.records if "gets no more of this run's" in r.getMessage()
+    ]
+    assert len(told) == 2 and "no network" in told[1] and "tensorboard" in told[0]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", '{"kind": "train"}', "nonsense"])
+def test_a_damaged_line_of_metrics_is_named_and_a_resumed_run_goes_on_without_it(line, tmp_path):
+    good = ['{"kind": "train", "step": 1}', '{"kind": "train", "step": 3}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([good[0], line, good[1], '{"ki']))
+    with pytest.raises(BadFile, match=r"metrics.jsonl:2 is damaged"):
+        read_metrics(tmp_path)
+    MetricWriter(tmp_path, RunConfig(), step=2).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == good[0] + "\n"
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*good, '{"ki']))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3], "one is being written"
 
 
 def test_metrics_go_to_tensorboard_as_well(photos, tmp_path):

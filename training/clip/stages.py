@@ -74,16 +74,18 @@ class Transforms:
 
     Attributes:
         normalised: whether the training views are, and are floats.
-        view_size: (height, width) of stored views, which are no more than resized; None: training
-            views are drawn.
+        stored: whether training views are stored, and no more than resized.
     """
 
     def __init__(self, aug_cfg: dict | None = None, backend: str = "pil"):
         self.aug_cfg, self.backend = aug_cfg, backend
-        self.view_size: tuple[int, int] | None = None
+        self.stored = False
         try:
-            self.normalised = bool(train_view(ImageSpec(), aug_cfg, backend).finish)
-        except (TypeError, ValueError) as error:
+            view = train_view(ImageSpec(), aug_cfg, backend)
+            self.normalised = bool(view.finish)
+            with private_randomness():
+                view(Image.new("RGB", (64, 64)))
+        except (TypeError, ValueError, RuntimeError) as error:
             shown = " ".join(f"{key}={value}" for key, value in aug_cfg.items())
             raise UsageError(f"--aug-cfg {shown}: OpenCLIP can't use it: {error}") from error
         self.specs: list[ImageSpec] = []
@@ -117,8 +119,8 @@ class Transforms:
 
     def train_views(self) -> list[View]:
         """The augmenting transforms, or those of stored views."""
-        if self.view_size is not None:
-            return [stored_view(spec, self.view_size, self.backend) for spec in self.specs]
+        if self.stored:
+            return [stored_view(spec) for spec in self.specs]
         return [train_view(spec, self.aug_cfg, self.backend) for spec in self.specs]
 
     def eval_views(self) -> list[View]:
@@ -451,7 +453,7 @@ def make_teachers(
         names = ("view_seed", "views", "captions", "aug_cfg", "image_backend")
         wanted = {name: getattr(config, name) for name in names}
         cached = CachedTeachers(config.caches, config.teachers, wanted)
-        transforms.view_size = cached.view_size
+        transforms.stored = cached.stored
         return cached
     configs = [model_config(name, "--distill-model") for name, _ in config.teachers]
     return LiveTeachers(build_teachers(config, device), configs, transforms)

@@ -20,7 +20,7 @@ import numpy as np
 from cifd_clip.files import file_hash, writing
 from training.data.decode import BadSample
 from training.data.tar import BadTar, Member, members, open_regular
-from training.errors import Failure, UsageError
+from training.errors import Failure, MachineFailure, UsageError
 
 VERSION = 2
 SUFFIX = ".index.npz"
@@ -82,7 +82,8 @@ class Shard:
         try:
             return _open(self.path, self.bytes, self.modified).read(offset, size)
         except OSError as error:
-            raise Failure(f"{self.path} can't be read any more: {error.strerror}") from error
+            what = f"{self.path} can't be read any more: {error.strerror}"
+            raise MachineFailure(what) from error
 
 
 class NotAShard(Failure):
@@ -339,7 +340,7 @@ _open = lru_cache(maxsize=OPEN_SHARDS)(_Opened)
 
 
 def _changed(path: str) -> Failure:
-    return Failure(
+    return MachineFailure(
         f"{path} was changed after it was indexed: put the old one back, or start again (--resume "
         "latest goes on where the content is the same)"
     )

@@ -100,8 +100,19 @@ def train(
 
     stopping_early = asked_to_stop if alone else hangs
     batches = loader.batches(progress.step, trainer.total_steps, stopping_early, data_timeout)
+    begun = progress.step
+
+    def delivered() -> Iterator[Batch]:
+        try:
+            yield from clock.timed(batches)
+        except Exception:  # of a worker or its data: the weights are good
+            if progress.step > begun:
+                saver.save(alone)
+                saver.wait()
+            raise
+
     with contextlib.closing(bar):
-        for batch in clock.timed(batches):
+        for batch in delivered():
             meter.add(trainer.step(batch.to(trainer.device)))
             bar.update()
             step, epoch_end = progress.step, progress.step % trainer.steps_per_epoch == 0

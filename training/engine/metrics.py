@@ -5,9 +5,10 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from cifd_clip.files import write_text
 from training.engine.config import RunConfig
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Meter:
@@ -67,6 +69,13 @@ def flatten(values: Mapping[str, float | list[float]], rates: list[float]) -> di
     return flat
 
 
+class Sink(NamedTuple):
+    """Another place for metrics."""
+
+    log: Callable[[dict[str, float], int], None]
+    close: Callable[[], None]
+
+
 class MetricWriter:
     """``metrics.jsonl``, and TensorBoard and Weights & Biases where ``--report-to`` names them.
 
@@ -87,34 +96,32 @@ class MetricWriter:
         path = directory / "metrics.jsonl"
         _forget_after(path, step)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115
-        self._tensorboard = self._wandb = None
-        if "tensorboard" in config.report_to:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
-        if "wandb" in config.report_to:
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.wandb_project_name,
-                name=_wandb_name(directory),
-                id=_wandb_id(directory),
-                notes=config.wandb_notes,
-                config=recorded,
-                resume="allow",
-                dir=str(directory),
-            )
+        self._sinks: dict[str, Sink] = {}
+        makers = {
+            "tensorboard": partial(_tensorboard, directory, step),
+            "wandb": partial(_wandb, directory, config, recorded),
+        }
+        for name, make in makers.items():
+            if name in config.report_to and (sink := self._try(name, make)):
+                self._sinks[name] = sink
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One line: ``{"kind": kind, "step": step, **values}``; not a number becomes null."""
         line = {"kind": kind, "step": step, **{k: _finite(v) for k, v in values.items()}}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         scalars = {k: v for k, v in values.items() if isinstance(v, (int, float))}
-        if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
-        if self._wandb is not None:
-            self._wandb.log({f"{kind}/{k}": v for k, v in scalars.items()}, step=step)
+        named = {f"{kind}/{name}": value for name, value in scalars.items()}
+        for name, sink in list(self._sinks.items()):
+            self._try(name, partial(sink.log, named, step))
+
+    def _try(self, name: str, act: Callable[[], T]) -> T | None:
+        """Go on without a sink that fails: metrics.jsonl has everything."""
+        try:
+            return act()
+        except Exception as error:  # of libraries, networks and disks
+            log.warning("%s gets no more of this run's metrics: %s", name, error)
+            self._sinks.pop(name, None)
+        return None
 
     def sync(self) -> None:
         """Make the lines survive a power cut."""
@@ -124,10 +131,35 @@ class MetricWriter:
         """Flush and close every writer."""
         self.sync()
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for name, sink in list(self._sinks.items()):
+            self._try(name, sink.close)
+
+
+def _tensorboard(directory: Path, step: int) -> Sink:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+
+    def log_scalars(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return Sink(log_scalars, writer.close)
+
+
+def _wandb(directory: Path, config: RunConfig, recorded: dict[str, Any] | None) -> Sink:
+    import wandb
+
+    run = wandb.init(
+        project=config.wandb_project_name,
+        name=_wandb_name(directory),
+        id=_wandb_id(directory),
+        notes=config.wandb_notes,
+        config=recorded,
+        resume="allow",
+        dir=str(directory),
+    )
+    return Sink(lambda values, step: run.log(values, step=step), run.finish)
 
 
 def _wandb_name(directory: Path) -> str:
