@@ -333,6 +333,7 @@ def test_cifd_is_equations_12_and_13(cfg, site):
         width = made.student.widths[modality]
         close(report[f"{modality}_bits"], width * rate / math.log(2))
     close(losses["contrastive_loss"], 0.3 * sum(cl))
+    close(report["contrastive"], sum(cl))
     # L″ = λ_CL·L_CL + L_CIFD,I + L_CIFD,L
     close(total(losses), 0.3 * sum(cl) + sum(expected.values()) + 0.2 * sum(nats))
 
