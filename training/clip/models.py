@@ -145,8 +145,8 @@ def build_student(config: StudentConfig, seed: int) -> nn.Module:
         )
     if config.pretrained:
         check_weights(config.model, config.pretrained, "--pretrained", config.force_quick_gelu)
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, "student"))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(seed, "student"))
         model = _create(
             config.model,
             config.pretrained or None,

@@ -98,6 +98,9 @@ class ProcessConfig:
     precision: str = flag("fp32", "[amp_bf16 on a GPU, fp32 on a CPU]", choices=PRECISIONS)
     dist_url: str | None = flag(None, "where the processes meet [env://]")
     dist_backend: str | None = flag(None, "[nccl on GPUs, gloo on CPUs]")
+    deterministic: bool = flag(
+        False, "deterministic kernels on a GPU (slower), where torch has them", free=True
+    )
     no_set_device_rank: bool = flag(False, "one GPU is visible per process")
 
 

@@ -52,6 +52,10 @@ def start_processes(config: ProcessConfig) -> tuple[World, torch.device]:
     device = init_distributed_device(place)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # for what asks no tensor where it lies, such as seeds
+    torch.backends.cudnn.benchmark = not config.deterministic  # the fastest convolutions
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch asks for
+        torch.use_deterministic_algorithms(True, warn_only=True)
     return World(place.rank, place.world_size), device
 
 
