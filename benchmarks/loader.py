@@ -98,13 +98,10 @@ def compare(urls: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
         seconds = {
             who: [one["seconds"] / one["images"] for one in own] for who, own in passes.items()
         }
-        for who, own in passes.items():
-            line = f"{workers} worker(s)  {who:15s} {1 / statistics.median(seconds[who]):7.1f} /s"
+        for who, own in seconds.items():
+            line = f"{workers} worker(s)  {who:15s} {1 / statistics.median(own):7.1f} /s"
             for other in {"open_clip", "torchvision v2"} & passes.keys() - {who}:
                 line += f"   x {other} {spelled(ratios(seconds, other, who))}"
-            if workers == 0:
-                read = statistics.median(one["bytes_per_image"] for one in own)
-                line += f"   {read / 1e3:6.1f} KB read"
             print(line, flush=True)
     return result
 
@@ -124,22 +121,18 @@ def measure(
     batches = readers[who](*inputs) if who in readers else _ours(who, folder, *inputs)
     for _ in range(2 * workers):
         next(batches)  # made while the workers started
-    before, start, images = _bytes_read(), time.perf_counter(), 0
+    start, images = time.perf_counter(), 0
     for item in batches:
         images += len(item[0]) if who in readers else len(item)
-    seconds = time.perf_counter() - start
-    # a worker's reads are its own: this figure is of no use with workers
-    read = (_bytes_read() - before) / images
-    return {"images": images, "seconds": seconds, "bytes_per_image": read}
+    return {"images": images, "seconds": time.perf_counter() - start}
 
 
 def _ours(who, folder, sources, spec, tokenizer, batch, workers, seed) -> Iterator:
-    backend = "pil" if who == "ours" else "torch"
-    view = train_view(spec, backend=backend)
+    view = train_view(spec, backend="torch" if who == "ours, torch" else "pil")
     if who == "ours, stored":
         tars = [index_shard(str(_tar(folder, n))) for n in range(len(sources.shards))]
         sources = StoredViews(sources, {n: [tar] for n, tar in enumerate(tars)})
-        view = stored_view(spec, (spec.size, spec.size), backend)
+        view = stored_view(spec)
     loader = Loader(
         Order(sources, seed), sources, [view], [tokenizer],
         seed=seed, global_batch=batch, views=1, workers=workers,
@@ -228,11 +221,6 @@ def store(sources: Sources, size: int, seed: int, folder: Path) -> list:
 
 def _tar(folder: str | Path, shard: int) -> Path:
     return Path(folder) / f"{shard}.view0.tar"
-
-
-def _bytes_read() -> int:
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(fields["rchar"])
 
 
 if __name__ == "__main__":

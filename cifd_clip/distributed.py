@@ -42,11 +42,13 @@ class World:
             columns: what they are compared with, gathered; by default the features' own.
         """
         columns = self.columns(features) if columns is None else columns
-        bias = 0.0 if features.logit_bias is None else features.logit_bias
-        return Logits(
-            features.logit_scale * features.image @ columns.text.t() + bias,
-            features.logit_scale * features.text @ columns.image.t() + bias,
+        logits = Logits(
+            features.logit_scale * features.image @ columns.text.t(),
+            features.logit_scale * features.text @ columns.image.t(),
         )
+        if features.logit_bias is None:
+            return logits
+        return Logits(*(values + features.logit_bias for values in logits))
 
     def labels(self, logits: Logits) -> Tensor:
         """(b,) column of each local row's own pair."""

@@ -37,10 +37,8 @@ LAYERS = [(fan_out, fan_in) for fan_in, fan_out in pairwise(FILTERS)]
 # Values per slab. On a CPU: large enough for torch to share a slab between threads (from 32,768
 # values each), small enough for the last-level cache (`python -m benchmarks.entropy`). On a GPU:
 # so many that launches don't count, so few that sixty float32 tensors of them fit in 2 GiB.
-CPU_SLAB_VALUES = 1 << 17
+CPU_SLAB_VALUES = 1 << 16
 GPU_SLAB_VALUES = 1 << 23
-
-Units = list[Tensor]  # one (rows, channels) tensor per unit of a layer
 
 
 class FactorizedDensity(nn.Module):
@@ -122,15 +120,13 @@ def _layers(weights: Tensor, biases: Tensor, gates: Tensor, opening: Tensor) -> 
     )
 
 
-def _affine(weight: Tensor, inputs: Units, bias: Tensor | None) -> Units:
-    """One (rows, C) tensor per output unit: Σ_i weight[o, i]·inputs[i] (+ bias[o])."""
-    outputs = []
-    for o in range(weight.shape[0]):
-        first = inputs[0] * weight[o, 0]
-        unit = first if bias is None else first.add_(bias[o])
-        for i in range(1, weight.shape[1]):
-            unit.addcmul_(inputs[i], weight[o, i])
-        outputs.append(unit)
+def _affine(weight: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """(out, rows, C): Σ_i weight[o, i]·inputs[i] (+ bias[o])."""
+    outputs = inputs[0] * weight[:, 0, None]
+    if bias is not None:
+        outputs += bias[:, None]
+    for i in range(1, weight.shape[1]):
+        outputs.addcmul_(inputs[i], weight[:, i, None])
     return outputs
 
 
@@ -157,18 +153,17 @@ def _run(values: Tensor, parameters: tuple[Tensor, ...], tape: list | None = Non
         tape: receives per layer its inputs, lower and difference, and of a hidden layer's units
             tanh(a), tanh(a + d) and their difference t.
     """
-    lower: Units = [values - 0.5]
-    difference: Units = [torch.ones_like(values[:1])]  # of a bin: the same in every row
+    lower = values[None] - 0.5
+    difference = torch.ones_like(values[None, :1])  # of a bin: the same in every row
     for weight, bias, gates, opening in _layers(*parameters):
         kept = [lower, difference]
         lower, difference = _affine(weight, lower, bias), _affine(weight, difference, None)
         if gates is not None:
-            tanh_lower = [torch.tanh(a) for a in lower]
-            tanh_upper = [(a + d).tanh_() for a, d in zip(lower, difference)]
-            rest = [_remainder(*u) for u in zip(lower, difference, tanh_lower, tanh_upper)]
-            change = [d - r for d, r in zip(difference, rest)]
-            lower = [a.addcmul_(t, g) for a, t, g in zip(lower, tanh_lower, gates)]
-            difference = [r.addcmul_(t, o) for r, t, o in zip(rest, change, opening)]
+            tanh_lower, tanh_upper = torch.tanh(lower), (lower + difference).tanh_()
+            rest = _remainder(lower, difference, tanh_lower, tanh_upper)
+            change = difference - rest
+            lower = lower.addcmul_(tanh_lower, gates[:, None])
+            difference = rest.addcmul_(change, opening[:, None])
             kept += [tanh_lower, tanh_upper, change]
         if tape is not None:
             tape.append(kept)
@@ -190,32 +185,33 @@ def _gradients(values: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tenso
     lower, delta = _run(values, parameters, tape)
     # d log p / dl = σ(−u) − σ(l) at a constant δ,  d log p / dδ = σ(−u) + 1/(e^δ − 1)
     slope = torch.sigmoid(-(lower + delta))
-    grad_lower = [(slope - torch.sigmoid(lower)).mul_(grad)]
-    grad_difference = [(slope + delta.expm1().reciprocal_()).mul_(grad)]
-    sums: tuple[list, list, list] = ([], [], [])
-    for layer, (inputs, differences, *hidden) in zip(
-        reversed(_layers(*parameters)), reversed(tape)
-    ):
-        weight, _, gates, opening = layer
-        of_weights, of_biases, of_gates = [], [], []
-        for unit, (gl, gd) in enumerate(zip(grad_lower, grad_difference)):
-            if hidden:
-                tanh_lower, tanh_upper, change = (h[unit] for h in hidden)
-                of_gates.append((gl * tanh_lower).addcmul_(gd, change).sum(0))
-                # a + g·tanh(a) has the slope 1 + g − g·tanh²(a) …
-                gl.mul_((tanh_lower.square() * -gates[unit]).add_(opening[unit]))
-                # … which at a + d is −g·t·(tanh(a) + tanh(a + d)) more.
-                gl.addcmul_((tanh_lower + tanh_upper).mul_(change).mul_(-gates[unit]), gd)
-                gd.mul_((tanh_upper.square() * -gates[unit]).add_(opening[unit]))
-            of_biases.append(gl.sum(0))
-            for a, d in zip(inputs, differences):
-                of_weights.append((gl * a).addcmul_(gd, d).sum(0))
-        for all_layers, own in zip(sums, (of_weights, of_biases, of_gates)):
-            all_layers[:0] = own
+    grad_lower = (slope - torch.sigmoid(lower)).mul_(grad)[None]
+    grad_difference = (slope + delta.expm1().reciprocal_()).mul_(grad)[None]
+    of_weights, of_biases, of_gates = [], [], []
+    for layer, kept in zip(reversed(_layers(*parameters)), reversed(tape)):
+        (weight, _, gates, opening), (inputs, differences, *hidden) = layer, kept
+        if hidden:
+            tanh_lower, tanh_upper, change = hidden
+            closing, opening = -gates[:, None], opening[:, None]
+            of_gates.append((grad_lower * tanh_lower).addcmul_(grad_difference, change).sum(1))
+            # a + g·tanh(a) has the slope 1 + g − g·tanh²(a) …
+            grad_lower.mul_((tanh_lower.square() * closing).add_(opening))
+            # … which at a + d is −g·t·(tanh(a) + tanh(a + d)) more.
+            grad_lower.addcmul_(
+                (tanh_lower + tanh_upper).mul_(change).mul_(closing), grad_difference
+            )
+            grad_difference.mul_((tanh_upper.square() * closing).add_(opening))
+        of_biases.append(grad_lower.sum(1))
+        products = [
+            (grad_lower * a).addcmul_(grad_difference, d).sum(1)
+            for a, d in zip(inputs, differences)
+        ]
+        of_weights.append(torch.stack(products, 1).flatten(0, 1))
         transposed = weight.transpose(0, 1)
         grad_lower = _affine(transposed, grad_lower, None)
         grad_difference = _affine(transposed, grad_difference, None)
-    return grad_lower[0], *map(torch.stack, sums)
+    sums = (torch.cat(kind[::-1]) for kind in (of_weights, of_biases, of_gates))
+    return grad_lower[0], *sums
 
 
 _log_p_slab, _gradients_slab = Compiled(_log_p), Compiled(_gradients)
@@ -238,9 +234,7 @@ class _LogLikelihood(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         values, *parameters = ctx.saved_tensors
-        parts = [
-            _gradients_slab(slab, grad_slab, *parameters)
-            for slab, grad_slab in zip(_slabs(values), _slabs(grad))
-        ]
+        slabs = zip(_slabs(values), _slabs(grad.contiguous()))  # one layout: compiled once
+        parts = [_gradients_slab(slab, grad_slab, *parameters) for slab, grad_slab in slabs]
         of_values, *of_parameters = zip(*parts)
         return torch.cat(of_values), *(sum(part) for part in of_parameters), None

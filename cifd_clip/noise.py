@@ -13,6 +13,8 @@ from torch import Tensor
 # Rows are drawn in blocks, one generator each, so that a rank draws only the blocks its rows
 # touch, however large the global batch is.
 BLOCK_ROWS = 128
+# Columns of a draw: what a wider one would give hangs on the number of a GPU's processors.
+DRAWN_COLUMNS = 1024
 
 
 def derive_seed(*parts: object) -> int:
@@ -52,5 +54,6 @@ class Noise:
         generator = torch.Generator(device)
         for index, block in enumerate(noise.split(BLOCK_ROWS)):
             generator.manual_seed(derive_seed(self.seed, self.step, site, first + index))
-            block.uniform_(-0.5, 0.5, generator=generator)
+            for columns in block.split(DRAWN_COLUMNS, 1):
+                columns.uniform_(-0.5, 0.5, generator=generator)
         return noise.narrow(0, self.start - first * BLOCK_ROWS, rows)

@@ -25,7 +25,7 @@ from typing import Any
 from PIL import Image
 
 from eval import builders
-from training.errors import UsageError
+from training.errors import UsageError, did_you_mean
 
 IMAGES = ("webp", "png", "jpg", "jpeg")
 LABELS = {"zeroshot_classification": "cls", "zeroshot_retrieval": "txt"}
@@ -164,7 +164,8 @@ def open_folder(root: Path, name: str, split: str) -> Folder:
 def _built(name: str, path: Path, split: str) -> Folder:
     missing = f"no folder '{name}/{split}' with nshards.txt under the data root"
     if not builders.knows(name, split):
-        raise Gap(missing)
+        known = {*PROTOCOLS, *(p.name.removeprefix("wds_") for p in path.parent.iterdir())}
+        raise Gap(f"{missing}{did_you_mean(name, known)}")
     if absent := builders.missing(path, name, split):
         raise Gap(f"{missing}, nor '{name}/{absent}'")
     local = builders.build(path, name, split)

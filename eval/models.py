@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cifd_clip.teacher import weights_hash
-from training.clip.config import recorded
-from training.clip.models import add_model_configs, check_weights, forced, images_of
+from training.clip.config import MODEL_CONFIG, model_folder, recorded
+from training.clip.models import add_model_configs, check_here, check_weights, forced, images_of
 from training.engine.run import read_run
-from training.errors import UsageError
-
-CONFIG = "open_clip_config.json"
+from training.errors import UsageError, did_you_mean
 
 
 @dataclass
@@ -92,12 +90,11 @@ def load(spec: str, device: torch.device) -> Evaluated:
       file; ``hf-hub:`` names too.
     """
     path = Path(spec.removeprefix("local-dir:"))
-    folder = path if (path / CONFIG).is_file() else path / "student"
-    if (folder / CONFIG).is_file():
+    if folder := model_folder(spec):
         return _from_folder(spec, folder, device)
     if path.is_dir():
         raise UsageError(
-            f"'{spec}': expected a run directory with student/{CONFIG} or a model folder; "
+            f"'{spec}': expected a run directory with student/{MODEL_CONFIG} or a model folder; "
             "evaluate an unfinished run by one of its checkpoints/*.pt"
         )
     if path.is_file():
@@ -158,9 +155,11 @@ def _from_openclip(spec: str, device) -> Evaluated:
         raise UsageError(
             f"'{spec}': neither a run directory, a checkpoint, a model folder nor an OpenCLIP "
             "model (open_clip.list_models()), nor the stem of a --model-config file"
+            f"{did_you_mean(name, open_clip.list_models())}"
         )
     if pretrained:  # OpenCLIP only warns of the other activation, and the figures are wrong
         check_weights(name, pretrained, f"'{spec}':")
+    check_here(name, pretrained, f"'{spec}':")
     with _loading(spec):
         if schema or pretrained:
             model, transform = open_clip.create_model_from_pretrained(

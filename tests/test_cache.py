@@ -16,7 +16,7 @@ import training.clip.stages
 from cifd_clip.files import file_hash
 from runs import assert_bit_equal, final, lines
 from training.cache_teacher import main as write_cache
-from training.clip.cache import shard_name, verify_shard, write_shard
+from training.clip.cache import _verified, shard_name, write_shard
 from training.clip.calibrate import find_shards
 from training.data.index import index_shards
 from training.errors import Failure, UsageError
@@ -258,7 +258,7 @@ def test_a_cache_that_was_altered_is_refused_before_a_row_of_it_is_used(
         content[-1] ^= 1
         path.write_bytes(content)
     command = [*flags, "--distill", "fd", "--teacher-cache", str(copy), "--logs", str(tmp_path)]
-    with pytest.raises(Failure, match=r"safetensors is not what training.cache_teacher wrote"):
+    with pytest.raises(Failure, match=r"safetensors is damaged: run"):
         main(command)
 
 
@@ -275,7 +275,7 @@ def test_a_cache_is_hashed_once_and_again_when_a_file_has_another_time(
 
     def hashes(name: str) -> int:
         hashed.clear()
-        verify_shard.cache_clear()
+        _verified.cache_clear()
         assert main([*command, "--name", name]) == 0
         return len(hashed)
 

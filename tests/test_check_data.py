@@ -61,6 +61,8 @@ def test_each_problem_is_counted_with_an_example(tmp_path, deep, broken):
         "key in several shards": 1,
     }
     assert not report["clean"]
+    for reason, key in (("no caption", "d"), ("no image", "e"), ("key in several shards", "a")):
+        assert any(p.endswith(f".tar: {key}") for p in report["examples"][reason]), reason
     assert any("00004.tar: b" in place for place in report["examples"]["image: broken"])
     assert "gzip" in report["examples"]["shard: unreadable"][0]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cifd_clip import World
 from cifd_clip.files import file_hash, read_json, write_json
 from training.engine.checkpoint import Checkpoints
-from training.errors import Failure
+from training.errors import Failure, UsageError
 
 
 @contextmanager
@@ -103,3 +104,23 @@ def test_a_payload_that_does_not_load_is_passed_over(tmp_path, caplog):
     write_json(manifest, {**read_json(manifest, 1), "sha256": file_hash(path)}, 1)
     assert made.newest() == (tmp_path / "step_00000001.pt", {"step": 1})
     assert "step_00000002.pt is passed over: it can't be loaded" in caplog.text
+
+
+def test_going_back_to_a_checkpoint_keeps_the_later_ones_aside(tmp_path):
+    made = Checkpoints(tmp_path / "checkpoints")
+    for step in (1, 2, 3):
+        made.save(step, {"step": step})
+    made.wait()
+    first = made.directory / "step_00000001.pt"
+    assert made.agreed(World(), str(first)) == (first, {"step": 1})
+    aside = {path.name for path in (made.directory / "superseded").iterdir()}
+    assert aside == {f"step_0000000{n}.{kind}" for n in (2, 3) for kind in ("pt", "json")}
+    assert read_json(made.directory / "latest.json", 1)["file"] == first.name
+    assert made.newest() == (first, {"step": 1}), "later on, latest is that one too"
+    for other in (tmp_path / "step_00000001.pt", made.directory / "lastest"):
+        other.parent.mkdir(exist_ok=True)
+        with pytest.raises(UsageError, match="expected latest or a checkpoint of this run"):
+            made.agreed(World(), str(other))
+    damage(first)
+    with pytest.raises(Failure, match=r"step_00000001\.pt': its .* bytes are not those"):
+        made.agreed(World(), str(first))

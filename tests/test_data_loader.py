@@ -263,7 +263,7 @@ def test_a_batch_made_in_chunks_is_the_batch_made_at_once(damaged, workers, monk
                 seed=SEED, global_batch=384, rank=rank, world_size=ranks, workers=workers,
                 start_method="fork" if workers else None,
             )  # fmt: skip
-            parts.append(list(loader.batches(start, 3)))
+            parts.append(list(loader.batches(start, 2)))
             loader.close()
         return [Batch.joined(step) for step in zip(*parts)]
 

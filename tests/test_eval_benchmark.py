@@ -345,6 +345,12 @@ def test_members_outside_the_allow_list_are_never_decoded(student, tmp_path):
     assert results(out)[0]["metrics"]["acc5"] is None
 
 
+def test_a_set_whose_name_is_mistyped_is_a_gap_that_says_what_is_near(root):
+    for name, near in (("digit_scens", "digit_scenes"), ("imagnet1k", "imagenet1k")):
+        with pytest.raises(datasets.Gap, match=f"did you mean {near}"):
+            datasets.open_folder(root, name, "test")
+
+
 def test_a_missing_set_is_a_named_gap_until_it_is_there(student, root, tmp_path, capsys):
     out, data = tmp_path / "out", tmp_path / "data"
     shutil.copytree(root / "digits", data / "digits")

@@ -12,10 +12,11 @@ import torch
 import fake_cuda
 
 #: Kernels of a step of one-layer towers, at most: what reaches a GPU as launches of 6 µs each. With
-#: an IBM or in stage 1 most are the densities', which a GPU runs compiled to some thirty each.
+#: an IBM or in stage 1 most are the densities', which a GPU runs compiled to some fifteen each.
 LAUNCHES = {
-    "none": 300, "fd": 350, "tinyclip": 400, "kd": 400, "mobileclip, two teachers": 510,
-    "clipkd": 520, "cifd, no IBM": 470, "cifd": 2950, "cifd, embedding, clean": 2950, "rdm": 2700,
+    "none": 300, "fd": 370, "tinyclip": 420, "kd": 420, "mobileclip, two teachers": 540,
+    "clipkd": 540, "rkd": 610, "cifd, no IBM": 500, "cifd": 1450, "cifd, embedding, clean": 1450,
+    "rdm": 1160,
 }  # fmt: skip
 
 

@@ -74,3 +74,9 @@ def test_a_run_holds_out_a_share_and_says_how_pairs_are_found(flags, tmp_path):
     (held_out,) = [line for line in lines if line["kind"] == "val"][-1:]
     assert 0 <= held_out["text_retrieval_recall@1"] <= held_out["text_retrieval_recall@10"] <= 1
     assert held_out["contrastive_loss"] > 0
+
+
+def test_pairs_that_are_trained_on_and_held_out_are_warned_of(flags, scenes, tmp_path, capsys):
+    command = [*flags, "--logs", str(tmp_path), "--name", "run"]
+    assert main([*command, "--val-data", str(scenes / "train")]) == 0
+    assert "--val-data: 1 of 1 shards are in --train-data too" in capsys.readouterr().err

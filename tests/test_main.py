@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import training.engine.loop
 from cifd_clip import World
 from cifd_clip.files import BadFile
 from cifd_clip.rdm import RDMBank
+from cifd_clip.teacher import weights_hash
 from runs import CONFIGS, assert_bit_equal, final, lines, word_tokenizer
 from training.clip.config import DISTILL
 from training.clip.flags import UNSUPPORTED, parse_args, parser
@@ -93,7 +95,8 @@ def test_a_run_directory_explains_itself(flags, teacher, bank, tmp_path, scenes)
     held_out = lines(run, "val")[-1]
     assert held_out["image_embedding_loss"] > 0 and "image_rate_loss" not in held_out
     assert list((run / "tensorboard").glob("events*"))
-    assert "step 4/4" in (run / "out.log").read_text()
+    log = (run / "out.log").read_text()
+    assert re.search(r"epoch 0\.75/1, step 3/4, 0 min \d\d s left", log), log
 
 
 def test_stage_one_reports_bits_distortion_and_snr_of_every_rate(bank):
@@ -152,6 +155,20 @@ def test_resuming_passes_over_a_truncated_checkpoint(flags, tmp_path):
     (run / "finished.json").unlink()
     assert main([*command, "--name", "run", "--resume", "latest"]) == 0
     assert_bit_equal(final(run), whole)
+
+
+def test_a_run_goes_back_to_a_checkpoint_and_on_from_it(flags, teacher, tmp_path):
+    command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--rdm-epochs", "1"]
+    command += ["--rates", "100", "--save-every-n-steps", "1", "--keep", "0"]
+    command += ["--logs", str(tmp_path), "--name", "run"]
+    assert main(command) == 0
+    run, whole = tmp_path / "run", final(tmp_path / "run")
+    older = run / "checkpoints" / "step_00000002.pt"
+    assert main([*command, "--resume", str(older)]) == 0
+    assert (run / "checkpoints" / "superseded" / f"step_{STEPS:08d}.pt").is_file()
+    assert_bit_equal(final(run), whole)
+    assert [row["step"] for row in lines(run)] == list(range(1, STEPS + 1))
+    assert (run / "finished.json").is_file()
 
 
 def test_accumulation_trains_as_the_large_batch_does(flags, teacher, bank, tmp_path):
@@ -220,6 +237,9 @@ WRONG = {
     "a clip that is no number": (["--grad-clip-norm", "nan"], [], "must be positive"),
     "no patience": (["--max-nonfinite-steps", "0"], [], "--max-nonfinite-steps must be at least 1"),
     "a GPU that is not there": (["--device", "cuda"], [], "torch finds no GPU"),
+    "a checkpoint as an architecture": (
+        ["--distill", "kd", "--distill-model", "logs/a/checkpoints/step_1.pt"], [],
+        "name its run, or --distill-model NAME --distill-pretrained logs/a/checkpoints/step_1.pt"),
     "no device": (["--device", "gpu"], [], "--device 'gpu': expected cpu, cuda or cuda:N"),
     "unknown augmentation": (["--aug-cfg", "scal=(0.5,1)"], [], "--aug-cfg scal="),
     "augmentation of the wrong kind": (["--aug-cfg", "scale=0.4"], [], "--aug-cfg scale=0.4"),
@@ -297,6 +317,20 @@ def test_a_checkpoint_as_teacher_sees_images_as_its_run_did(flags, tmp_path):
     assert main([*command, "--distill-pretrained", str(weights), "--name", "student"]) == 0
     (taught_by,) = json.loads((tmp_path / "student" / "teachers.json").read_text())["teachers"]
     assert taught_by["preprocess"]["mean"] == [0.1, 0.2, 0.3]
+
+
+def test_a_teacher_is_named_by_its_run_its_student_or_its_weights(flags, teacher, tmp_path):
+    student = Path(teacher.removeprefix("local-dir:"))
+    run, file = student.parent, student / "open_clip_model.safetensors"
+    for place in (run, f"local-dir:{run}", student):
+        config = parse_args([*flags, "--distill", "kd", "--distill-model", str(place)])
+        assert config.teachers == [(teacher, None)], place
+    given = ["--distill", "kd", "--distill-model", "tiny-teacher", "--distill-pretrained", str(run)]
+    assert parse_args([*flags, *given]).teachers == [("tiny-teacher", str(file))]
+    assert main([*flags, *given, "--logs", str(tmp_path), "--name", "run"]) == 0
+    (taught_by,) = json.loads((tmp_path / "run" / "teachers.json").read_text())["teachers"]
+    model, _, _ = open_clip.create_model_and_transforms(teacher)
+    assert taught_by["weights"] == weights_hash(model)
 
 
 def test_a_bank_may_be_named_by_its_run_and_belongs_to_its_teachers_images(

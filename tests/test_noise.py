@@ -36,6 +36,13 @@ def test_ranks_draw_together_what_one_would_draw_alone(ranks):
     assert torch.equal(torch.cat(parts), whole)
 
 
+def test_a_wide_draw_begins_with_the_narrow_one():
+    """No draw is wider: what a GPU would give for one depends on how many processors it has."""
+    wide, narrow = (Noise(0, 3).uniform("rdm/image", 5, width, CPU) for width in (2304, 1024))
+    assert torch.equal(wide[:, :1024], narrow[:, :1024])
+    assert not torch.equal(wide[:, 1024:2048], narrow)
+
+
 def test_seeds_steps_sites_and_blocks_draw_differently():
     draws = [
         Noise(0, 0).uniform("ibm/image", BLOCK_ROWS, 8, CPU),

@@ -2,11 +2,16 @@
 
 import os
 import socket
+import time
 
 import pytest
+import torch
 from huggingface_hub import constants
 
+from eval import models
 from training import prefetch
+from training.clip.flags import parse_args
+from training.clip.models import build_teachers
 from training.errors import UsageError
 
 NO_PROXY = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"}
@@ -32,6 +37,26 @@ def test_without_a_network_what_is_missing_is_named_in_a_sentence_and_nothing_is
     for line, name in zip(told, ("ViT-B-32:laion2b_s34b_b79k", "imagenetv2")):
         assert line.startswith(f"error: {name}: not here") and "network" in line
     assert not (tmp_path / "sets").exists()
+
+
+def test_weights_that_are_not_here_are_refused_at_once_with_the_line_that_fetches_them(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in NO_PROXY:
+        monkeypatch.delenv(name, raising=False)
+    fetch = r"python -m training\.prefetch ViT-B-32:laion2b_s34b_b79k$"
+    start = time.monotonic()
+    with pytest.raises(UsageError, match=fetch):
+        models.load("ViT-B-32:laion2b_s34b_b79k", torch.device("cpu"))
+    with pytest.raises(UsageError, match=rf"--distill-model .*{fetch}"):
+        teacher = ["--distill-model=ViT-B-32", "--distill-pretrained=laion2b_s34b_b79k"]
+        config = parse_args(["--train-data=x", "--distill=kd", *teacher])
+        build_teachers(config, torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"did you mean ViT-B-32"):
+        models.load("ViT-B-33:laion2b_s34b_b79k", torch.device("cpu"))
+    assert time.monotonic() - start < 10
 
 
 def test_a_set_that_is_here_is_not_fetched_again(tmp_path):

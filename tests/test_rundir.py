@@ -1,10 +1,13 @@
 """Run directories: a run goes on with the configuration that it began with."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from training.classifier.config import parse_args
+from training.clip.flags import parse, resolve
 from training.engine.run import RunDirectory
 from training.errors import UsageError
 
@@ -32,3 +35,26 @@ def test_what_changes_nothing_may_change_on_resumption(tmp_path):
     run.close()
     moved = config("--data=b", "--accum-freq=2", "--keep=1", "--final", "--resume=latest")
     assert RunDirectory(moved).path == Path(tmp_path, "run")
+
+
+def test_another_number_of_processes_is_told_what_keeps_the_batch(tmp_path):
+    def config(processes: int, *flags: str):
+        common = ["--train-data=x", "--logs", str(tmp_path), "--name=run"]
+        return resolve(parse([*common, *flags]), processes)
+
+    run = RunDirectory(config(2, "--batch-size=50"))
+    run.open()
+    run.close()
+    with pytest.raises(UsageError, match=r"use 100, or --global-batch 100\)"):
+        RunDirectory(config(1, "--batch-size=50", "--resume=latest"))
+    RunDirectory(config(1, "--global-batch=100", "--resume=latest"))
+
+
+def test_numpy_does_not_warn_of_a_process_that_flushes_denormals():
+    code = (
+        "import warnings, numpy as np; from training.engine.control import flush_denormals\n"
+        "flush_denormals(); warnings.simplefilter('error')\n"
+        "print(*(np.finfo(kind).smallest_subnormal > 0 for kind in (np.float32, np.float64)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 
 import training.data.loader
 from runs import assert_bit_equal, final, lines
-from shards import Letters, sample, write_tar
+from shards import Letters, overwrite, sample, write_shards, write_tar
 from training.cache_teacher import main as write_cache
 from training.check_data import check
 from training.clip.cache import view_path
@@ -24,6 +26,7 @@ from training.clip.models import build_teachers
 from training.data.index import index_shards
 from training.data.loader import Loader, Reader, Recipe
 from training.data.order import Order
+from training.data.pixels import Pixels
 from training.data.stored import StoredViews, ViewWriter, encoded
 from training.data.views import ImageSpec, normalise, stored_view, train_view
 from training.errors import Failure, UsageError
@@ -62,7 +65,7 @@ def batches(sources, steps, ranks=1, workers=0, transform=None):
     parts = []
     for rank in range(ranks):
         loader = Loader(
-            Order(sources, 5), sources, [transform or stored_view(SPEC, SIZE)], [Letters()],
+            Order(sources, 5), sources, [transform or stored_view(SPEC)], [Letters()],
             seed=5, global_batch=6, views=2, rank=rank, world_size=ranks, workers=workers,
             start_method="fork" if workers else None,
         )  # fmt: skip
@@ -138,14 +141,21 @@ def test_open_clips_own_reader_reads_a_tar_of_views(stored):
 
 def counted(monkeypatch) -> list[tuple[int, int]]:
     """The sizes of images, as they are decoded."""
-    sizes, decode = [], training.data.loader.decode_image
+    sizes = []
 
-    def count(data, caps):
-        image = decode(data, caps)
-        sizes.append(image.size)
-        return image
+    def counting(decode):
+        def count(*args):
+            image = decode(*args)
+            size = image.whole if isinstance(image, Pixels) else image.size
+            if size != (64, 64):  # of no sample: transforms are tried out with it
+                sizes.append(size)
+            return image
 
-    monkeypatch.setattr(training.data.loader, "decode_image", count)
+        return count
+
+    for name in ("decode_image", "decode_pixels"):
+        decode = getattr(training.data.loader, name)
+        monkeypatch.setattr(training.data.loader, name, counting(decode))
     return sizes
 
 
@@ -189,6 +199,16 @@ def test_a_student_reads_stored_views_and_nothing_of_the_originals(
     assert lines(tmp_path / "alone")[-1]["loss"] > 0
 
 
+def test_a_damaged_tar_is_refused_before_a_view_of_it_is_used(cache, flags, tmp_path):
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    damaged = sorted(copy.glob("*.view0.tar"))[0]
+    overwrite(damaged, damaged.read_bytes()[5000:5100], bytes(100))
+    os.utime(damaged)
+    read = [*flags, "--distill", "fd", "--teacher-cache", str(copy), "--logs", str(tmp_path)]
+    with pytest.raises(Failure, match=r"view0.tar is damaged"):
+        main(read)
+
+
 def test_a_cache_names_the_backend_that_its_students_read_with(command, flags, cache, tmp_path):
     folder = str(tmp_path / "c")
     assert write_cache([*command, "--teacher-cache", folder, "--image-backend", "torch"]) == 0
@@ -214,6 +234,21 @@ def test_writing_goes_on_where_it_was_stopped_and_mends_a_damaged_tar(command, c
         write_cache(again)
     assert write_cache(again) == 0
     assert damaged.read_bytes() == first[1].read_bytes()
+
+
+def test_parts_and_workers_write_the_files_that_one_process_writes(command, tmp_path):
+    data = write_shards(tmp_path / "data", [9, 14, 5])
+    write = [*command, "--train-data", data, "--batch-size", "8", "--teacher-cache"]
+    assert write_cache([*write, str(tmp_path / "one")]) == 0
+    for part in ("2/2", "1/2"):
+        again = [*write, str(tmp_path / "two"), "--part", part, "--workers", "2"]
+        assert write_cache(again) == 0
+    for pattern, count in {"*.view?.tar": 6, "*.safetensors": 3, "00*.json": 6}.items():
+        files = sorted((tmp_path / "one").glob(pattern))
+        assert len(files) == count
+        for path in files:
+            if "verified" not in path.name:  # which has times
+                assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
 def test_a_dry_run_writes_nothing_and_foretells_the_size(command, cache, tmp_path, capsys):

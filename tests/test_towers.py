@@ -11,6 +11,7 @@ from cifd_clip.towers import _CustomAttention, use_custom_blocks
 from tests import tiny
 from tests.trainers import batch, gradients, prepare, trainer, worst
 from training.clip.flags import parse, resolve
+from training.errors import Failure
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +106,17 @@ def test_on_a_gpu_a_teacher_is_bfloat16_where_training_is():
     assert precision() == "bf16"
     assert precision("--precision", "fp32") == "fp32"
     assert precision("--distill-precision", "fp32") == "fp32"
+
+
+def test_out_of_memory_names_the_flags_that_help_and_their_price(home):
+    made = trainer("none", home, "--batch-size", "4", "--accum-freq", "2")
+
+    def full(*inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    made.stage.task.encode = full
+    with pytest.raises(Failure) as raised:
+        made.step(batch(8))
+    for part in ("4 rows", "--accum-freq", "1.2", "--grad-checkpointing", "1.1", "out of memory"):
+        assert part in str(raised.value)
+    assert "\n" not in str(raised.value)

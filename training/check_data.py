@@ -3,8 +3,8 @@
   python -m training.check_data 'data/{00000..01241}.tar' [--deep] [--json]
 
 Reads the tars' headers, every caption and every image's header (``--deep``: decodes the images),
-and keeps each shard's hash in its index, for ``--verify-data``. Ends with 0 when all is well, 1
-when something was found, 2 on wrong usage.
+and writes each shard's index, SHARD.index.npz, with its hash for ``--verify-data``. Ends with 0
+when all is well, 1 when something was found, 2 on wrong usage.
 """
 
 import json
@@ -30,14 +30,14 @@ from training.data.decode import (
     image_size,
 )
 from training.data.index import Sources, expand, is_remote
-from training.data.shard import EMPTY, NotAShard, Shard, index_shard
+from training.data.shard import EMPTY, EXAMPLES, NotAShard, Shard, index_shard
 from training.data.tar import open_regular
 from training.engine.environment import cores
 from training.engine.flags import CommandLine
 from training.errors import Failure, UsageError, cli
 
+REPEATED = "key in several shards"
 HEADER = 1 << 14  # most images tell their size in these first bytes
-EXAMPLES = 3
 
 
 def main(argv: list[str]) -> int:
@@ -79,9 +79,10 @@ def check(
         for reason in [*trouble, *(shard.skipped if shard else ())]:
             examples.setdefault(reason, [])
             examples[reason] += seen.get(reason, [path])
-    repeated = sum(_repeated(shards, set(source)) for source in sources)
-    if repeated:
-        problems["key in several shards"] = repeated
+    for source in sources:
+        if keys := _repeated(shards, set(source)):
+            problems[REPEATED] += len(keys)
+            examples.setdefault(REPEATED, []).extend(keys)
     return {
         "clean": not problems,
         "fingerprint": data.fingerprint(),
@@ -100,7 +101,10 @@ def check_shard(path: str, cache_dir: str | None, caps: Caps, deep: bool):
         shard = index_shard(path, cache_dir, check=True)
     except NotAShard as error:
         return None, {"shard: unreadable": 1}, {"shard: unreadable": [str(error)]}
-    problems, examples = Counter(), {}
+    problems = Counter()
+    examples = {
+        reason: [f"{path}: {key}" for key in keys] for reason, keys in shard.examples.items()
+    }
 
     def report(reason: str, where: str) -> None:
         problems[reason] += 1
@@ -154,15 +158,27 @@ def _check_sample(fd: int, record, caps: Caps, deep: bool) -> None:
         image_size(image(caps.max_bytes), caps)  # a long header
 
 
-def _repeated(shards: list[Shard], paths: set[str]) -> int:
-    """Samples of one source whose key another shard of it has too."""
+def _repeated(shards: list[Shard], paths: set[str]) -> list[str]:
+    """Samples of one source whose key an earlier shard of it has too: shard and key."""
+    own = [shard for shard in shards if shard.path in paths]
+    if not own:
+        return []
     # hashes, eight bytes each: the keys of eleven million samples fit
-    hashes = [
-        np.fromiter(map(hash, shard.records["key"].tolist()), np.int64, shard.samples)
-        for shard in shards
-        if shard.path in paths
+    hashes = np.concatenate(
+        [
+            np.fromiter(map(hash, shard.records["key"].tolist()), np.int64, shard.samples)
+            for shard in own
+        ]
+    )
+    again = np.ones(len(hashes), bool)
+    again[np.unique(hashes, return_index=True)[1]] = False
+    parts = np.split(again, np.cumsum([shard.samples for shard in own])[:-1])
+    return [
+        f"{shard.path}: {key.decode('utf-8', 'replace')}"
+        for shard, rows in zip(own, parts)
+        if rows.any()
+        for key in shard.records["key"][rows].tolist()
     ]
-    return sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes))) if hashes else 0
 
 
 def _in_processes(work: Callable, paths: Sequence[str], workers: int) -> Iterator:

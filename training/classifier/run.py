@@ -130,7 +130,7 @@ def run(
     trainer = Trainer(stage, config, epochs.per_epoch, world, device, config.precision, config.name)
     # Where it goes on.
     checkpoints = Checkpoints(directory.checkpoints, config.keep, lease)
-    checkpoint = checkpoints.agreed(world) if config.resume else None
+    checkpoint = checkpoints.agreed(world, config.resume) if config.resume else None
     if checkpoint is not None:
         trainer.load(checkpoint[1])
     else:  # a resumed run has counted its teachers' answers already

@@ -103,54 +103,37 @@ def write_shard(
     write_json(directory / f"{name}.json", content, CACHE_FORMAT)
 
 
-def damaged_files(directory: Path, name: str) -> list[Path]:
-    """A shard's files that are not what its manifest says; where there is none, that is noted."""
-    files = read_json(directory / f"{name}.json", CACHE_FORMAT)["files"]
-    stamp = _stamp(directory, files)
-    damaged = [
-        directory / file
-        for file, entry in files.items()
-        if stamp[file] is None or file_hash(directory / file) != entry["sha256"]
-    ]
-    if not damaged:
-        with contextlib.suppress(OSError):  # a cache may be read-only
-            write_json(directory / f"{name}.verified.json", stamp)
-    return damaged
+def verify_shard(directory: Path, name: str, anew: bool = False) -> None:
+    """Compare a shard's files with its manifest, unless they are as they were last time.
 
-
-@cache
-def verify_shard(directory: Path, name: str) -> None:
-    """Refuse a shard whose files were altered since they were last compared with its manifest.
+    Args:
+        directory, name: of the shard.
+        anew: compare them in any case.
 
     Raises:
-        Failure: so they were.
+        Failure: a file is damaged.
     """
     files = read_json(directory / f"{name}.json", CACHE_FORMAT)["files"]
+    stats = {file: (directory / file).stat() for file in files}
+    stamp = {f: [stat.st_size, stat.st_mtime_ns, files[f]["sha256"]] for f, stat in stats.items()}
+    stamp_file = directory / f"{name}.verified.json"
     with contextlib.suppress(BadFile):
-        if read_json(directory / f"{name}.verified.json") == _stamp(directory, files):
+        if not anew and read_json(stamp_file) == stamp:
             return
-    if damaged := damaged_files(directory, name):
-        raise Failure(
-            f"{damaged[0]} is not what training.cache_teacher wrote: run `python -m "
-            "training.cache_teacher` again, which finds and replaces what is damaged"
-        )
+    for file, entry in files.items():
+        if file_hash(directory / file) != entry["sha256"]:
+            raise Failure(
+                f"{directory / file} is damaged: run `python -m training.cache_teacher` again, "
+                "which replaces it"
+            )
+    with contextlib.suppress(OSError):  # a cache may be read-only
+        write_json(stamp_file, stamp)
 
 
 def are_unit(rows: np.ndarray) -> np.ndarray:
     """Which rows (..., T) are unit vectors; those with a NaN are none."""
     rows = rows.astype(np.float32)
     return abs((rows * rows).sum(axis=-1) - 1) < NORM_TOLERANCE
-
-
-def _stamp(directory: Path, files: dict[str, dict]) -> dict[str, list | None]:
-    """What tells that files are still those that were hashed."""
-    stamp: dict[str, list | None] = {}
-    for file, entry in files.items():
-        stamp[file] = None
-        with contextlib.suppress(OSError):
-            status = (directory / file).stat()
-            stamp[file] = [status.st_size, status.st_mtime_ns, entry["sha256"]]
-    return stamp
 
 
 def read_embeddings(path: Path) -> dict[str, np.ndarray]:
@@ -194,7 +177,7 @@ class CacheFetcher(Fetcher):
 
     def check(self, row: int, view: int) -> None:
         shard, place = self.sources.place(row)
-        verify_shard(self.directory, self.names[shard])
+        _verified(self.directory, self.names[shard])
         for modality in MODALITIES:
             array = self._array(shard, modality)
             embedding = array[view % len(array), place]
@@ -222,7 +205,8 @@ class CacheFetcher(Fetcher):
         return _mapped(self.directory / f"{self.names[shard]}.safetensors")[modality]
 
 
-_mapped = lru_cache(maxsize=512)(read_embeddings)
+# once in each process
+_verified, _mapped = cache(verify_shard), lru_cache(maxsize=512)(read_embeddings)
 
 
 class CachedTeachers:
@@ -259,14 +243,13 @@ class CachedTeachers:
             check_config(directory, wanted)
 
     @property
-    def view_size(self) -> tuple[int, int] | None:
-        """(height, width) of the stored views; None: they are drawn from the originals."""
-        stored = self.configs[0]["stored_views"]
-        return stored and tuple(stored["size"])
+    def stored(self) -> bool:
+        """Whether views are stored, in the first cache, and not drawn from the originals."""
+        return self.configs[0]["stored_views"] is not None
 
     def images_of(self, sources: Sources) -> Sources:
         """Where a data set's samples are read from."""
-        if self.view_size is None:
+        if not self.stored:
             return sources
         views = range(self.configs[0]["views"])
         shards = {

@@ -6,11 +6,13 @@ them, finished ones are skipped, and what was written is verified at the end.
 
 import copy
 import json
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from glob import escape
 
 import numpy as np
 import torch
@@ -21,19 +23,18 @@ from tqdm import tqdm
 from cifd_clip import Features, World
 from cifd_clip.files import write_json
 from training.clip.cache import (
-    MODALITIES,
     check_config,
-    damaged_files,
     is_complete,
     read_embeddings,
     shard_name,
+    verify_shard,
     view_path,
     write_shard,
 )
 from training.clip.config import CACHE_FORMAT, CacheConfig, read_cache_config
 from training.clip.flags import cache_config
+from training.clip.live import LiveTeachers, Transforms
 from training.clip.models import add_model_configs, build_teachers, model_config, student_config
-from training.clip.stages import LiveTeachers, Transforms
 from training.data.index import Sources, index_shards
 from training.data.loader import Batch, Reader, Recipe, sequential
 from training.data.shard import Shard
@@ -46,6 +47,7 @@ from training.engine.flags import Given, construct
 from training.engine.lease import held
 from training.errors import Failure, UsageError
 
+EXAMPLES = 5  # of samples, to show
 #: How far a recomputed unit vector may lie from the stored float16 one (amp_bf16 is coarser).
 TOLERANCE = {"fp32": 2e-3, "amp_bf16": 5e-2, "amp": 1e-2}
 
@@ -117,16 +119,13 @@ class Caches:
         self.autocast = get_autocast(config.precision, device.type)
         # With the first caption only, no view changes the text.
         self.text_views = config.views if config.captions == "all" else 1
-        self.stored = self._stored_views() if config.store_views else None
-        if self.stored:
-            self.writer = self._view_writer()
-            self.transforms.view_size = tuple(self.stored["size"])
+        self.writer = self._view_writer() if config.store_views else None
 
     def of_held_out(self) -> "Caches":
         """``--val-data`` in the same folders: one view, not augmented and not stored."""
         other = copy.copy(self)
         other.config = replace(self.config, views=1, captions="first")
-        other.text_views, other.stored, other.held_out = 1, None, True
+        other.text_views, other.writer, other.held_out = 1, None, True
         other._read(self.config.val_data, "--val-data")
         return other
 
@@ -138,28 +137,21 @@ class Caches:
         self.numbers = list(range(len(shards)))[part - 1 :: parts]
         self.numbers = self.numbers[self.world.rank :: self.world.size]
 
-    def _stored_views(self) -> dict[str, Any]:
-        """How views are stored: by default as large as who wants the most of them."""
+    def _view_writer(self) -> ViewWriter:
+        """What stores views, by default as large as who wants the most of them."""
+        config, specs = self.config, self.transforms.specs
         if self.transforms.normalised:
             raise UsageError(
                 "--store-views: this --aug-cfg works on normalised images (random erasing), and "
                 "they can't be stored as pixels: leave one of them out"
             )
-        student = student_config(self.config)["vision_cfg"].get("image_size", 224)
-        wanted = [spec.size for spec in self.transforms.specs] + [student]
-        size = self.config.view_size or max(wanted, key=lambda one: max(height_width(one)))
-        return {
-            "size": height_width(size),
-            "quality": self.config.view_quality,
-            "subsampling": SUBSAMPLING,
-        }
-
-    def _view_writer(self) -> ViewWriter:
-        size = tuple(self.stored["size"])
-        spec = replace(self.transforms.specs[0], size=size)
-        view = train_view(spec, self.config.aug_cfg, self.config.image_backend)
-        recipe = Recipe([view], [], self.config.view_seed)
-        return ViewWriter(Reader(self.sources, recipe), [], self.config.view_quality)
+        student = student_config(config)["vision_cfg"].get("image_size", 224)
+        sizes = [height_width(size) for size in (*(spec.size for spec in specs), student)]
+        size = height_width(config.view_size) if config.view_size else max(sizes, key=max)
+        view = train_view(replace(specs[0], size=size), config.aug_cfg, config.image_backend)
+        self.transforms.stored, self.view_size = True, size
+        reader = Reader(self.sources, Recipe([view], [], config.view_seed))
+        return ViewWriter(reader, [], config.view_quality)
 
     @property
     def left(self) -> list[int]:
@@ -178,12 +170,17 @@ class Caches:
             f"{samples * views:,} image passes and {size / 2**30:.2f} GiB of embeddings to go",
             flush=True,
         )
-        if self.stored and left:
+        if self.writer and left:
             each = self.writer.bytes_of(self.sources.rows_of(left[0])[:32])
             print(f"and about {samples * views * each / 2**30:.2f} GiB of stored views", flush=True)
 
     def begin(self) -> None:
         """Write the configurations, or refuse folders that hold other caches."""
+        stored = self.writer and {
+            "size": self.view_size,
+            "quality": self.writer.quality,
+            "subsampling": SUBSAMPLING,
+        }
         for teacher, folder in zip(self.teachers.teachers, self.config.caches):
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / "config.json"
@@ -196,7 +193,7 @@ class Caches:
                 "image_backend": self.config.image_backend,
                 "precision": self.config.precision,
                 "distill_precision": self.config.distill_precision,
-                "stored_views": self.stored,
+                "stored_views": stored,
             }
             description = json.loads(json.dumps(description))
             if path.is_file():
@@ -214,16 +211,18 @@ class Caches:
     def write(self) -> None:
         """Compute and store the shards that are not there yet, each while the next is computed."""
         left = self.left
-        views = self.store_views(left) if self.stored else {}
-        sources = StoredViews(self.sources, views) if self.stored else self.sources
+        views = self.store_views(left) if self.writer else {}
+        sources = StoredViews(self.sources, views) if self.writer else self.sources
+        start, last = time.monotonic(), None
         with ThreadPoolExecutor(max_workers=1) as background:
-            written: list[Future] = []
-            for number, embeddings, placed in self._embeddings(sources, left):
-                stored = views.get(number, ())
-                written.append(background.submit(self._store, number, embeddings, placed, stored))
-                if len(written) > 1:
-                    written[-2].result()
-            for last in written:
+            for number, *embeddings in self._embeddings(sources, left):
+                if last is None:
+                    each = (time.monotonic() - start) / int(sources.counts[number])
+                    print(f"about {sources.counts[left].sum() * each / 3600:.1f} hours", flush=True)
+                else:
+                    last.result()
+                last = background.submit(self._store, number, *embeddings, views.get(number, ()))
+            if last is not None:
                 last.result()
 
     def _store(
@@ -239,7 +238,8 @@ class Caches:
             bad = without_infinite(own, placed)
             keys = [key.decode("utf-8", "replace") for key in shard.records["key"][bad]]
             if keys:
-                print(f"{folder}: {shard.path}: features that are not finite: {keys}", flush=True)
+                shown = ", ".join(keys[:EXAMPLES])
+                print(f"{folder}: {len(keys)} features of {shard.path} are not finite: {shown}")
             stored = views if folder == self.config.caches[0] else ()
             write_shard(folder, self.names[number], own, stored, keys)
 
@@ -273,36 +273,31 @@ class Caches:
         total = sum(len(rows) for rows, _ in spans)
         bar = tqdm(total=total, unit="image", disable=None, dynamic_ncols=True)
         batches = self._features(sources, spans)
-        batch = next(batches, None)
+        batch, features = next(batches, (None, []))
         with closing(bar), closing(batches):
             for number in numbers:
-                rows, of_shard = sources.rows_of(number), self._empty(sources.counts[number])
+                rows = sources.rows_of(number)
                 placed = torch.zeros(len(views), len(rows), dtype=torch.bool)
-                while batch is not None and int(batch[0].rows[0]) in rows:
-                    placed[batch[0].views, batch[0].rows - rows.start] = True
-                    self._place(of_shard, batch[0], batch[1], rows.start)
-                    bar.update(len(batch[0]))
-                    batch = next(batches, None)
+                # on the device until the shard is done: no batch waits for a copy
+                room = partial(torch.full, fill_value=torch.nan, dtype=torch.float16)
+                of_shard = [
+                    {
+                        "image": room((len(views), len(rows), dim), device=self.device),
+                        "text": room((self.text_views, len(rows), dim), device=self.device),
+                    }
+                    for dim in self.teachers.dims
+                ]
+                while batch is not None and int(batch.rows[0]) in rows:
+                    view, places = int(batch.views[0]), batch.rows - rows.start
+                    placed[view, places] = True
+                    places = places.to(self.device, non_blocking=True)
+                    for own, teacher in zip(of_shard, features):
+                        own["image"][view].index_copy_(0, places, teacher.image.half())
+                        if view < self.text_views:
+                            own["text"][view].index_copy_(0, places, teacher.text.half())
+                    bar.update(len(batch))
+                    batch, features = next(batches, (None, []))
                 yield number, of_shard, placed
-
-    def _empty(self, samples: int) -> list[dict[str, Tensor]]:
-        """Room for a shard's embeddings, on the device: no batch waits for a copy."""
-        views = {"image": self.config.views, "text": self.text_views}
-        options = {"dtype": torch.float16, "device": self.device}
-        return [
-            {m: torch.full((views[m], samples, dim), torch.nan, **options) for m in MODALITIES}
-            for dim in self.teachers.dims
-        ]
-
-    def _place(
-        self, of_shard: list[dict[str, Tensor]], batch: Batch, features: list[Features], first: int
-    ) -> None:
-        view = int(batch.views[0])
-        places = (batch.rows - first).to(self.device, non_blocking=True)
-        for own, teacher in zip(of_shard, features):
-            for modality, stored in own.items():
-                if view < len(stored):
-                    stored[view].index_copy_(0, places, getattr(teacher, modality).half())
 
     def _features(self, sources: Sources, spans: list) -> Iterator[tuple[Batch, list[Features]]]:
         """(batch, every teacher's features) of spans of rows, see `sequential`."""
@@ -322,7 +317,8 @@ class Caches:
         for batch in batches:
             if len(batch):
                 with self.autocast():
-                    yield batch, self.teachers.features(batch.to(self.device))
+                    features = self.teachers.features(batch.to(self.device))
+                yield batch, features
 
     def verify(self) -> None:
         """Re-read every file's hash, and recompute the first samples of the first shard.
@@ -332,13 +328,12 @@ class Caches:
         """
         for folder in self.config.caches:
             for name in (self.names[n] for n in self.numbers):
-                for path in damaged_files(folder, name):
-                    (folder / f"{name}.json").unlink()
-                    path.unlink(missing_ok=True)
-                    raise Failure(
-                        f"{path} is damaged; its shard is marked as missing: run the same command "
-                        "again"
-                    )
+                try:
+                    verify_shard(folder, name, anew=True)
+                except Failure:
+                    for path in folder.glob(f"{escape(name)}.*"):
+                        path.unlink()
+                    raise
         if self.numbers:
             self._recompute(self.numbers[0])
         print(f"{self.config.teacher_cache}: {len(self.numbers)} shards verified", flush=True)
@@ -346,7 +341,7 @@ class Caches:
     def _recompute(self, number: int) -> None:
         rows = self.sources.rows_of(number)
         sources = self.sources
-        if self.stored:
+        if self.writer:
             sources = StoredViews(sources, self.store_views([number]))
         for batch, features in self._features(sources, [(rows[: self.config.batch_size], 0)]):
             places = (batch.rows - rows.start).numpy()

@@ -108,7 +108,10 @@ def start(given: Given) -> int:
         print(f"  R = {point['rate']:<8g} {kept}")
     # The rates of the wanted shares.
     measured = ([point[k] for point in curve["curve"]] for k in ("rate", "share"))
-    rates = rates_for(config.shares, *measured)
+    try:
+        rates = rates_for(config.shares, *measured)
+    except UsageError as error:
+        raise UsageError(f"{error}; {out} keeps the curve for other shares") from None
     write(out, {"shares": config.shares, "rates": rates, **curve})
     flags = f"--rates {' '.join(f'{rate:g}' for rate in rates)}"
     write_text(out.with_suffix(".args"), f"# training.calibrate, see {out.name}\n{flags}\n")

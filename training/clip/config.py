@@ -18,6 +18,7 @@ from training.errors import UsageError
 DISTILL = (*DECLARED, "rdm")
 #: R of a bank's RDMs where the command line says nothing: docs/paper.md, "Which rates".
 RATES = (10000.0, 3000.0, 1000.0)
+MODEL_CONFIG = "open_clip_config.json"  # of an OpenCLIP folder
 CACHE_FORMAT = 2
 OWN_WEIGHTS = ("local-dir:", "hf-hub:")  # models that bring their own
 
@@ -37,6 +38,15 @@ class TeacherName(NamedTuple):
     """A tag or a file; None where the model brings its own."""
 
 
+def model_folder(spec: str) -> Path | None:
+    """The OpenCLIP folder that a path with or without ``local-dir:`` means; None if there is none.
+
+    A run's is its student.
+    """
+    path = Path(spec.removeprefix("local-dir:"))
+    return next((f for f in (path, path / "student") if (f / MODEL_CONFIG).is_file()), None)
+
+
 @dataclass(frozen=True)
 class MethodConfig:
     """The method, its teachers and their assistants."""
@@ -44,10 +54,15 @@ class MethodConfig:
     distill: str = flag(
         "none", "none: plain CLIP; rdm: stage 1 of CIFD (the bank); cifd: stage 2", choices=DISTILL
     )
-    distill_model: str = flag("", "teacher architecture(s)", metavar="NAME[,NAME]", moves=True)
+    distill_model: str = flag(
+        "",
+        "teachers: architectures, runs or model folders",
+        metavar="NAME|RUN[,...]",
+        moves=True,
+    )
     distill_pretrained: str = flag(
         "",
-        "teacher weights, one per --distill-model; none for local-dir: models",
+        "weights, one per architecture of --distill-model: a tag, a file, a checkpoint or a run",
         metavar="TAG|PATH[,...]",
         moves=True,
     )

@@ -21,6 +21,7 @@ from training.clip.config import (
     DataConfig,
     MethodConfig,
     StudentConfig,
+    model_folder,
     read_cache_config,
 )
 from training.engine import config as engine
@@ -225,7 +226,8 @@ def resolved(
     values = dict(given)
     distill = given.get("distill", Config.distill)
     model, seed = given.get("model", Config.model), given.get("seed", Config.seed)
-    # The method, its assistants and the views it sees.
+    # The teachers' folders and files, the method, its assistants and the views it sees.
+    values |= teacher_paths(given)
     values["options"] = method_options(distill, given)
     if not all(rate > 0 for rate in given.get("rates", ())):
         raise UsageError(f"--rates must be positive, got {given['rates']}")
@@ -258,6 +260,34 @@ def resolved(
     # The run.
     student = "bank" if distill == "rdm" else model.replace("/", "-")
     values.setdefault("name", f"{distill}-{student}-seed{seed}")
+    return values
+
+
+def teacher_paths(given: Given) -> dict[str, str]:
+    """``--distill-model`` and ``--distill-pretrained`` with runs as what they ship.
+
+    Raises:
+        UsageError: a checkpoint stands where its architecture should.
+    """
+    values = {}
+    if models := given.get("distill_model"):
+        names = list(filter(None, models.split(",")))
+        for name in names:
+            if name.endswith(".pt"):
+                raise UsageError(
+                    f"--distill-model '{name}': a checkpoint does not say its architecture: name "
+                    f"its run, or --distill-model NAME --distill-pretrained {name}"
+                )
+        folders = map(model_folder, names)
+        values["distill_model"] = ",".join(
+            f"local-dir:{folder}" if folder else name for name, folder in zip(names, folders)
+        )
+    if weights := given.get("distill_pretrained"):
+        files = ((folder, model_folder(folder)) for folder in filter(None, weights.split(",")))
+        values["distill_pretrained"] = ",".join(
+            str(folder / "open_clip_model.safetensors") if folder else name
+            for name, folder in files
+        )
     return values
 
 
@@ -349,6 +379,11 @@ def _check_teachers(config: Config) -> None:
         raise UsageError(f"--distill rdm takes one teacher, got {count}")
     if config.distill == "cifd" and count > 1:
         raise UsageError(f"--distill cifd takes one teacher, got {count}")
+    scales = config.options.get("distill_logit_scale", ())
+    if len(scales) not in (0, count):
+        raise UsageError(f"--distill-logit-scale has {len(scales)} values for {count} teachers")
+    if not all(scale > 0 for scale in scales):
+        raise UsageError(f"--distill-logit-scale must be positive, got {list(scales)}")
     if config.distill == "none":
         if names or weights or config.caches:
             raise UsageError(

@@ -1,5 +1,6 @@
 """Held-out pairs: which they are, and their batches."""
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,8 @@ from training.clip.config import Config
 from training.clip.stages import ClipStage
 from training.data.index import Sources, index_shards
 from training.data.loader import Batch, sequential
+
+log = logging.getLogger(__name__)
 
 #: Rows of a held-out batch: what is measured depends on it, and must not on the processes.
 VALIDATION_BATCH = 256
@@ -50,7 +53,14 @@ def held_out(
     """The batches of ``--val-data``, or those of the training data's held-out rows; or None."""
     fetchers = ()  # of rows that are training data, a cache has no view without augmentation
     if config.val_data:
+        trained = {shard.digest for shard in sources.shards} if sources else set()
         sources = index_shards(config.val_data, cache_dir=config.index_dir, flag="--val-data")
+        if seen := [shard.path for shard in sources.shards if shard.digest in trained]:
+            log.warning(
+                "--val-data: %d of %d shards are in --train-data too (one is %s): what is measured "
+                "there says nothing of data that the student has not seen",
+                *(len(seen), len(sources.shards), seen[0]),
+            )
         rows = np.arange(sources.num_samples)
         fetchers = stage.source.fetchers(sources, held_out=True)
     if rows is None:

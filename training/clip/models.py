@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import difflib
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -11,6 +10,9 @@ from typing import Any
 
 import open_clip
 import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
 from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
@@ -20,7 +22,7 @@ from cifd_clip.noise import derive_seed
 from cifd_clip.teacher import Teacher
 from cifd_clip.towers import use_custom_blocks
 from training.clip.config import OWN_WEIGHTS, Config, StudentConfig
-from training.errors import UsageError
+from training.errors import UsageError, did_you_mean
 
 TEACHER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --distill-precision
 
@@ -56,10 +58,9 @@ def model_config(name: str, flag: str) -> dict:
             raise UsageError(f"{flag} '{name}' could not be had: {error}") from error
     config = open_clip.get_model_config(name)
     if config is None:
-        close = difflib.get_close_matches(name, open_clip.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise UsageError(
-            f"{flag} '{name}' is no OpenCLIP model and no --model-config file's stem{hint}"
+            f"{flag} '{name}' is no OpenCLIP model and no --model-config file's stem"
+            f"{did_you_mean(name, open_clip.list_models())}"
         )
     return copy.deepcopy(config)
 
@@ -88,6 +89,39 @@ def check_weights(name: str, pretrained: str, flag: str, force_quick_gelu: bool 
         )
 
 
+def check_here(name: str, pretrained: str | None, flag: str, cache_dir: str | None = None) -> None:
+    """Refuse at once weights that are neither on this disk nor to be had, see `unreachable`.
+
+    Raises:
+        UsageError: names the command that fetches them where there is a network.
+    """
+    tag = open_clip.get_pretrained_cfg(name, pretrained or "") or {}
+    hub = name.startswith("hf-hub:")
+    repository = name.removeprefix("hf-hub:") if hub else tag.get("hf_hub", "").rpartition("/")[0]
+    if not repository:
+        return
+    try:
+        snapshot_download(repository, cache_dir=cache_dir, local_files_only=True)
+    except LocalEntryNotFoundError:
+        if trouble := unreachable():
+            spec = f"{name}:{pretrained}" if tag else name
+            where = f" --cache-dir {cache_dir}" if cache_dir else ""
+            raise UsageError(
+                f"{flag} '{spec}': its weights are not here, and {trouble}; fetch them where there "
+                f"is a network: python -m training.prefetch {spec}{where}"
+            ) from None
+
+
+def unreachable() -> str | None:
+    """Why the hub can't be reached, if so: at once, instead of after a client's retries."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=20)
+    except Exception as error:  # the transport's own, which differs between versions
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"{constants.ENDPOINT} can't be reached ({why})"
+    return None
+
+
 def forced(config: StudentConfig) -> dict[str, Any]:
     """What the student's architecture is changed by, as ``create_model`` takes it."""
     size = config.force_image_size
@@ -111,8 +145,8 @@ def build_student(config: StudentConfig, seed: int) -> nn.Module:
         )
     if config.pretrained:
         check_weights(config.model, config.pretrained, "--pretrained", config.force_quick_gelu)
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, "student"))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(seed, "student"))
         model = _create(
             config.model,
             config.pretrained or None,
@@ -223,6 +257,7 @@ def save_student(
 
 def _create(name: str, pretrained: str | None, flag: str, **options) -> nn.Module:
     model_config(name, flag)
+    check_here(name, pretrained, flag, options.get("cache_dir"))
     try:
         with quiet():
             return open_clip.create_model(name, pretrained, device="cpu", **options)

@@ -110,6 +110,7 @@ def bank_config(config: Config) -> Config:
         accum_freq=1,
         batch_size=config.batch_size * config.accum_freq,
         pretrained="",
+        resume=config.resume and "latest",  # a PATH is a student's
     )
 
 
@@ -154,7 +155,7 @@ def _run(
     trainer = Trainer(stage, config, steps_per_epoch, world, device, config.precision, config.name)
     # Where it goes on.
     checkpoints = Checkpoints(directory.checkpoints, config.keep, lease)
-    checkpoint = checkpoints.agreed(world) if config.resume else None
+    checkpoint = checkpoints.agreed(world, config.resume) if config.resume else None
     if checkpoint is not None:
         trainer.load(checkpoint[1])
     # Whatever may still be wrong with the command line is found before the directory is taken.

@@ -66,14 +66,7 @@ class Batch:
         )
 
     def _rows(self, rows: slice) -> "Batch":
-        return Batch(
-            images=[t[rows] for t in self.images],
-            texts=[t[rows] for t in self.texts],
-            rows=self.rows[rows],
-            views=self.views[rows],
-            keys=self.keys[rows],
-            extras={k: t[rows] for k, t in self.extras.items()},
-        )
+        return replace(self._map(lambda tensor: tensor[rows]), keys=self.keys[rows], skipped={})
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
         def apply(value):

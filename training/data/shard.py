@@ -34,7 +34,8 @@ MAX_NAME = 1024
 OPEN_SHARDS = 128  # files that a process keeps open
 RECHECK = 64  # reads of an open shard, after which it is looked whether it is the same yet
 ABSENT = (-1, 0)
-_META = {"stamp", "samples", "digest", "skipped", "problems", "content"}
+EXAMPLES = 3  # keys that an index keeps of each reason to skip a sample
+_META = {"stamp", "samples", "digest", "skipped", "examples", "problems", "content"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Shard:
         bytes, modified: its size, and its time in nanoseconds.
         samples, skipped: usable samples, and others by reason.
         digest: SHA-256 of its records: keys, offsets and sizes of the usable samples.
+        examples: keys of some of the others, by reason.
         problems: what is wrong with it as a whole, a sentence each.
         content: SHA-256 of the file as `training.check_data` found it, or None.
     """
@@ -56,6 +58,7 @@ class Shard:
     samples: int
     digest: str
     skipped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     modified: int = 0
     content: str | None = None
@@ -127,6 +130,7 @@ def index_shard(
         samples=meta["samples"],
         digest=meta["digest"],
         skipped=meta["skipped"],
+        examples=meta["examples"],
         problems=tuple(meta["problems"]),
         modified=file.st_mtime_ns,
         content=meta["content"],
@@ -164,7 +168,7 @@ def build_index(path: str) -> tuple[np.ndarray, dict]:
         NotAShard: the file is compressed, no tar, or cannot be read.
     """
     samples, latest, strays = [], {}, {}
-    problems, skipped, usable = [], Counter(), []
+    problems, skipped, examples, usable = [], Counter(), {}, []
     try:
         with open_regular(path) as file:
             end = os.fstat(file.fileno()).st_size
@@ -195,8 +199,8 @@ def build_index(path: str) -> tuple[np.ndarray, dict]:
             skipped[LOST] = max(1, -(-(end - error.position) * len(samples) // error.position))
     except OSError as error:
         raise NotAShard(f"{path}: {error.strerror}") from None
-    if unlisted := sum(key not in latest for key in strays.values()):
-        skipped[STRAY] = unlisted
+    if unlisted := [key for key in strays.values() if key not in latest]:
+        skipped[STRAY], examples[STRAY] = len(unlisted), unlisted
     if not samples and not strays:
         problems.append(EMPTY)
     for sample in samples:
@@ -205,6 +209,7 @@ def build_index(path: str) -> tuple[np.ndarray, dict]:
         )
         if fault:
             skipped[fault] += 1
+            examples.setdefault(fault, []).append(sample["key"])
         else:
             usable.append(
                 (sample["key"], *(sample.get(k, ABSENT)[:2] for k in ("image", "text", "json")))
@@ -216,6 +221,10 @@ def build_index(path: str) -> tuple[np.ndarray, dict]:
     return records, {
         "samples": len(records),
         "skipped": dict(skipped),
+        "examples": {
+            reason: [key.decode("utf-8", "replace") for key in keys[:EXAMPLES]]
+            for reason, keys in examples.items()
+        },
         "problems": problems,
         "digest": _digest(records),
     }

@@ -55,9 +55,6 @@ class ViewWriter(Dataset):
     jobs: Sequence[tuple[int, int, Path]]
     quality: int
 
-    def __len__(self) -> int:
-        return len(self.jobs)
-
     def __getitem__(self, number: int) -> Shard:
         shard, view, path = self.jobs[number]
         if not path.is_file():
@@ -125,13 +122,13 @@ class StoredViews(Sources):
         Raises:
             BadSample: the view was not stored, because the original can't be used.
         """
-        original, record = super().record(row, view)
         number, place = self.place(row)
-        stored = self.views[number][view % len(self.views[number])]
+        original, views = self.shards[number], self.views[number]
+        stored = views[view % len(views)]
         # in the originals' order, without those that could not be used
         first = max(0, place - (original.samples - stored.samples))
         near = stored.records[first : place + 1]
-        match = np.flatnonzero(near["key"] == record["key"])
+        match = np.flatnonzero(near["key"] == original.records["key"][place])
         if not match.size:
             raise BadSample("view: not stored")
         return stored, near[match[0]]

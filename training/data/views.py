@@ -15,14 +15,7 @@ from functools import lru_cache
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import (
-    Compose,
-    InterpolationMode,
-    Normalize,
-    RandomResizedCrop,
-    Resize,
-    ToTensor,
-)
+from torchvision.transforms import Compose, Normalize, RandomResizedCrop, ToTensor
 
 from cifd_clip.compiled import Compiled
 from training.data.decode import BadSample
@@ -110,12 +103,9 @@ def eval_view(spec: ImageSpec) -> View:
     return View((_Bounded(side), *view.stages), view.finish)
 
 
-def stored_view(spec: ImageSpec, size: tuple[int, int], backend: str = "pil") -> View:
-    """The transform of an image that is a training view of ``size`` (height, width) already."""
-    wanted = height_width(spec.size)
-    if backend == "torch":
-        return View((Whole(wanted),))
-    return View(() if wanted == size else (Resize(wanted, InterpolationMode.BICUBIC),))
+def stored_view(spec: ImageSpec) -> View:
+    """The transform of an image that is a training view already, perhaps of another size."""
+    return View((Whole(height_width(spec.size)),))
 
 
 def height_width(size: int | Sequence[int]) -> tuple[int, int]:

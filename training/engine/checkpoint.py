@@ -28,7 +28,7 @@ from cifd_clip.files import (
 from training.engine.config import FORMAT
 from training.engine.control import all_gather_object, together
 from training.engine.lease import Lease
-from training.errors import Failure
+from training.errors import Failure, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -114,13 +114,44 @@ class Checkpoints:
             )
         return None
 
-    def agreed(self, world: World) -> tuple[Path, dict[str, Any]] | None:
-        """`newest`, the same one on all ranks: rank 0's.
+    def go_back(self, path: Path) -> None:
+        """Make a checkpoint the newest one: those of later steps move to ``superseded/``.
 
         Raises:
-            Failure: as `newest`, or this rank can't read what rank 0 can.
+            UsageError: it is none of this run's.
+            Failure: it is damaged.
         """
-        newest = together(world, self.newest, only=0)
+        manifest = path.with_suffix(".json")
+        if path.resolve().parent != self.directory.resolve() or not path.is_file():
+            raise UsageError(
+                f"--resume '{path}': expected latest or a checkpoint of this run, "
+                f"{self.directory}/step_*.pt; weights of another run are for --pretrained"
+            )
+        if problem := _problem(path, manifest):
+            raise Failure(f"--resume '{path}': {problem}")
+        later = [p for p in self.directory.glob("step_*") if p.stem > path.stem]
+        aside = self.directory / "superseded"
+        if later:
+            make_folder(aside)
+        # from the last, manifest first: at any moment the newest that is left is whole
+        for each in sorted(later, key=lambda p: (p.stem, p.suffix == ".json"), reverse=True):
+            each.replace(aside / each.name)
+        write_json(self.directory / "latest.json", read_json(manifest, FORMAT), FORMAT)
+        sync_folder(self.directory)
+
+    def agreed(self, world: World, resume: str = "latest") -> tuple[Path, dict[str, Any]] | None:
+        """`newest`, the same one on all ranks: rank 0's, after it went back to one where asked to.
+
+        Raises:
+            UsageError, Failure: as `go_back` and `newest`, or this rank can't read what rank 0 can.
+        """
+
+        def find() -> tuple[Path, dict[str, Any]] | None:
+            if resume != "latest":
+                self.go_back(Path(resume))
+            return self.newest()
+
+        newest = together(world, find, only=0)
         name = all_gather_object(world, newest and newest[0].name)[0]
         if name is None:
             return None

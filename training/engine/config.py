@@ -71,7 +71,10 @@ class RunConfig:
     logs: str = flag("./logs", "parent of the run directory")
     name: str = flag("", "the run directory's name [from method, model and seed]")
     resume: str | None = flag(
-        None, "go on from the newest intact checkpoint of this run, if any", choices=("latest",)
+        None,
+        "latest: go on from the newest intact checkpoint, if any; PATH: go back to this one of the "
+        "run: later ones move to checkpoints/superseded",
+        metavar="latest|PATH",
     )
     save_frequency: int = flag(1, "epochs between checkpoints", least=0)
     save_every_n_steps: int = flag(
@@ -95,6 +98,9 @@ class ProcessConfig:
     precision: str = flag("fp32", "[amp_bf16 on a GPU, fp32 on a CPU]", choices=PRECISIONS)
     dist_url: str | None = flag(None, "where the processes meet [env://]")
     dist_backend: str | None = flag(None, "[nccl on GPUs, gloo on CPUs]")
+    deterministic: bool = flag(
+        False, "deterministic kernels on a GPU (slower), where torch has them", free=True
+    )
     no_set_device_rank: bool = flag(False, "one GPU is visible per process")
 
 

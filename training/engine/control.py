@@ -14,6 +14,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from open_clip_train.distributed import init_distributed_device
@@ -51,6 +52,10 @@ def start_processes(config: ProcessConfig) -> tuple[World, torch.device]:
     device = init_distributed_device(place)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # for what asks no tensor where it lies, such as seeds
+    torch.backends.cudnn.benchmark = not config.deterministic  # the fastest convolutions
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch asks for
+        torch.use_deterministic_algorithms(True, warn_only=True)
     return World(place.rank, place.world_size), device
 
 
@@ -112,6 +117,8 @@ def flush_denormals() -> None:
     A density that has learnt a constant works with little else: a step of a bank that had collapsed
     at small rates took nearly twice as long.
     """
+    for kind in (np.float32, np.float64):
+        np.finfo(kind)  # measured once, now: numpy warns of a machine without denormals
     torch.set_flush_denormal(True)
 
 

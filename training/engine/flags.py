@@ -7,7 +7,6 @@ wrong command line ends at once.
 
 import argparse
 import ast
-import difflib
 import math
 import re
 import shlex
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
-from training.errors import UsageError
+from training.errors import UsageError, did_you_mean
 
 INSTALLED = Path(__file__).parents[2]  # where the packages are
 ARGPARSE = ("choices", "metavar", "nargs", "action")  # what goes to it from a field's metadata
@@ -111,8 +110,7 @@ class CommandLine(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=2)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            hint = did_you_mean(unknown[0].partition("=")[0], known)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return namespace
 

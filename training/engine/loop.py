@@ -309,16 +309,27 @@ def _line(trainer: Trainer, meter: Meter, clock: _Clock) -> dict[str, Any]:
 
 
 def _say(trainer: Trainer, line: dict[str, Any]) -> None:
-    terms = {k: v for k, v in line.items() if k.endswith("_loss") or k == "loss"}
+    terms = {k: v for k, v in line.items() if k.endswith("_loss") or k in ("loss", "contrastive")}
+    step, steps = trainer.progress.step, trainer.total_steps
+    left = (steps - step) * line["samples"] / step / line["samples_per_s"]
     log.info(
-        "step %d/%d | %s | lr %.3g | %.0f samples/s | data wait %.0f %%",
-        trainer.progress.step,
-        trainer.total_steps,
+        "epoch %.2f/%d, step %d/%d, %s left | %s | lr %.3g | %.0f samples/s | data wait %.0f %%",
+        line["epoch"],
+        trainer.config.epochs,
+        step,
+        steps,
+        _duration(left),
         _format(terms),
         line["lr"],
         line["samples_per_s"],
         100 * line["data_wait"],
     )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
 def _format(values: dict[str, float]) -> str:

@@ -30,7 +30,7 @@ class RunDirectory:
         self.path = path or Path(config.logs) / config.name
         self.config = masked(json.loads(json.dumps(record(config))))
         if (self.path / "config.json").is_file():
-            if config.resume != "latest":
+            if not config.resume:
                 raise UsageError(
                     f"{self.path} holds a run already: choose another --name, or continue it with "
                     "--resume latest"
@@ -47,8 +47,12 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has done all its steps, and what it ships is there and whole."""
-        if not (self.path / "finished.json").is_file():
+        """Whether the run has done all its steps, and what it ships is there and whole.
+
+        One that goes back to an older checkpoint has some to do again.
+        """
+        goes_back = self.config["resume"] not in (None, "latest")
+        if goes_back or not (self.path / "finished.json").is_file():
             return False
         try:
             files = self.read("finished.json")["files"]
@@ -72,6 +76,7 @@ class RunDirectory:
 
     def open(self) -> None:
         """Write config and environment and start logging to ``out.log`` (rank 0)."""
+        (self.path / "finished.json").unlink(missing_ok=True)
         self.write("config.json", self.config)
         starts = self.read("environment.json", {"starts": []})["starts"]
         self.write("environment.json", {"starts": [*starts, environment()]})
@@ -139,7 +144,7 @@ def holds_bank(folder: Path) -> bool:
 
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any], free: set[str]) -> None:
     changed = [
-        f"{spelled(key)} was {before.get(key)!r}, now {now.get(key)!r}"
+        f"{spelled(key)} was {before.get(key)!r}, now {now.get(key)!r}{_hint(key, before, now)}"
         for key in sorted({*before, *now} - free)
         if before.get(key) != now.get(key)
     ]
@@ -148,3 +153,12 @@ def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any], free: s
             f"{path} can't be resumed with another configuration: {'; '.join(changed)}. "
             "Use the old values, or another --name"
         )
+
+
+def _hint(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What keeps the global batch on another number of processes."""
+    if key != "global_batch" or not before.get(key):
+        return ""
+    size = now["batch_size"] * before[key] / now[key]
+    own = f"use {size:g}, or " if size == int(size) else "use "
+    return f" (--batch-size is per process: {own}--global-batch {before[key]})"
