@@ -8,8 +8,9 @@ import torch
 from cifd_clip import RDMBank, World
 from training.clip.config import Config
 from training.clip.flags import parse, parse_args, resolve
+from training.clip.live import LiveTeachers, Transforms
 from training.clip.models import add_model_configs, build_student, save_student, student_config
-from training.clip.stages import LiveTeachers, StudentStage, Transforms, make_teachers
+from training.clip.stages import StudentStage, make_teachers
 from training.data.loader import Batch
 from training.engine.trainer import Trainer
 

@@ -22,7 +22,7 @@ from benchmarks.contestants import (
 )
 from benchmarks.harness import command_line, memory, paired, ratios, record, spelled
 from cifd_clip import METHODS
-from training.clip.stages import LiveTeachers
+from training.clip.live import LiveTeachers
 from training.errors import cli
 
 TO = "fd"  # what the others are compared with

@@ -333,6 +333,7 @@ def test_cifd_is_equations_12_and_13(cfg, site):
         width = made.student.widths[modality]
         close(report[f"{modality}_bits"], width * rate / math.log(2))
     close(losses["contrastive_loss"], 0.3 * sum(cl))
+    close(report["contrastive"], sum(cl))
     # L″ = λ_CL·L_CL + L_CIFD,I + L_CIFD,L
     close(total(losses), 0.3 * sum(cl) + sum(expected.values()) + 0.2 * sum(nats))
 
@@ -454,6 +455,21 @@ def test_every_trainable_parameter_has_a_gradient(method, ensemble, student):
         # in a softmax over a row, a bias common to the row cancels
         if not name.endswith("logit_bias"):
             assert parameter.grad.abs().max() > 0, f"{name} has a gradient of zero"
+
+
+@pytest.mark.parametrize("method", ["kd", "tinyclip", "mobileclip", "clipkd"])
+def test_teachers_have_the_temperatures_that_are_given_and_assistants_their_teachers(method):
+    batch, other = pairs(ROWS), teacher()
+    taught = lessons([other], batch, bank(other))
+    scaled = [t._replace(logit_scale=torch.tensor(50.0)) for t in taught]
+    made = {
+        given: task(method, clip("tiny-student"), [48], distill_logit_scale=given)
+        for given in ((), (50.0,))
+    }
+    expected, _ = run(made[()], batch, scaled)
+    losses, _ = run(made[(50.0,)], batch, taught)
+    assert losses == expected
+    assert total(losses) != total(run(made[()], batch, taught)[0])
 
 
 @pytest.mark.parametrize("method", DISTILLING)

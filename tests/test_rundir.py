@@ -1,5 +1,7 @@
 """Run directories: a run goes on with the configuration that it began with."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,13 @@ def test_another_number_of_processes_is_told_what_keeps_the_batch(tmp_path):
     with pytest.raises(UsageError, match=r"use 100, or --global-batch 100\)"):
         RunDirectory(config(1, "--batch-size=50", "--resume=latest"))
     RunDirectory(config(1, "--global-batch=100", "--resume=latest"))
+
+
+def test_numpy_does_not_warn_of_a_process_that_flushes_denormals():
+    code = (
+        "import warnings, numpy as np; from training.engine.control import flush_denormals\n"
+        "flush_denormals(); warnings.simplefilter('error')\n"
+        "print(*(np.finfo(kind).smallest_subnormal > 0 for kind in (np.float32, np.float64)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

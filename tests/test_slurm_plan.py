@@ -431,7 +431,9 @@ def test_a_dry_run_says_what_a_study_would_take_and_submits_nothing(tmp_path):
     )
     command = ["slurm/submit.sh", "--dry-run", "--cluster", env, grid]
     command += ["--", "--epochs", "20", "--model", "ViT-S-32-alt", "--train-num-samples", "2000000"]
-    environment = {**os.environ, "PYTHON": sys.executable}
+    # an activated environment is what runs it
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHON"}
+    environment["VIRTUAL_ENV"] = sys.prefix
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.strip()}

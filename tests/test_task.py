@@ -10,7 +10,7 @@ from cifd_clip import Noise, with_assistants
 from cifd_clip.student import Pooled
 from eval.report.page import contrastive_weight
 from trainers import CASES, SIZE, batch, gradients, prepare, trainer, worst
-from training.clip.stages import Transforms
+from training.clip.live import Transforms
 from training.data.views import ImageSpec
 from training.engine.metrics import _wandb_id, _wandb_name
 

@@ -16,8 +16,8 @@ from benchmarks.harness import Seconds, paired
 from cifd_clip import Teacher
 from cifd_clip.towers import use_custom_blocks
 from eval.cost.macs import clip
+from training.clip.live import LiveTeachers, Transforms
 from training.clip.models import add_model_configs, model_config, quiet
-from training.clip.stages import LiveTeachers, Transforms
 
 METHODS = ("none", "fd", "clipkd", "cifd")  # of the table of a step
 LITTLE = Path("experiments/clip_small/models")  # small-gap10-vit teaches tiny-gap10-vit

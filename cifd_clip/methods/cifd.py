@@ -36,4 +36,5 @@ class CIFD(FeatureDistillation):
             logits = world.logits(embedded.contrastive.features())
             contrastive = contrastive_loss(logits, world.labels(logits))
             losses["contrastive_loss"] = self.options["lambda_cl"] * contrastive
+            embedded.report["contrastive"] = contrastive.detach()  # before λ_CL
         return losses, embedded.report

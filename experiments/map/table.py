@@ -19,7 +19,7 @@ def write_map(logs: Path, results: Path, cells: list[str], subsets: tuple[str, .
     Returns:
         The table as Markdown.
     """
-    found: dict[str, Scores] = {}
+    scores: dict[str, Scores] = {}
     for cell in cells:
         for subset in subsets:
             path = logs / f"{cell}-{subset}" / "table.json"
@@ -30,13 +30,13 @@ def write_map(logs: Path, results: Path, cells: list[str], subsets: tuple[str, .
                 record = read_json(kept)
                 against = record["against"]
                 for row in record["rows"]:
-                    scores = found.setdefault(cell, {}).setdefault(row["row"], {})
-                    scores |= {(subset, seed): value for seed, value in row["scores"].items()}
-    if not found:
+                    own = scores.setdefault(cell, {}).setdefault(row["row"], {})
+                    own |= {(subset, seed): value for seed, value in row["scores"].items()}
+    if not scores:
         return "no study of the map has ended yet"
-    text = to_markdown(found, against)
+    text = to_markdown(scores, against)
     write_text(results / "table.md", text)
-    draw(found, against, results / "map.png")
+    draw(scores, against, results / "map.png")
     return text
 
 
@@ -46,11 +46,11 @@ def differences(cell: Scores, against: str) -> dict[str, Difference]:
     return {row: paired(scores, base) for row, scores in cell.items() if row != against}
 
 
-def to_markdown(found: dict[str, Scores], against: str) -> str:
+def to_markdown(scores: dict[str, Scores], against: str) -> str:
     """A column for each cell: the baseline's score, the others' differences to it."""
-    rows = list(dict.fromkeys(row for cell in found.values() for row in cell))
-    by_cell = {name: differences(cell, against) for name, cell in found.items()}
-    lines = [[against, *(f"{fmean(cell[against].values()):.2f}" for cell in found.values())]]
+    rows = list(dict.fromkeys(row for cell in scores.values() for row in cell))
+    by_cell = {name: differences(cell, against) for name, cell in scores.items()}
+    lines = [[against, *(f"{fmean(cell[against].values()):.2f}" for cell in scores.values())]]
     lines += [
         [row, *(str(d[row]) if row in d else "" for d in by_cell.values())]
         for row in rows
@@ -60,18 +60,18 @@ def to_markdown(found: dict[str, Scores], against: str) -> str:
         "# What each term brings\n\nScore: the mean of zero-shot top-1 (CIFAR-100) and mean "
         f"recall (Flickr8k), percent, on test data. First line: {against} under its best weights; "
         "others: the paired difference over subsets and seeds ± half of its 95 % t-interval. "
-        "Cells: student and labelled images.\n\n" + markdown(["", *found], lines)
+        "Cells: student and labelled images.\n\n" + markdown(["", *scores], lines)
     )
 
 
-def draw(found: dict[str, Scores], against: str, path: Path) -> None:
+def draw(scores: dict[str, Scores], against: str, path: Path) -> None:
     """The differences with their intervals, a panel for each cell."""
     from matplotlib.figure import Figure
 
-    rows = list(dict.fromkeys(r for cell in found.values() for r in cell if r != against))[::-1]
-    figure = Figure(figsize=(2.2 + 2.4 * len(found), 1 + 0.3 * len(rows)), layout="constrained")
-    panels: Any = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for axes, (name, cell) in zip(panels, found.items()):
+    rows = list(dict.fromkeys(r for cell in scores.values() for r in cell if r != against))[::-1]
+    figure = Figure(figsize=(2.2 + 2.4 * len(scores), 1 + 0.3 * len(rows)), layout="constrained")
+    panels: Any = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
+    for axes, (name, cell) in zip(panels, scores.items()):
         for row, difference in differences(cell, against).items():
             style = {"fmt": "o", "color": "#1f5fa8", "capsize": 3, "markersize": 4}
             axes.errorbar(difference.mean, rows.index(row), xerr=difference.half or 0.0, **style)

@@ -33,8 +33,8 @@ from training.clip.cache import (
 )
 from training.clip.config import CACHE_FORMAT, CacheConfig, read_cache_config
 from training.clip.flags import cache_config
+from training.clip.live import LiveTeachers, Transforms
 from training.clip.models import add_model_configs, build_teachers, model_config, student_config
-from training.clip.stages import LiveTeachers, Transforms
 from training.data.index import Sources, index_shards
 from training.data.loader import Batch, Reader, Recipe, sequential
 from training.data.shard import Shard

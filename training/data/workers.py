@@ -137,7 +137,9 @@ class Batches:
             except StopIteration:
                 self.exhausted = True
                 raise
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
+                if not isinstance(error, RuntimeError):
+                    time.sleep(1)  # a worker's sockets close before it has ended
                 if death := self._death():
                     raise death from error
                 if not str(error).startswith("DataLoader timed out"):

@@ -309,7 +309,7 @@ def _line(trainer: Trainer, meter: Meter, clock: _Clock) -> dict[str, Any]:
 
 
 def _say(trainer: Trainer, line: dict[str, Any]) -> None:
-    terms = {k: v for k, v in line.items() if k.endswith("_loss") or k == "loss"}
+    terms = {k: v for k, v in line.items() if k.endswith("_loss") or k in ("loss", "contrastive")}
     step, steps = trainer.progress.step, trainer.total_steps
     left = (steps - step) * line["samples"] / step / line["samples_per_s"]
     log.info(

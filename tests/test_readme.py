@@ -1,0 +1,90 @@
+"""README is true: its code runs, commands are read by their own parsers, files are there."""
+
+import re
+import shlex
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import pytest
+
+from eval import bank, benchmark, cost, report
+from slurm.plan import grid_path
+from test_layers import ROOT
+from training import check_data, prefetch
+from training.classifier import config as classifier
+from training.clip import flags
+from training.commands import COMMANDS
+from training.tuning import plan
+
+PAGE = (ROOT / "README.md").read_text()
+PARSERS: dict[str, Callable] = {
+    "training.main": lambda words: flags.resolve(flags.parse(words)),
+    "training.cache_teacher": lambda words: flags.cache_config(flags.parse_cache(words)),
+    "training.calibrate": lambda words: flags.calibration_config(flags.parse_calibration(words)),
+    "training.classify": lambda words: classifier.resolve(classifier.parse(words)),
+    "training.check_data": lambda words: check_data._parser().parse_args(words),
+    "training.prefetch": lambda words: prefetch._parser().parse_args(words),
+    "training.tune": plan.parse,
+    "eval.benchmark": benchmark.parse,
+    "eval.bank": bank.parse,
+    "eval.cost": cost.parse,
+    "eval.report": report.parse,
+    "slurm.plan": lambda words: [grid_path(word) for word in words if word[0] != "-"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    return [text for its, text in fenced if its == language]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(module, its words) of every line of a shell block."""
+    *shell, _ = blocks("")  # the last is the tree of files
+    lines = "".join(shell).replace("\\\n", "").splitlines()
+    found = []
+    for words in (shlex.split(line, comments=True) for line in lines):
+        if "-m" in words and words[0] in ("python", "torchrun"):
+            place = words.index("-m")
+            found.append((words[place + 1], words[place + 2 :]))
+        elif words and words[0] in COMMANDS:
+            found.append((COMMANDS[words[0]], words[1:]))
+        elif words and words[0] == "slurm/submit.sh":
+            found.append(("slurm.plan", words[1:]))
+    return found
+
+
+def test_it_is_short_enough_to_read():
+    assert len(PAGE.splitlines()) <= 200
+
+
+def test_its_python_runs():
+    assert blocks("python")
+    for code in blocks("python"):
+        exec(code, {})
+
+
+@pytest.mark.parametrize(("module", "words"), commands(), ids=lambda each: str(each)[:60])
+def test_its_commands_are_read_by_their_own_parsers(module, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert find_spec(module), f"there is no {module}"
+    if module in PARSERS:
+        PARSERS[module](words)
+    else:
+        assert module == "cifd_clip.export", f"nothing reads the flags of {module}"
+
+
+def test_every_command_is_shown():
+    assert {module for module, _ in commands()} >= set(COMMANDS.values())
+
+
+def test_its_files_are_there():
+    tree = blocks("")[-1]
+    folder = None
+    for line in tree.splitlines():
+        indent, name = re.match(r"( *)(\S+)?", line).groups()
+        if len(indent) == 2:
+            assert (ROOT / folder / name).exists(), f"{folder}{name}"
+        elif not indent:
+            folder = name
+            assert (ROOT / name).exists(), name
