@@ -4,11 +4,7 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import (
-    Attention,
-    CustomResidualAttentionBlock,
-    ResidualAttentionBlock,
-)
+from open_clip.transformer import Attention, ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
 
 
@@ -47,14 +43,16 @@ def use_custom_blocks(model: nn.Module) -> None:
 
 
 def compile_towers(model: nn.Module) -> None:
-    """Compile a model's towers in place, OpenCLIP's own block by block.
+    """Compile a model's towers in place.
 
-    All blocks of a tower share one graph, which takes a layer's time to compile. What crosses
-    their borders stays outside: gradient checkpointing, the buckets of DDP.
+    Where OpenCLIP checkpoints a tower's blocks they are compiled one by one (all share a graph), so
+    that checkpointing stays outside of what is compiled.
     """
     for module in model.modules():
-        if isinstance(module, (ResidualAttentionBlock, CustomResidualAttentionBlock)):
-            module.compile(dynamic=False)  # both towers' lengths as they are, not one graph for all
+        if isinstance(module, Transformer):
+            # dynamic=False: both towers' lengths as they are, not one graph for all
+            for part in module.resblocks if module.grad_checkpointing else (module,):
+                part.compile(dynamic=False)
         elif isinstance(module, TimmModel):
             module.trunk.compile()
         elif isinstance(module, HFTextEncoder):

@@ -457,6 +457,21 @@ def test_every_trainable_parameter_has_a_gradient(method, ensemble, student):
             assert parameter.grad.abs().max() > 0, f"{name} has a gradient of zero"
 
 
+@pytest.mark.parametrize("method", ["kd", "tinyclip", "mobileclip", "clipkd"])
+def test_teachers_have_the_temperatures_that_are_given_and_assistants_their_teachers(method):
+    batch, other = pairs(ROWS), teacher()
+    taught = lessons([other], batch, bank(other))
+    scaled = [t._replace(logit_scale=torch.tensor(50.0)) for t in taught]
+    made = {
+        given: task(method, clip("tiny-student"), [48], distill_logit_scale=given)
+        for given in ((), (50.0,))
+    }
+    expected, _ = run(made[()], batch, scaled)
+    losses, _ = run(made[(50.0,)], batch, taught)
+    assert losses == expected
+    assert total(losses) != total(run(made[()], batch, taught)[0])
+
+
 @pytest.mark.parametrize("method", DISTILLING)
 def test_teachers_get_no_gradient(method):
     batch, other = pairs(ROWS), teacher()

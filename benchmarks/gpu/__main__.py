@@ -38,12 +38,12 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "correct": Stage(correct.correct, 60),  # while other processes compile
-    "steps": Stage(speed.steps, 200),
+    "correct": Stage(correct.correct, 45),  # while other processes compile
+    "steps": Stage(speed.steps, 240),
     "card": Stage(speed.card, 30),
     "density": Stage(speed.density, 30),
     "memory": Stage(speed.memory, 45),
-    "whole": Stage(speed.whole, 90),
+    "blocks": Stage(speed.blocks, 60),
 }
 
 

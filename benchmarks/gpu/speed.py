@@ -11,9 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.transformer import Transformer
+from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,7 +22,6 @@ from benchmarks.harness import paired, ratios
 from cifd_clip import FactorizedDensity
 from cifd_clip.towers import compile_towers, use_custom_blocks
 from experiments.seeds import table as markdown
-from training.clip.models import add_model_configs
 from training.data.views import normalise
 
 #: Images per second of cifd at 256 rows that issue 19 asks of an H100: (student, cached) → rate.
@@ -222,35 +220,27 @@ def longest(bench: Bench, contestant: Contestant) -> dict[str, Any]:
 
 
 def warm(bench: Bench, name: str) -> None:
-    """Compile the graphs of a student's step, or of the teacher: a tower's blocks share one."""
-    config = open_clip.get_model_config(name)
-    for tower in ("vision_cfg", "text_cfg"):
-        config[tower]["layers"] = 1
-    path = bench.folder / "one-layer.json"
-    path.write_text(json.dumps(config))
-    add_model_configs([str(path)])
+    """Compile what a student's step needs, or the teacher: for other processes' cache."""
     if name == bench.args.teacher:
-        bench.args.teacher = path.stem
-        student = bench.student(bench.args.students[0], "none")
         bench.quick.teachers[0].compile()
-        bench.quick(student.batch)
+        bench.quick(bench.student(bench.args.students[0], "none").batch)
         return
-    bench.args.teacher = path.stem
-    contestant = bench.student(path.stem, "cifd")
+    bench.args.teacher = name  # its own: what it teaches does not matter
+    contestant = bench.student(name, "cifd")
     use_custom_blocks(contestant.stage.task)
     compile_towers(contestant.stage.task)
     contestant()
 
 
-def whole(bench: Bench, figures: dict[str, Any]) -> None:
-    """The first student compiled tower by tower, not block by block."""
+def blocks(bench: Bench, figures: dict[str, Any]) -> None:
+    """The first student compiled block by block, as a checkpointed one is, not tower by tower."""
     name = bench.args.students[0]
     line = {method: bench.student(name, method) for method in ("fd", "cifd")}
     for contestant in line.values():
         contestant.stage.source = Remembered(bench.quick, contestant.batch)
         use_custom_blocks(contestant.stage.task)
         for module in contestant.stage.task.modules():
-            if isinstance(module, Transformer):
+            if isinstance(module, ResidualAttentionBlock):
                 module.compile(dynamic=False)
     figures["first_step_s"] = first(line["fd"])
     figures["images_per_s"] = {

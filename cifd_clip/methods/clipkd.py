@@ -23,7 +23,7 @@ DECLARATION = {
         ),
     },
     "spans": {"lambda_crd": (0.1, 10.0), "lambda_icl": (0.1, 10.0), "lambda_fd": (100.0, 10000.0)},
-    "uses": ["projector", "ibm", "ibm_branch"],
+    "uses": ["projector", "ibm", "ibm_branch", "similarities"],
 }
 
 
@@ -44,6 +44,7 @@ class CLIPKD(Method):
         self.cross_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
+        teachers = self.rescaled(teachers)
         embedded = self.embed(student, pooled, noise)
         task = world.logits(embedded.contrastive.features())
         labels = world.labels(task)

@@ -7,6 +7,7 @@ from cifd_clip.methods.base import Losses, Method, Report, total_weight
 DECLARATION = {
     "summary": "MobileCLIP's ensemble distillation: KL to the mean over teachers",
     "options": {"lambda_kd": (1.0, "share of distillation, beside 1 − that of the task loss")},
+    "uses": ["similarities"],
     "spans": {"lambda_kd": (0.3, 1.0)},
 }
 
@@ -20,6 +21,7 @@ class MobileCLIP(Method):
     declaration = DECLARED["mobileclip"]
 
     def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
+        teachers = self.rescaled(teachers)
         share = self.options["lambda_kd"]
         logits = world.logits(student.embed(pooled).features())
         distill = sum(t.weight * relational_kl(logits, world.logits(t)) for t in teachers)

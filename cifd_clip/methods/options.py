@@ -80,6 +80,13 @@ GROUPS = {
             ("all", "distill"),
         ),
     },
+    "similarities": {
+        "distill_logit_scale": (
+            [],
+            "the factor 1/τ of each teacher's similarities, in place of its own (MobileCLIP 100, "
+            "MobileCLIP2 70 and 60, TinyCLIP 50); its assistants have the first's",
+        ),
+    },
     "assistants": {
         "lambda_n": (
             [1.0],

@@ -4,7 +4,10 @@ from cifd_clip.losses import contrastive_loss, soft_contrastive_loss
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report, total_weight
 
-DECLARATION = {"summary": "TinyCLIP's affinity mimicking, without its pruning"}
+DECLARATION = {
+    "summary": "TinyCLIP's affinity mimicking, without its pruning",
+    "uses": ["similarities"],
+}
 
 
 class TinyCLIP(Method):
@@ -16,6 +19,7 @@ class TinyCLIP(Method):
     declaration = DECLARED["tinyclip"]
 
     def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
+        teachers = self.rescaled(teachers)
         logits = world.logits(student.embed(pooled).features())
         mimicking = sum(t.weight * soft_contrastive_loss(logits, world.logits(t)) for t in teachers)
         losses = {

@@ -379,6 +379,11 @@ def _check_teachers(config: Config) -> None:
         raise UsageError(f"--distill rdm takes one teacher, got {count}")
     if config.distill == "cifd" and count > 1:
         raise UsageError(f"--distill cifd takes one teacher, got {count}")
+    scales = config.options.get("distill_logit_scale", ())
+    if len(scales) not in (0, count):
+        raise UsageError(f"--distill-logit-scale has {len(scales)} values for {count} teachers")
+    if not all(scale > 0 for scale in scales):
+        raise UsageError(f"--distill-logit-scale must be positive, got {list(scales)}")
     if config.distill == "none":
         if names or weights or config.caches:
             raise UsageError(
