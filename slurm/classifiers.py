@@ -99,8 +99,9 @@ def cost(job: Job, site: Site) -> tuple[float, float] | str:
 
 def preparation(runs: list[Line], site: Site) -> str:
     """What has to be there before; of what is missing, where it comes from."""
-    given = {str(run.config.data): None for run in runs}
+    images = dict.fromkeys(f"{run.config.dataset}'s images in {run.config.data}" for run in runs)
     trained = {run.path for run in runs}
-    given |= {str(path): None for run in runs for path in needs(run) if path not in trained}
-    not_there = f"; not there yet: {', '.join(files)}" if (files := missing(runs)) else ""
-    return ", ".join(given) + not_there
+    teachers = {str(path): None for run in runs for path in needs(run) if path not in trained}
+    files = missing(runs)
+    parts = {"": images, "its teachers ": teachers, "not there yet: ": files}
+    return "; ".join(f"{what}{', '.join(these)}" for what, these in parts.items() if these)

@@ -313,3 +313,15 @@ def test_the_gaps_of_a_model_without_results_are_one_row(tmp_path):
 def test_an_empty_folder_is_one_clear_sentence(tmp_path):
     with pytest.raises(UsageError, match=re.escape(f"'{tmp_path}'")):
         report.main([str(tmp_path), "--out", str(tmp_path / "r.html")])
+
+
+def test_a_folder_of_runs_is_its_runs_and_a_run_that_is_named_twice_is_one(runs, tmp_path):
+    (logs,) = {run.parent for run in runs}
+    named = {source.name for source in read_sources(runs)}
+    assert {source.name for source in read_sources([logs, logs / "bank"])} == named
+    assert len(read_sources([logs, *runs])) == len(named)
+
+
+def test_bars_are_as_tall_as_the_largest_figure_allows():
+    low = plots.bars(["digits"], [("a", "red", [2.0]), ("b", "blue", [None])])
+    assert ">2.0</text>" in low and ">100</text>" not in low

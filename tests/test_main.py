@@ -24,7 +24,7 @@ from cifd_clip import World
 from cifd_clip.files import BadFile
 from cifd_clip.rdm import RDMBank
 from cifd_clip.teacher import weights_hash
-from runs import CONFIGS, assert_bit_equal, final, lines, word_tokenizer
+from runs import CONFIGS, ROOT, assert_bit_equal, final, lines, word_tokenizer
 from training.clip.config import DISTILL
 from training.clip.flags import UNSUPPORTED, parse_args, parser
 from training.clip.run import bank_config
@@ -39,7 +39,6 @@ from training.errors import (
 )
 from training.main import main
 
-ROOT = Path(__file__).parent.parent
 STEPS = 4  # of an epoch: 96 scenes in batches of 24
 
 
@@ -262,7 +261,7 @@ def test_wrong_input_ends_in_one_sentence(case, flags, tmp_path):
         main(given)
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.rglob("*.pt")), "nothing was trained"
-    assert not list(tmp_path.rglob("config.json")), "the corrected command finds the name taken"
+    assert not list(tmp_path.iterdir()), "no folder is left, and the name is free"
 
 
 def test_an_existing_run_and_a_changed_configuration_are_refused(flags, tmp_path):
@@ -434,6 +433,24 @@ def test_what_was_trained_is_saved_when_a_worker_dies(flags, tmp_path, monkeypat
     with pytest.raises(Failure, match=r"data worker \d+ was killed"):
         main([*command, "--logs", str(tmp_path), "--name", "run"])
     assert final(tmp_path / "run")["progress"]["step"] >= 1
+
+
+def test_a_second_ctrl_c_ends_with_one_line_and_code_130(flags, tmp_path):
+    """A terminal's goes to the workers too."""
+    command = [*flags, "--logs", str(tmp_path), "--name", "run", "--epochs", "9999"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training.main", *command, "--workers", "1"],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not (tmp_path / "run" / "metrics.jsonl").is_file():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.03)
+    told = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 130 and told[-1] == "interrupted"
+    assert not any("Traceback" in line for line in told), told
 
 
 def test_a_missing_bank_and_a_foreign_bank_are_refused(flags, bank, teacher, tmp_path):

@@ -3,11 +3,14 @@
 import re
 import shlex
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from eval import bank, benchmark, cost, report
+from runs import CONFIGS
 from slurm.plan import grid_path
 from test_layers import ROOT
 from training import check_data, prefetch
@@ -38,10 +41,9 @@ def blocks(language: str) -> list[str]:
     return [text for its, text in fenced if its == language]
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """(module, its words) of every line of a shell block."""
-    *shell, _ = blocks("")  # the last is the tree of files
-    lines = "".join(shell).replace("\\\n", "").splitlines()
+def commands(shell: str) -> list[tuple[str, list[str]]]:
+    """(module, its words) of every line of shell blocks."""
+    lines = shell.replace("\\\n", "").splitlines()
     found = []
     for words in (shlex.split(line, comments=True) for line in lines):
         if "-m" in words and words[0] in ("python", "torchrun"):
@@ -54,6 +56,10 @@ def commands() -> list[tuple[str, list[str]]]:
     return found
 
 
+*SHELL, TREE = blocks("")
+EVERY = commands("".join(SHELL))
+
+
 def test_it_is_short_enough_to_read():
     assert len(PAGE.splitlines()) <= 200
 
@@ -64,7 +70,7 @@ def test_its_python_runs():
         exec(code, {})
 
 
-@pytest.mark.parametrize(("module", "words"), commands(), ids=lambda each: str(each)[:60])
+@pytest.mark.parametrize(("module", "words"), EVERY, ids=lambda each: str(each)[:60])
 def test_its_commands_are_read_by_their_own_parsers(module, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert find_spec(module), f"there is no {module}"
@@ -75,16 +81,38 @@ def test_its_commands_are_read_by_their_own_parsers(module, words, monkeypatch):
 
 
 def test_every_command_is_shown():
-    assert {module for module, _ in commands()} >= set(COMMANDS.values())
+    assert {module for module, _ in EVERY} >= set(COMMANDS.values())
 
 
 def test_its_files_are_there():
-    tree = blocks("")[-1]
     folder = None
-    for line in tree.splitlines():
+    for line in TREE.splitlines():
         indent, name = re.match(r"( *)(\S+)?", line).groups()
         if len(indent) == 2:
             assert (ROOT / folder / name).exists(), f"{folder}{name}"
         elif not indent:
             folder = name
             assert (ROOT / name).exists(), name
+
+
+def test_your_own_data_are_a_student_and_its_report(scenes, teacher, tmp_path, monkeypatch):
+    """The block's own commands in an empty folder, with small data and models in their places."""
+    (block,) = (text for text in SHELL if "cifd-train" in text)
+    run = Path(teacher.removeprefix("local-dir:")).parent
+    places = {
+        "mine/*.tar": f"{scenes}/train/*.tar",
+        "--distill-model ViT-B-32 --distill-pretrained laion2b_s34b_b79k": f"--distill-model {run}",
+        "ViT-S-32-alt": f"tiny-student --model-config {shlex.join(CONFIGS)} --workers 1",
+        "--epochs 16 --rdm-epochs 4 --batch-size 512": "--epochs 1 --rdm-epochs 1 --batch-size 12",
+        "--val-fraction 0.01": "--val-fraction 0.3",
+        "eval_data --datasets imagenetv2 flickr30k": f"{scenes}/benchmark --datasets digits",
+    }
+    for said, here in places.items():
+        assert said in block, f"README no longer says {said}"
+        block = block.replace(said, here)
+    monkeypatch.chdir(tmp_path)
+    for module, words in commands(block):
+        if module != "training.prefetch":  # the teacher is here
+            assert not import_module(module).main(words), module
+    assert (tmp_path / "logs" / "mine" / "student" / "open_clip_model.safetensors").is_file()
+    assert "digits" in (tmp_path / "report.md").read_text()

@@ -282,7 +282,8 @@ def test_weights_that_are_missing_are_named_by_a_dry_run_and_refused_by_a_submis
     command = ["--cluster", str(env), "classify/table3"]
     main(["--dry-run", *command])
     there, lacking = capsys.readouterr().out.partition("before: ")[2].split("; not there yet: ")
-    assert there == f"imagenet, {tmp_path}/resnet34.pth, {tmp_path}/resnet50.pth"
+    weights = f"{tmp_path}/resnet34.pth, {tmp_path}/resnet50.pth"
+    assert there == f"imagenet's images in imagenet; its teachers {weights}"
     assert lacking.startswith(f"{tmp_path}/resnet34.pth (https://")
     assert "/resnet34-b627a593.pth)" in lacking and "resnet50" not in lacking
     with pytest.raises(UsageError, match=r"not there yet: .*resnet34\.pth \(https"):

@@ -44,7 +44,7 @@ def _drawn(draw: Callable[..., plt.Figure]) -> Callable[..., Markup]:
 @_drawn
 def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], xlabel: str) -> plt.Figure:
     """Panels side by side: (title, y label, curves), logarithmic where all values are positive."""
-    size = (4.6 * len(panels), 3.1)
+    size = (4.6 * max(2, len(panels)), 3.1)  # the page makes all plots as wide as itself
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     for axis, (title, ylabel, lines) in zip(axes[0], panels):
         for label, colour, x, y in lines:
@@ -71,7 +71,8 @@ def bars(
         bars = axis.bar(x, heights, 0.9 * width, color=colour, label=label)
         axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=9, color=SOFT)
     axis.set_xticks(range(len(groups)), groups)
-    axis.set(ylim=(0, 108), ylabel="percent")
+    largest = max((v for *_, values in models for v in values if v is not None), default=0)
+    axis.set(ylim=(0, 1.1 * largest or 1), ylabel="percent")
     axis.tick_params(axis="x", length=0, labelcolor=INK)
     axis.legend(ncols=len(models), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
     return figure
@@ -140,7 +141,8 @@ def maps(
         plt.Line2D([], [], color=colour, marker=marker, linestyle="", label=name)
         for (colour, marker), name in zip(kinds, classes)
     ]
-    columns = min(10, len(classes))
+    longest = max(map(len, classes))
+    columns = max(1, min(len(classes), int(size[0] / (0.5 + 0.08 * longest))))  # inches
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
     return figure
 

@@ -97,14 +97,25 @@ class Source:
 
 
 def read_sources(paths: Iterable[Path]) -> list[Source]:
-    """Run directories, each with its own stage 1 where it has one, and folders of results.
+    """Run directories, each once and with its own stage 1 where it has one, and folders of results.
+
+    A folder of runs is all of them.
 
     Raises:
         UsageError: nothing to report there, or results of a run that was trained again since.
         BadFile: a result is of another format, or none.
     """
-    stages = (stage for path in paths for stage in (path, path / "rdm"))
-    return [_read(p) for p in stages if p.name != "rdm" or (p / "config.json").is_file()]
+    runs = (run for path in paths for run in _runs_in(path))
+    stages = [stage for run in runs for stage in (run, run / "rdm")]
+    there = [p for p in stages if p.name != "rdm" or (p / "config.json").is_file()]
+    return [_read(path) for path in {path.resolve(): path for path in there}.values()]
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """The runs in a folder that is nothing else; else the path itself."""
+    if (path / "config.json").is_file() or any(path.glob("*.json")):
+        return [path]
+    return sorted(file.parent for file in path.glob("*/config.json")) or [path]
 
 
 def _read(path: Path) -> Source:

@@ -63,7 +63,8 @@ def held_out(
             )
         rows = np.arange(sources.num_samples)
         fetchers = stage.source.fetchers(sources, held_out=True)
-    if rows is None:
+    # A bank has nothing to measure where no teacher answers.
+    if rows is None or (config.distill == "rdm" and config.caches and not fetchers):
         return None
     batches = partial(
         sequential,

@@ -60,7 +60,6 @@ class Lease:
 
     def __init__(self, path: Path, wait: bool = False):
         self.path, self.holder = path, _this_process()
-        make_folder(path.parent)
         self._file = self._claim(wait)
         self._released = threading.Event()
         self._life = threading.Thread(target=self._live, daemon=True)
@@ -76,16 +75,21 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Let others have it."""
+        """Let others have it; a folder that holds nothing else goes."""
         self._released.set()
         self._life.join(timeout=BEAT)  # a file system that does not answer may hold it
         if _holder(_read(self.path)) == self.holder:
             self.path.unlink()
+            with contextlib.suppress(OSError):  # it holds something
+                self.path.parent.rmdir()
 
     def _claim(self, wait: bool) -> int:
         while True:
+            make_folder(self.path.parent)
             try:
                 file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+            except FileNotFoundError:  # another one's that was released has just gone
+                continue
             except FileExistsError:
                 self._wait(wait)
                 continue

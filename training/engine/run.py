@@ -38,7 +38,6 @@ class RunDirectory:
             before = self.read("config.json")
             free = free_to_change(config) | moved(config, before)
             _check_same(self.path, before, self.config, free)
-        make_folder(self.path)
 
     @property
     def checkpoints(self) -> Path:
@@ -76,6 +75,7 @@ class RunDirectory:
 
     def open(self) -> None:
         """Write config and environment and start logging to ``out.log`` (rank 0)."""
+        make_folder(self.path)
         (self.path / "finished.json").unlink(missing_ok=True)
         self.write("config.json", self.config)
         starts = self.read("environment.json", {"starts": []})["starts"]
