@@ -315,7 +315,10 @@ def density(bench: Bench, figures: dict[str, Any]) -> None:
         values = torch.randn(rows, channels, device=bench.device).mul_(3).requires_grad_()
 
         def run(own: nn.Module = own, values: Tensor = values) -> None:
-            own(values).sum().backward()
+            # As in a step, which has compiled it: outside of an autocast that is on.
+            kind = bench.device.type
+            with torch.autocast(kind, torch.bfloat16), torch.autocast(kind, enabled=False):
+                own(values).sum().backward()
 
         def eager(run: Callable[[], None] = run) -> None:
             with torch.compiler.set_stance("force_eager"):
