@@ -3,13 +3,18 @@
 Shapes: b rows of this rank, B rows of the global batch, D embedding dimension.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from cifd_clip.losses import Features, Logits
+from cifd_clip.losses import Features, Logits, contrastive_loss
+
+#: Values of a matrix of logits that is made as a whole.
+LOGITS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,55 @@ class World:
             return logits
         return Logits(*(values + features.logit_bias for values in logits))
 
-    def labels(self, logits: Logits) -> Tensor:
+    def labels(self, features: Features) -> Tensor:
         """(b,) column of each local row's own pair."""
-        rows = len(logits.image_to_text)
-        device = logits.image_to_text.device
-        return torch.arange(rows, device=device) + rows * self.rank
+        rows = len(features.image)
+        return torch.arange(rows, device=features.image.device) + rows * self.rank
+
+    def contrastive(self, features: Features, columns: Features | None = None) -> Tensor:
+        """`contrastive_loss` of this rank's rows; see `over_rows`."""
+        (loss,) = self.over_rows(
+            lambda labels, logits: (contrastive_loss(logits, labels),),
+            [features],
+            columns and [columns],
+        )
+        return loss
+
+    def over_rows(
+        self,
+        losses: Callable[..., tuple[Tensor, ...]],
+        rows: Sequence[Features],
+        columns: Sequence[Features] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Losses of logits, each a mean over this rank's rows.
+
+        Where (b, B) logits are more than `LOGITS` values, they are made of some rows at a time, and
+        anew in backward: a global batch of 32,768 on one GPU would be ten matrices of 4 GiB.
+
+        Args:
+            losses: of the labels and the logits of each of ``rows``.
+            rows: features of the local rows.
+            columns: what each of them is compared with, gathered; by default their own.
+        """
+        columns = columns or [self.columns(features) for features in rows]
+        labels, count = self.labels(rows[0]), len(rows[0].image)
+
+        def of(start: int, stop: int) -> tuple[Tensor, ...]:
+            few = (f._replace(image=f.image[start:stop], text=f.text[start:stop]) for f in rows)
+            return losses(labels[start:stop], *map(self.logits, few, columns))
+
+        at_once = max(1, LOGITS // len(columns[0].image))
+        if at_once >= count:
+            return losses(labels, *map(self.logits, rows, columns))
+        parts = [
+            (
+                checkpoint(of, start, stop, use_reentrant=False, preserve_rng_state=False),
+                (stop - start) / count,
+            )
+            for start in range(0, count, at_once)
+            for stop in [min(start + at_once, count)]
+        ]
+        return tuple(sum(part[i] * share for part, share in parts) for i in range(len(parts[0][0])))
 
 
 class _Gather(torch.autograd.Function):

@@ -34,10 +34,10 @@ from cifd_clip.compiled import Compiled
 
 FILTERS = (1, 3, 3, 3, 3, 1)
 LAYERS = [(fan_out, fan_in) for fan_in, fan_out in pairwise(FILTERS)]
-# Values per slab. On a CPU: large enough for torch to share a slab between threads (from 32,768
-# values each), small enough for the last-level cache (`python -m benchmarks.entropy`). On a GPU:
-# so many that launches don't count, so few that sixty float32 tensors of them fit in 2 GiB.
-CPU_SLAB_VALUES = 1 << 16
+# Values per slab, of which three units are computed together. On a CPU: large enough for torch to
+# share them between threads, small enough for the last-level cache (`benchmarks.entropy`). On a
+# GPU: so many that launches don't count, so few that sixty float32 tensors of them fit in 2 GiB.
+CPU_SLAB_VALUES = 1 << 15
 GPU_SLAB_VALUES = 1 << 23
 
 

@@ -10,6 +10,7 @@ weights and they are not in --logs.
 from pathlib import Path
 from statistics import mean
 
+from cifd_clip.files import write_text
 from experiments.classifiers import BF16, classifier
 from experiments.seeds import paired, shown, summarise, table
 from experiments.study import (
@@ -234,9 +235,10 @@ def main(argv: list[str]) -> int:
         return STOPPED
     by_seed = to_markdown(results)
     print(by_seed)
-    (results / "table.md").write_text(
+    write_text(
+        results / "table.md",
         "CIFAR-100: percent, mean ± standard deviation over n seeds; −: the mean of the "
-        "differences seed by seed ± its standard error.\n\n" + by_seed
+        "differences seed by seed ± its standard error.\n\n" + by_seed,
     )
     if not args.few:  # whose assistants are trained on more images than they are
         times_kd = costs(results)

@@ -25,6 +25,7 @@ from cifd_clip.files import read_json, write_json, write_text
 from training.children import duration, last_line, signals, start
 from training.engine.environment import origin
 from training.engine.flags import CommandLine
+from training.engine.run import read_metrics
 from training.errors import Failure, UsageError
 
 FORMAT = 1  # of study.json
@@ -353,7 +354,7 @@ def write_result(path: Path, content: Any) -> None:
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
     """The lines of a run's training log."""
-    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    lines = read_metrics(directory)
     return [line for line in lines if line["kind"] == "train"]
 
 

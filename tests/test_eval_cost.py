@@ -262,3 +262,16 @@ def test_the_papers_forward_counts_come_out_of_the_architectures():
     assert {m: round(c) for m, c in paper_costs.table_1()["forward"].items()} == {
         "kd": 1, "cifd": 1, **paper_costs.TABLE_1,
     }  # fmt: skip
+
+
+def test_activations_are_those_of_a_micro_batch_in_towers_whose_layers_are_known():
+    def bytes_of(*flags: str) -> int:
+        return stages.run_stages(cost.parse([RECIPE, *flags]))[-1].activation_bytes
+
+    text = 77 * 384 * 12
+    whole = bytes_of("--global-batch", "256")
+    assert whole == 256 * stages.ACTIVATION * (197 * 384 * 12 + text)
+    assert bytes_of("--global-batch", "256", "--accum-freq", "4") == whole / 4
+    assert bytes_of("--global-batch", "256", "--grad-checkpointing") < whole / 5
+    resnet = bytes_of("--global-batch", "256", "--model", "RN50")
+    assert resnet == 256 * stages.ACTIVATION * 77 * 512 * 12, "its text tower's alone"

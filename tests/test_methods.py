@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 
-from cifd_clip import METHODS, Features, Noise, World, with_assistants
+from cifd_clip import METHODS, Features, Noise, World, distributed, with_assistants
 from cifd_clip.losses import Logits, embedding_loss, relational_kl
 from cifd_clip.methods import rkd
 from tiny import SIGLIP, bank, clip, config, lessons, pairs, task, teacher, total
@@ -501,3 +501,27 @@ def test_relational_kl_of_a_perfect_student_is_zero():
     assert relational_kl(logits, logits).abs() < 1e-6
     shifted = Logits(logits.image_to_text + 3.0, logits.text_to_image - 2.0)
     assert relational_kl(shifted, logits).abs() < 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_of_some_rows_at_a_time_give_the_same_losses_and_gradient(method, monkeypatch):
+    model, owner = clip("tiny-student"), teacher()
+    made = task(method, model, [owner.dim])
+    features = [] if method == "none" else lessons([owner], pairs(ROWS), bank(owner))
+
+    def step():
+        made.zero_grad()
+        losses, _ = made(*pairs(ROWS), features, Noise(0, 0))
+        total(losses).backward()
+        return losses, {n: p.grad for n, p in made.named_parameters() if p.grad is not None}
+
+    whole, wanted = step()
+    wanted = {name: grad.clone() for name, grad in wanted.items()}
+    monkeypatch.setattr(distributed, "LOGITS", 4 * ROWS)  # four rows, then the other two
+    losses, found = step()
+    for name, loss in whole.items():
+        assert losses[name].item() == pytest.approx(loss.item(), rel=1e-5), name
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        scale = max(grad.abs().max().item(), 1e-6)
+        assert (found[name] - grad).abs().max() < 1e-4 * scale, name

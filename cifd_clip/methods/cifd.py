@@ -1,6 +1,5 @@
 """Controlled Information Flow for CLIP (section 3.3, eq. 10–13)."""
 
-from cifd_clip.losses import contrastive_loss
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Report
 from cifd_clip.methods.fd import FeatureDistillation
@@ -33,8 +32,7 @@ class CIFD(FeatureDistillation):
         embedded = self.embed(student, pooled, noise)
         losses = {**self.embedding_losses(embedded.compared, teachers), **embedded.losses}
         if self.uses_logit_scale:
-            logits = world.logits(embedded.contrastive.features())
-            contrastive = contrastive_loss(logits, world.labels(logits))
+            contrastive = world.contrastive(embedded.contrastive.features())
             losses["contrastive_loss"] = self.options["lambda_cl"] * contrastive
             embedded.report["contrastive"] = contrastive.detach()  # before λ_CL
         return losses, embedded.report

@@ -46,28 +46,36 @@ class CLIPKD(Method):
     def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         teachers = self.rescaled(teachers)
         embedded = self.embed(student, pooled, noise)
-        task = world.logits(embedded.contrastive.features())
-        labels = world.labels(task)
-        logits = task
+        task = embedded.contrastive.features()
+        rows, columns = [task], [world.columns(task)]
         if embedded.compared is not embedded.contrastive:
-            logits = world.logits(embedded.compared.features())
+            rows.append(embedded.compared.features())
+            columns.append(world.columns(rows[-1]))
+        own = len(rows)
         projected = self.projectors(embedded.compared, teachers)
         raw = self.options["interactive_scale"] == "raw"
         scale = self.cross_logit_scale if raw else self.cross_logit_scale.exp()
-        relational = interactive = feature = 0.0
+        feature = 0.0
         for teacher in teachers:
-            weight, columns = teacher.weight, world.columns(teacher)
             image, text = projected[teacher.space]
             # Student rows against the gathered teacher: no gradient has to cross ranks.
-            cross = world.logits(Features(image, text, scale), columns)
-            taught = world.logits(teacher, columns)
-            relational = relational + weight * relational_kl(logits, taught)
-            interactive = interactive + weight * contrastive_loss(cross, labels) / 2
-            feature = feature + weight * embedding_loss(image, teacher.image)
-            feature = feature + weight * embedding_loss(text, teacher.text)
+            rows += [Features(image, text, scale), teacher]
+            columns += 2 * [world.columns(teacher)]
+            feature = feature + teacher.weight * embedding_loss(image, teacher.image)
+            feature = feature + teacher.weight * embedding_loss(text, teacher.text)
+
+        def terms(labels, *logits):
+            compared, others = logits[own - 1], logits[own:]
+            relational = interactive = 0.0
+            for teacher, cross, taught in zip(teachers, others[::2], others[1::2]):
+                relational = relational + teacher.weight * relational_kl(compared, taught)
+                interactive = interactive + teacher.weight * contrastive_loss(cross, labels) / 2
+            return contrastive_loss(logits[0], labels) / 2, relational, interactive
+
+        contrastive, relational, interactive = world.over_rows(terms, rows, columns)
         options, total = self.options, total_weight(teachers)
         losses = {
-            "contrastive_loss": contrastive_loss(task, labels) / 2,
+            "contrastive_loss": contrastive,
             "relational_loss": options["lambda_crd"] * relational / total,
             "interactive_loss": options["lambda_icl"] * interactive / total,
             "embedding_loss": options["lambda_fd"] * feature / total,

@@ -17,10 +17,13 @@ class KnowledgeDistillation(Method):
 
     def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         teachers = self.rescaled(teachers)
-        logits = world.logits(student.embed(pooled).features())
-        distill = sum(t.weight * soft_contrastive_loss(logits, world.logits(t)) for t in teachers)
-        losses = {
-            "contrastive_loss": contrastive_loss(logits, world.labels(logits)) / 2,
-            "distill_loss": distill / (2 * total_weight(teachers)),
-        }
-        return losses, {}
+
+        def terms(labels, logits, *taught):
+            distill = sum(
+                t.weight * soft_contrastive_loss(logits, of) for t, of in zip(teachers, taught)
+            )
+            return contrastive_loss(logits, labels) / 2, distill / (2 * total_weight(teachers))
+
+        rows = [student.embed(pooled).features(), *teachers]
+        contrastive, distill = world.over_rows(terms, rows)
+        return {"contrastive_loss": contrastive, "distill_loss": distill}, {}

@@ -23,10 +23,12 @@ class MobileCLIP(Method):
     def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         teachers = self.rescaled(teachers)
         share = self.options["lambda_kd"]
-        logits = world.logits(student.embed(pooled).features())
-        distill = sum(t.weight * relational_kl(logits, world.logits(t)) for t in teachers)
-        losses = {
-            "contrastive_loss": (1 - share) * contrastive_loss(logits, world.labels(logits)) / 2,
-            "distill_loss": share * distill / total_weight(teachers),
-        }
-        return losses, {}
+
+        def terms(labels, logits, *taught):
+            distill = sum(t.weight * relational_kl(logits, of) for t, of in zip(teachers, taught))
+            contrastive = (1 - share) * contrastive_loss(logits, labels) / 2
+            return contrastive, share * distill / total_weight(teachers)
+
+        rows = [student.embed(pooled).features(), *teachers]
+        contrastive, distill = world.over_rows(terms, rows)
+        return {"contrastive_loss": contrastive, "distill_loss": distill}, {}

@@ -1,6 +1,5 @@
 """No distillation: OpenCLIP's contrastive loss."""
 
-from cifd_clip.losses import contrastive_loss
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report
 
@@ -13,5 +12,5 @@ class Contrastive(Method):
     declaration = DECLARED["none"]
 
     def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
-        logits = world.logits(student.embed(pooled).features())
-        return {"contrastive_loss": contrastive_loss(logits, world.labels(logits)) / 2}, {}
+        loss = world.contrastive(student.embed(pooled).features())
+        return {"contrastive_loss": loss / 2}, {}

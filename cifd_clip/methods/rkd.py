@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cifd_clip.losses import contrastive_loss
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report, total_weight
 
@@ -39,8 +38,7 @@ class RelationalDistillation(Method):
     def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         rows = student.embed(pooled).features()
         columns = world.columns(rows)
-        logits = world.logits(rows, columns)
-        labels = world.labels(logits)
+        labels = world.labels(rows)
         distance = angle = 0.0
         for teacher in teachers:
             taught = world.columns(teacher)
@@ -49,7 +47,7 @@ class RelationalDistillation(Method):
                 distance = distance + weight * distance_loss(ours, theirs, labels)
                 angle = angle + weight * angle_loss(ours, theirs, labels)
         losses = {
-            "contrastive_loss": contrastive_loss(logits, labels) / 2,
+            "contrastive_loss": world.contrastive(rows, columns) / 2,
             "distance_loss": self.options["lambda_distance"] * distance,
             "angle_loss": self.options["lambda_angle"] * angle,
         }

@@ -20,10 +20,13 @@ class TinyCLIP(Method):
 
     def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         teachers = self.rescaled(teachers)
-        logits = world.logits(student.embed(pooled).features())
-        mimicking = sum(t.weight * soft_contrastive_loss(logits, world.logits(t)) for t in teachers)
-        losses = {
-            "contrastive_loss": contrastive_loss(logits, world.labels(logits)),
-            "affinity_loss": mimicking / total_weight(teachers),
-        }
-        return losses, {}
+
+        def terms(labels, logits, *taught):
+            mimicking = sum(
+                t.weight * soft_contrastive_loss(logits, of) for t, of in zip(teachers, taught)
+            )
+            return contrastive_loss(logits, labels), mimicking / total_weight(teachers)
+
+        rows = [student.embed(pooled).features(), *teachers]
+        contrastive, affinity = world.over_rows(terms, rows)
+        return {"contrastive_loss": contrastive, "affinity_loss": affinity}, {}

@@ -61,18 +61,20 @@ def stage_report(stages: Sequence[Stage], config: CostConfig) -> str:
             params, forward, training = map(short, cells)
             per_sample.append([stage.name, part.name, params, forward, str(part.passes), training])
         sums = (stage.samples / 1e6, stage.macs / 1e15, config.gpu_hours(stage.macs))
-        sizes = (stage.memory_bytes, stage.disk_bytes, stage.read_bytes)
+        peak = stage.memory_bytes + stage.activation_bytes
+        sizes = (stage.memory_bytes, peak, stage.disk_bytes, stage.read_bytes)
         rows.append([stage.name, *map(short, sums), *map(gib, sizes)])
     hours = config.gpu_hours(total(stages))
     disk, read = gib(sum(s.disk_bytes for s in stages)), gib(sum(s.read_bytes for s in stages))
-    rows.append(["total", "", short(total(stages) / 1e15), short(hours), "", disk, read])
+    rows.append(["total", "", short(total(stages) / 1e15), short(hours), "", "", disk, read])
     runs = ["runs on every sample", "M parameters", "GMACs forward", "passes", "GMACs in training"]
-    come_to = ["M samples", "PMACs", "GPU h", "memory GiB", "disk GiB", "read GiB"]
+    come_to = ["M samples", "PMACs", "GPU h", "memory GiB", "peak GiB", "disk GiB", "read GiB"]
     return (
         f"{table(['stage', *runs], per_sample, words=2)}\n{table(['stage', *come_to], rows)}\n"
         f"GPU hours at {config.tflops:g} TFLOPS × {config.mfu:g}; on {config.gpus} "
         f"GPU{'s' * (config.gpus > 1)} {short(hours / config.gpus)} hours. Memory: weights, "
-        "gradients and optimizer state of each GPU, without activations.\n"
+        "gradients and optimizer state of each GPU; peak: and the activations of a micro-batch of "
+        f"{config.batch_size}.\n"
     )
 
 

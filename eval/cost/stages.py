@@ -4,6 +4,7 @@ A trained part costs three forward passes per sample (its own, and two for the b
 products); a frozen one costs one, or none where the teacher's cache stands for it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -14,6 +15,7 @@ from eval.cost.config import CostConfig
 from eval.cost.macs import Clip
 from training.clip import models
 from training.clip.flags import method_options
+from training.data.views import height_width as pair
 from training.errors import UsageError
 
 #: A sample's cost in forwards.
@@ -22,6 +24,9 @@ FLOAT32, FLOAT16 = 4, 2  # weights; the teacher cache
 #: Weight, gradient and AdamW's two moments.
 TRAINING_STATE, CHECKPOINT_STATE = 4 * FLOAT32, 3 * FLOAT32
 #: Assistants in the place of RDMs; True where everything larger teaches, not only the next larger.
+#: What backward needs of each layer, in bytes a value of its tokens in bfloat16, without and with
+#: --grad-checkpointing: measured on ViT-S-16 and ViT-B-16 (`python -m benchmarks.gpu`).
+ACTIVATION, CHECKPOINTED = 37, 6
 CHAINS = {"takd": False, "dgkd": True}
 DEFAULT_ASSISTANT = "ViT-B-16"
 
@@ -46,7 +51,8 @@ class Stage:
 
     Args:
         samples: image–text pairs that go through it, over all epochs.
-        memory_bytes: weights, gradients and optimizer state, on every GPU; no activations.
+        memory_bytes: weights, gradients and optimizer state, on every GPU.
+        activation_bytes: of a micro-batch, which come to it; of OpenCLIP's own towers alone.
         disk_bytes: what it leaves behind: cache, bank, student, checkpoints.
         read_bytes: what it reads from shards and caches.
     """
@@ -57,6 +63,7 @@ class Stage:
     memory_bytes: int
     disk_bytes: int
     read_bytes: int
+    activation_bytes: int = 0
 
     @property
     def macs(self) -> float:
@@ -151,7 +158,24 @@ def student_stage(
         disk_bytes=FLOAT32 * student.params
         + _kept(config, config.epochs) * FLOAT32 * (copies * weights + 2 * trained),
         read_bytes=samples * read,
+        activation_bytes=_activations(config, model),
     )
+
+
+def _activations(config: CostConfig, model: str) -> int:
+    """Bytes that a micro-batch keeps for its backward in OpenCLIP's own ViT and text towers."""
+    own = model == config.model
+    stock = models.student_config(config) if own else models.model_config(model, "--assistants")
+    vision, text = stock["vision_cfg"], stock["text_cfg"]
+    values = 0
+    if isinstance(vision.get("layers"), int):  # a ResNet has several
+        tokens = math.prod(side // vision["patch_size"] for side in pair(vision["image_size"])) + 1
+        values += tokens * vision["width"] * vision["layers"]
+    if "hf_model_name" not in text:
+        tokens = text.get("context_length", 77)
+        values += tokens * text.get("width", 512) * text.get("layers", 12)
+    each = CHECKPOINTED if config.grad_checkpointing else ACTIVATION
+    return each * config.batch_size * values
 
 
 def _rdms(config: CostConfig, teacher: Clip, passes: int) -> Part:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from cifd_clip.files import read_json
+from cifd_clip.files import read_json, write_text
 from experiments.clip_small import plan as plans
 from experiments.clip_small.keep import keep_result, score
 from experiments.clip_small.plan import METHODS, SCALES, STAGES, Plan, Tuned
@@ -94,8 +94,8 @@ def write_tables(args: Namespace) -> str:
     text = table.to_markdown(rows, parts, answers, read_json(path) if path.is_file() else None)
     content = {"scale": args.scale, "students": rows, "parts": parts, "choices": answers}
     write_result(args.results / "table.json", content)
-    (args.results / "table.md").write_text(text)
-    (args.results / "table.csv").write_text(table.to_csv(kept))
+    write_text(args.results / "table.md", text)
+    write_text(args.results / "table.csv", table.to_csv(kept))
     return text
 
 

@@ -13,7 +13,7 @@ from cifd_clip import Teacher
 from cifd_clip.losses import Features
 from training.clip.models import quiet
 from training.data.index import Sources
-from training.data.loader import Batch, Fetcher, Recipe
+from training.data.loader import Batch, Fetcher
 from training.data.views import ImageSpec, View, eval_view, normalise, stored_view, train_view
 from training.errors import UsageError
 
@@ -41,7 +41,7 @@ class Transforms:
         try:
             view = train_view(ImageSpec(), aug_cfg, backend)
             self.normalised = bool(view.finish)
-            Recipe([view], []).sample_bytes()  # draws one
+            view.example()
         except (TypeError, ValueError, RuntimeError) as error:
             shown = " ".join(f"{key}={value}" for key, value in aug_cfg.items())
             raise UsageError(f"--aug-cfg {shown}: OpenCLIP can't use it: {error}") from error

@@ -5,13 +5,11 @@ of a global batch (`training.data.order`), reads their bytes by position, and ma
 state lives in a loader, so starting at step s gives what an uninterrupted run would have seen.
 """
 
-import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -70,13 +68,10 @@ class Recipe:
         images = []
         if self.image_transforms:
             data = read("image", self.caps.max_bytes, "image: too many bytes")
-            images = self._images(data, key, view)
+            least, caps = max(transform.least for transform in self.image_transforms), self.caps
+            image = decode_pixels(data, caps, least) if least else decode_image(data, caps)
+            images = [draw(t, image, self.seed, view, key) for t in self.image_transforms]
         return caption, images
-
-    def _images(self, data: bytes, key: bytes, view: int) -> list[Tensor]:
-        least = max(transform.least for transform in self.image_transforms)
-        image = decode_pixels(data, self.caps, least) if least else decode_image(data, self.caps)
-        return [draw(t, image, self.seed, view, key) for t in self.image_transforms]
 
     def _caption(self, key: bytes, view: int, read) -> str:
         captions = []
@@ -105,12 +100,7 @@ class Recipe:
 
     def sample_bytes(self) -> int:
         """Of one sample's images (of its text, there is little)."""
-        if not self.image_transforms:
-            return 0
-        file = io.BytesIO()
-        Image.new("RGB", (64, 64)).save(file, "PNG")
-        with private_randomness():
-            return sum(image.nbytes for image in self._images(file.getvalue(), b"", 0))
+        return sum(transform.example().nbytes for transform in self.image_transforms)
 
 
 class Assembly:

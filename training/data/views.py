@@ -70,6 +70,12 @@ class View:
             image = stage(image)
         return image
 
+    def example(self) -> Tensor:
+        """What it makes of a blank image."""
+        image = Image.new("RGB", (64, 64))
+        with private_randomness():
+            return self(Pixels(tensor(image), (64, 64)) if self.least else image)
+
 
 def train_view(spec: ImageSpec, aug_cfg: dict | None = None, backend: str = "pil") -> View:
     """OpenCLIP's training transform (``aug_cfg``: its ``--aug-cfg``), up to the uint8 pixels.

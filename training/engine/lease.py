@@ -115,6 +115,9 @@ class Lease:
         seen, since, job = None, time.monotonic(), self.holder["job"]
         while (content := _read(self.path)) is not None:
             holder, now = _holder(content), time.monotonic()
+            if _is_gone(holder) or (content == seen and now - since > DEAD):
+                _bury(self.path, holder)
+                return
             if seen is None:
                 log.info("%s: %s may still write here", self.path.parent, _name(holder))
             elif content != seen and holder and not (for_any or (job and holder["job"] == job)):
@@ -124,9 +127,6 @@ class Lease:
                 )
             if content != seen:
                 seen, since = content, now
-            if now - since > DEAD or _is_gone(holder):
-                _bury(self.path, holder)
-                return
             time.sleep(LOOK)
 
 

@@ -11,6 +11,7 @@ from subprocess import Popen
 from cifd_clip.files import read_json, write_json
 from training import children
 from training.engine import result
+from training.engine.run import read_metrics
 from training.errors import Failure, UsageError
 from training.tuning.plan import Plan, row_flags
 from training.tuning.queue import Claim, Queue
@@ -200,10 +201,8 @@ class Worker:
 
 def held_out(run: Path, names: tuple[str, ...]) -> list[float]:
     """The mean of some figures at each validation of a run so far."""
-    path = run / "metrics.jsonl"
-    text = path.read_text() if path.is_file() else ""
-    whole = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
-    return [fmean(line[name] for name in names) for line in whole if line["kind"] == "val"]
+    lines = read_metrics(run)
+    return [fmean(line[name] for name in names) for line in lines if line["kind"] == "val"]
 
 
 def evaluated(run: Path) -> dict[str, float]:
