@@ -95,7 +95,7 @@ def test_a_run_directory_explains_itself(flags, teacher, bank, tmp_path, scenes)
     assert held_out["image_embedding_loss"] > 0 and "image_rate_loss" not in held_out
     assert list((run / "tensorboard").glob("events*"))
     log = (run / "out.log").read_text()
-    assert re.search(r"epoch 0\.75/1, step 3/4, 0 min \d\d s left", log), log
+    assert re.search(r"epoch 0\.75/1, step 3/4, \d+ s left", log), log
 
 
 def test_stage_one_reports_bits_distortion_and_snr_of_every_rate(bank):
