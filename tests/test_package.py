@@ -1,5 +1,6 @@
 """What is installed works from an empty directory: commands, recipes, data files."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -104,6 +105,16 @@ def test_a_recipe_is_found_in_what_is_installed(installed, tmp_path):
     recipe = "@slurm/recipes/cc12m_vitl14_vits16.args"
     done = script(installed, tmp_path, "cifd-train", recipe)
     assert "error: --train-data is missing" in done.stderr, done.stderr
+
+
+def test_a_run_works_where_there_is_no_checkout(installed, flags, tmp_path):
+    words = [*flags, "--logs=logs", "--name=run", "--workers=1"]
+    done = script(installed, tmp_path, "cifd-train", *words)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "logs" / "run"
+    assert (run / "student" / "open_clip_model.safetensors").is_file()
+    (start,) = json.loads((run / "environment.json").read_text())["starts"]
+    assert start["command"].startswith("python -m training.main ") and start["commit"] is None
 
 
 def test_a_folder_that_stands_in_the_way_is_named_and_scripts_do_not_meet_it(installed, tmp_path):
