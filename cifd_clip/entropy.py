@@ -14,7 +14,8 @@ Two things are done differently from the textbook chain of 3×3 matrix products:
   slope of the tail, which pulls outliers back. The difference δ = u − l is carried through the
   layers by itself, forward and backward: subtracting two large logits would cancel, and so would
   their gradients. Between the modes of a trained channel, where gates g are near −1, so would
-  d + g·t, t = tanh(a + d) − tanh(a): it is written (d − t) + (1 + g)·t, two positive terms.
+  d + g·t, t = tanh(a + d) − tanh(a): it is written (d − t) + (1 + g)·t, two positive terms. On a
+  CPU, which can look at them first, only where a gate is.
 * The network has three units a layer: as matrix products it is all overhead. It is written as
   element-wise arithmetic on (rows, channels) slabs, which stay in a CPU's cache and which a GPU
   runs compiled to a few kernels; the backward pass recomputes them instead of storing some forty
@@ -39,6 +40,8 @@ LAYERS = [(fan_out, fan_in) for fan_in, fan_out in pairwise(FILTERS)]
 # GPU: so many that launches don't count, so few that sixty float32 tensors of them fit in 2 GiB.
 CPU_SLAB_VALUES = 1 << 15
 GPU_SLAB_VALUES = 1 << 23
+# A gate below this cancels more than a float32's last digit.
+CLOSING = -0.9
 
 
 class FactorizedDensity(nn.Module):
@@ -92,21 +95,24 @@ class FactorizedDensity(nn.Module):
 
 def _effective(
     matrices: Iterable[Tensor], biases: Iterable[Tensor], factors: Iterable[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Monotone weights (33, C), biases (13, C), gates g (12, C) and 1 + g, of all layers.
 
     1 + g comes from the factor: made of a g near −1 it would be rounding. Its gradient is in g's.
+    None on a CPU where no gate is near.
     """
 
     def packed(tensors: Iterable[Tensor]) -> Tensor:
         return torch.cat([t.flatten(1) for t in tensors], 1).t().contiguous()
 
     factors = packed(factors)
-    opening = 2 * torch.sigmoid(2 * factors.detach())
-    return F.softplus(packed(matrices)), packed(biases), torch.tanh(factors), opening
+    gates, opening = torch.tanh(factors), None
+    if gates.device.type != "cpu" or gates.min() < CLOSING:
+        opening = 2 * torch.sigmoid(2 * factors.detach())
+    return F.softplus(packed(matrices)), packed(biases), gates, opening
 
 
-def _layers(weights: Tensor, biases: Tensor, gates: Tensor, opening: Tensor) -> list[tuple]:
+def _layers(weights: Tensor, biases: Tensor, gates: Tensor, opening: Tensor | None) -> list[tuple]:
     """Each layer's weights (out, in, C), biases, gates and 1 + g (out, C); the last has no gate."""
     units = [fan_out for fan_out, _ in LAYERS]
     by_layer = weights.split([fan_out * fan_in for fan_out, fan_in in LAYERS])
@@ -115,7 +121,7 @@ def _layers(weights: Tensor, biases: Tensor, gates: Tensor, opening: Tensor) -> 
             [weight.unflatten(0, shape) for weight, shape in zip(by_layer, LAYERS)],
             biases.split(units),
             gates.split(units[:-1]),
-            opening.split(units[:-1]),
+            () if opening is None else opening.split(units[:-1]),
         )
     )
 
@@ -160,10 +166,13 @@ def _run(values: Tensor, parameters: tuple[Tensor, ...], tape: list | None = Non
         lower, difference = _affine(weight, lower, bias), _affine(weight, difference, None)
         if gates is not None:
             tanh_lower, tanh_upper = torch.tanh(lower), (lower + difference).tanh_()
-            rest = _remainder(lower, difference, tanh_lower, tanh_upper)
-            change = difference - rest
+            if opening is None:
+                change, share = tanh_upper - tanh_lower, gates
+            else:
+                rest = _remainder(lower, difference, tanh_lower, tanh_upper)
+                change, share, difference = difference - rest, opening, rest
             lower = lower.addcmul_(tanh_lower, gates[:, None])
-            difference = rest.addcmul_(change, opening[:, None])
+            difference = torch.addcmul(difference, change, share[:, None])
             kept += [tanh_lower, tanh_upper, change]
         if tape is not None:
             tape.append(kept)
@@ -192,7 +201,8 @@ def _gradients(values: Tensor, grad: Tensor, *parameters: Tensor) -> tuple[Tenso
         (weight, _, gates, opening), (inputs, differences, *hidden) = layer, kept
         if hidden:
             tanh_lower, tanh_upper, change = hidden
-            closing, opening = -gates[:, None], opening[:, None]
+            closing = -gates[:, None]
+            opening = (1 + gates if opening is None else opening)[:, None]
             of_gates.append((grad_lower * tanh_lower).addcmul_(grad_difference, change).sum(1))
             # a + g·tanh(a) has the slope 1 + g − g·tanh²(a) …
             grad_lower.mul_((tanh_lower.square() * closing).add_(opening))

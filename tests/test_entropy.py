@@ -109,8 +109,12 @@ def test_nats_and_gradients_are_those_of_the_textbook_chain(bent):
         assert off < 1e-4, f"gradient of {name} is off by {off:.1e} of its largest element"
 
 
-def test_the_written_backward_is_the_derivative_of_the_forward():
+@pytest.mark.parametrize("closing", [0.0, 3.0], ids=["gates open", "gates near -1"])
+def test_the_written_backward_is_the_derivative_of_the_forward(closing):
     density = seeded(2, bent=True)
+    with torch.no_grad():
+        for factor in density.factors:
+            factor -= closing
     kinds = (density.matrices, density.biases, density.factors)
     parameters = [p.detach().double().requires_grad_() for kind in kinds for p in kind]
     v = values(4, 2, 5.0).double().requires_grad_()

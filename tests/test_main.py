@@ -95,7 +95,7 @@ def test_a_run_directory_explains_itself(flags, teacher, bank, tmp_path, scenes)
     assert held_out["image_embedding_loss"] > 0 and "image_rate_loss" not in held_out
     assert list((run / "tensorboard").glob("events*"))
     log = (run / "out.log").read_text()
-    assert re.search(r"epoch 0\.75/1, step 3/4, 0 min \d\d s left", log), log
+    assert re.search(r"epoch 0\.75/1, step 3/4, \d+ s left", log), log
 
 
 def test_stage_one_reports_bits_distortion_and_snr_of_every_rate(bank):
@@ -445,9 +445,10 @@ def test_a_second_ctrl_c_ends_with_one_line_and_code_130(flags, tmp_path):
     while not (tmp_path / "run" / "metrics.jsonl").is_file():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
-    for _ in range(2):
-        os.killpg(process.pid, signal.SIGINT)
-        time.sleep(0.03)
+    os.killpg(process.pid, signal.SIGINT)
+    while "SIGINT: saving step" not in process.stderr.readline():  # two at once may be seen as one
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
     told = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 130 and told[-1] == "interrupted"
     assert not any("Traceback" in line for line in told), told

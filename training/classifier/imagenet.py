@@ -262,8 +262,8 @@ def check_classes(place: Path, test: PhotoTable, names: Sequence[str] | None, co
 
 
 def _some(names: set[str]) -> str:
-    told = sorted(names)[:3]
-    return ", ".join(told) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _table(

@@ -117,20 +117,20 @@ def expand(urls: str, flag: str = "--train-data") -> list[list[str]]:
     """
     sources = []
     for source in urls.split("::"):
-        found = []
+        paths = []
         for path in map(os.path.expanduser, expand_braces(source, flag)):
             if os.path.isdir(path):
-                found += sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+                paths += sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
             elif any(c in path for c in "*?[") and not os.path.exists(path):
-                found += sorted(name for name in glob.glob(path) if SUFFIX not in name)
+                paths += sorted(name for name in glob.glob(path) if SUFFIX not in name)
             else:
-                found.append(path)
-        if not found:
+                paths.append(path)
+        if not paths:
             raise UsageError(
                 f"{flag} {source!r}: no shard found; expected a .tar, a pattern such as "
                 "'data/{00000..00014}.tar', or a directory of .tar files"
             )
-        sources.append(found)
+        sources.append(paths)
     return sources
 
 
@@ -141,7 +141,7 @@ def expand_braces(source: str, flag: str) -> list[str]:
         UsageError: unbalanced braces, or more names than `MAX_SHARDS`.
     """
     try:
-        ranges = [[int(number or 1) for number in found] for found in _RANGE.findall(source)]
+        ranges = [[int(number or 1) for number in numbers] for numbers in _RANGE.findall(source)]
         names = math.prod(abs(last - first) // max(1, abs(by)) + 1 for first, last, by in ranges)
         if names <= MAX_SHARDS:  # counted first: they would not fit into memory
             return list(braceexpand(source))
@@ -184,14 +184,15 @@ def index_shards(
         shards = [index_shard(path, cache_dir) for path in paths]
     except NotAShard as error:
         raise UsageError(f"{flag}: {error}") from None
-    found = Sources(shards, np.repeat(np.arange(len(sources)), [len(s) for s in sources]), factors)
-    if not found.num_samples:
+    of_source = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
+    indexed = Sources(shards, of_source, factors)
+    if not indexed.num_samples:
         raise UsageError(
             f"{flag} {urls!r}: no usable sample in {len(shards)} shard(s): "
-            f"{found.skipped or 'empty'}; expected members KEY.jpg (or .png, .jpeg, .webp) and "
+            f"{indexed.skipped or 'empty'}; expected members KEY.jpg (or .png, .jpeg, .webp) and "
             "KEY.txt; run `python -m training.check_data` on it"
         )
-    return found
+    return indexed
 
 
 def _factors(weights: str | None, n: int) -> list[float] | None:

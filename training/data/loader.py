@@ -154,12 +154,12 @@ class Memory:
         """The caption and images of a sample, made by ``make()`` if they are not held."""
         if (row, view) in self.samples:
             return self.samples[row, view]
-        made = make()
-        size = sum(image.nbytes for image in made[1])
+        sample = make()
+        size = sum(image.nbytes for image in sample[1])
         if 0 < size <= self.limit - self.held:  # captions alone are cheap to make, and endless
             self.held += size
-            self.samples[row, view] = made
-        return made
+            self.samples[row, view] = sample
+        return sample
 
 
 @dataclass
@@ -210,8 +210,8 @@ class Reader:
         for fetcher in self.fetchers:
             fetcher.check(row, view)
         key, read = self.members(row, view)
-        made = self.memory.recall(row, view, lambda: self.recipe.sample(key, view, read))
-        return key, row, view, *made
+        sample = self.memory.recall(row, view, lambda: self.recipe.sample(key, view, read))
+        return key, row, view, *sample
 
     def members(self, row: int, view: int) -> tuple[bytes, Callable]:
         """A sample's key, and ``read`` as `Recipe.sample` takes it."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from training.children import duration
 from training.engine.checkpoint import Checkpoints
 from training.engine.config import RunConfig
 from training.engine.control import STOP, StopFlag, barrier
@@ -318,18 +319,12 @@ def _say(trainer: Trainer, line: dict[str, Any]) -> None:
         trainer.config.epochs,
         step,
         steps,
-        _duration(left),
+        duration(left / 60),
         _format(terms),
         line["lr"],
         line["samples_per_s"],
         100 * line["data_wait"],
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
 def _format(values: dict[str, float]) -> str:
