@@ -24,7 +24,7 @@ FLOAT32, FLOAT16 = 4, 2  # weights; the teacher cache
 #: Weight, gradient and AdamW's two moments.
 TRAINING_STATE, CHECKPOINT_STATE = 4 * FLOAT32, 3 * FLOAT32
 #: What backward needs of each layer, in bytes a value of its tokens in bfloat16: measured on
-#: ViT-S-16 and ViT-B-16 (`python -m benchmarks.gpu`); with --grad-checkpointing counted, not measured.
+#: ViT-S-16 and ViT-B-16 (`python -m benchmarks.gpu`); with --grad-checkpointing an estimate.
 ACTIVATION, CHECKPOINTED = 37, 6
 #: Assistants in the place of RDMs; True where everything larger teaches, not only the next larger.
 CHAINS = {"takd": False, "dgkd": True}
