@@ -126,7 +126,7 @@ def read_json(path: Path, version: int | None = None) -> Any:
     """
     try:
         content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadFile(f"{path} can't be read: {error}") from error
     if version is None:
         return content

@@ -44,7 +44,7 @@ def test_another_format_is_refused_in_a_sentence_that_names_both(tmp_path):
         files.read_json(tmp_path / "bank.json", version=2)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000], ids=len)
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(files.BadFile, match=r"run\.json"):
