@@ -116,8 +116,8 @@ def _loading(spec: str) -> Iterator[None]:
     """Make one sentence of what OpenCLIP says where it can't load a model."""
     try:
         yield
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UsageError(f"'{spec}': {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of several libraries
+        raise UsageError(f"'{spec}': {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
 def _from_folder(spec: str, folder: Path, device: torch.device) -> Evaluated:

@@ -51,6 +51,13 @@ def test_a_damaged_file_is_named(tmp_path, content):
         files.read_json(tmp_path / "run.json", version=1)
 
 
+@pytest.mark.parametrize("content", [{}, {"views": None}, {"views": "2"}], ids=str)
+def test_a_file_that_lacks_what_is_needed_of_it_is_named_with_the_key(tmp_path, content):
+    files.write_json(tmp_path / "run.json", content, version=1)
+    with pytest.raises(files.BadFile, match=r"run\.json is damaged: its 'views' is"):
+        files.read_json(tmp_path / "run.json", version=1, views=int)
+
+
 def test_tensors_can_be_read_by_whoever_may_read_the_folder(tmp_path):
     files.write_tensors(tmp_path / "w.safetensors", {"w": torch.arange(6.0).view(2, 3).t()})
     assert torch.equal(load_file(tmp_path / "w.safetensors")["w"], torch.arange(6.0).view(2, 3).t())

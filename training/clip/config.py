@@ -278,7 +278,7 @@ def read_cache_config(folder: Path) -> dict[str, Any]:
             f"--teacher-cache '{folder}' holds no cache (config.json is missing); write one "
             "with `python -m training.cache_teacher`"
         )
-    return read_json(folder / "config.json", CACHE_FORMAT)
+    return read_json(folder / "config.json", CACHE_FORMAT, teacher=dict, views=int)
 
 
 def recorded(values: dict[str, Any]) -> Config:
