@@ -142,8 +142,9 @@ def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
     model, _, transform = open_clip.create_model_and_transforms(
         config.model, device=device, load_weights=False, **forced(config), **images
     )
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(checkpoint["state_dict"])
+    with _loading(spec):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(checkpoint["state_dict"])
     tokenizer = open_clip.get_tokenizer(config.model, config.force_context_length)
     return Evaluated(spec, f"{run.name}@{path.stem}", run, model, transform, tokenizer)
 

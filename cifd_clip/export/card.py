@@ -54,7 +54,8 @@ def _recorded(run: Path, weights: str) -> dict[str, Any]:
     def read(name: str, **types: type) -> dict[str, Any] | None:
         return read_json(run / name, RUN_FORMAT, **types) if (run / name).is_file() else None
 
-    results = map(read_json, sorted((run / "results").glob("*.json")))
+    files = map(read_json, sorted((run / "results").glob("*.json")))
+    results = [one for one in files if "task" in one]  # a study may keep others beside them
     return {
         "config": read("config.json", distill=str),
         "data": read("data.json"),
