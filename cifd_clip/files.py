@@ -114,19 +114,20 @@ def write_json(path: Path, content: Any, version: int | None = None) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path, version: int | None = None) -> Any:
+def read_json(path: Path, version: int | None = None, **types: type | tuple[type, ...]) -> Any:
     """The content of a JSON file, without its format.
 
     Args:
         path: where.
         version: the format that this code reads; None: of a file without one.
+        types: of the values that an object with a format must have, by their keys.
 
     Raises:
-        BadFile: it is missing, no JSON, or of another format.
+        BadFile: it is missing, no JSON, of another format, or lacks such a value.
     """
     try:
         content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadFile(f"{path} can't be read: {error}") from error
     if version is None:
         return content
@@ -137,6 +138,9 @@ def read_json(path: Path, version: int | None = None) -> Any:
             f"{path} has format {format}, this version of cifd_clip reads format {version}: make "
             "it again, or read it with the version that made it"
         )
+    for key, kind in types.items():
+        if key not in content or not isinstance(content[key], kind):
+            raise BadFile(f"{path} is damaged: its '{key}' is {content.get(key)!r}")
     return content
 
 

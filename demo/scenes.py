@@ -230,6 +230,9 @@ def main(argv: list[str]) -> None:
     add("--scenes", type=int, default=500, help="scenes of each retrieval split")
     add("--seed", type=int, default=0, help="of everything")
     args = parser.parse_args(argv)
+    meanings = len(WORDS) * len(COLOURS) * (len(WORDS) * len(COLOURS) - 1) * len(RELATIONS)
+    if min(args.train, args.val, args.scenes) < 1 or args.scenes > meanings:
+        raise UsageError(f"expected 1 or more of each, {meanings} --scenes at most")
     if args.out.exists() and any(args.out.iterdir()):
         raise UsageError(f"'{args.out}' holds files already; give another folder")
     write(args.out, train=args.train, val=args.val, scenes=args.scenes, seed=args.seed)

@@ -24,6 +24,7 @@ from eval import datasets
 from eval.flags import add_data_flags, add_forward_flags, forward_of
 from eval.result import GapRecord, attempt, file_name
 from training.engine import result
+from training.engine.config import check_group
 from training.engine.flags import CommandLine
 from training.errors import cli
 
@@ -64,6 +65,7 @@ class Place(NamedTuple):
     @classmethod
     def of_process(cls) -> "Place":
         """Read it from the environment; an sbatch script itself is alone, whatever its job has."""
+        check_group()
         torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         srun = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         for names in (torchrun, srun):

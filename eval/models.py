@@ -116,8 +116,8 @@ def _loading(spec: str) -> Iterator[None]:
     """Make one sentence of what OpenCLIP says where it can't load a model."""
     try:
         yield
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UsageError(f"'{spec}': {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of several libraries
+        raise UsageError(f"'{spec}': {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
 def _from_folder(spec: str, folder: Path, device: torch.device) -> Evaluated:
@@ -142,8 +142,9 @@ def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
     model, _, transform = open_clip.create_model_and_transforms(
         config.model, device=device, load_weights=False, **forced(config), **images
     )
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(checkpoint["state_dict"])
+    with _loading(spec):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(checkpoint["state_dict"])
     tokenizer = open_clip.get_tokenizer(config.model, config.force_context_length)
     return Evaluated(spec, f"{run.name}@{path.stem}", run, model, transform, tokenizer)
 

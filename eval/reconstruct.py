@@ -233,7 +233,7 @@ class ClassifierBank(Bank):
     def open(self, dataset: str) -> Images:
         if dataset == "imagenet":
             table = load_photos(self.data, "val", self.forward.workers)
-            trained = read_run(self.run, "data.json")["train"]
+            trained = read_run(self.run, "data.json", train=dict)["train"]
             check_classes(self.data, table, trained["classes"], self.rdms.image.classes)
         else:
             table = load_cifar100(self.data, "test")

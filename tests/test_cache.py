@@ -13,11 +13,12 @@ from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save_file
 
 import training.clip.stages
-from cifd_clip.files import file_hash
+from cifd_clip.files import BadFile, file_hash, write_json
 from runs import assert_bit_equal, final, lines
 from training.cache_teacher import main as write_cache
 from training.clip.cache import _verified, shard_name, write_shard
 from training.clip.calibrate import find_shards
+from training.clip.config import CACHE_FORMAT
 from training.data.index import index_shards
 from training.errors import Failure, UsageError
 from training.main import main
@@ -287,6 +288,16 @@ def test_a_cache_is_hashed_once_and_again_when_a_file_has_another_time(
     stamp.unlink()
     stamp.mkdir()  # as where nothing can be written
     assert hashes("no stamp") == 1
+
+
+@pytest.mark.parametrize("pattern", ["config.json", "*-*[0-9a-f].json"])
+def test_a_cache_that_does_not_describe_itself_is_named(pattern, flags, cache, tmp_path):
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    (file,) = (f for f in copy.glob(pattern) if "verified" not in f.name)
+    write_json(file, {}, CACHE_FORMAT)
+    command = [*flags, "--distill", "fd", "--teacher-cache", str(copy), "--logs", str(tmp_path)]
+    with pytest.raises(BadFile, match=rf"{file.name} is damaged: its '(teacher|files)' is None"):
+        main(command)
 
 
 def test_a_cache_of_a_teacher_without_weights_is_refused(flags, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from demo import scenes
+from training.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,14 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(data, tmp
     ]
     shard = "train/00000.tar"
     assert (tmp_path / "1" / shard).read_bytes() != (data / shard).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "given", [["--train", "0"], ["--val", "-1"], ["--scenes", "12641"]], ids=str
+)
+def test_numbers_that_there_are_not_are_refused_before_anything_is_drawn(given, tmp_path):
+    with pytest.raises(UsageError, match="12640 --scenes at most"):
+        scenes.main([str(tmp_path / "out"), *given])
 
 
 def test_no_handwriting_of_a_held_out_split_is_drawn_in_another():

@@ -294,6 +294,20 @@ def test_a_checkpoint_is_scored_by_its_own_weights_whatever_its_run_began_with(t
     assert torch.equal(found["text_projection"], state["text_projection"])
 
 
+@pytest.mark.parametrize("content", [b"", None, {"state_dict": {}}], ids=str)
+def test_a_damaged_checkpoint_is_one_clear_sentence(content, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000010.pt"
+    checkpoint.parent.mkdir(parents=True)
+    run_config(tmp_path / "run", model="ViT-S-32-alt")
+    if content == b"":
+        checkpoint.touch()
+    else:
+        torch.save(content, checkpoint)
+    with pytest.raises(UsageError, match=r"step_00000010\.pt': ") as raised:
+        models.load(str(checkpoint), CPU)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_checkpoint_of_a_run_that_began_with_a_tag_gets_the_tags_images(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)

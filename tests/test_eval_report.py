@@ -8,6 +8,7 @@ import pytest
 from markupsafe import Markup
 
 import reported
+from cifd_clip.files import BadFile, write_json
 from eval import report
 from eval.report import banks, blocks, page, plots
 from eval.report.blocks import Heading, Paragraph, Plot
@@ -17,6 +18,7 @@ from eval.report.table import Cell, Column, Table, harmless, plain
 from eval.result import Examples, GapRecord, Query, Retrieved
 from reported import SIZES, change, classifier, zero_shot
 from training.engine import result
+from training.engine.run import FORMAT
 from training.errors import UsageError
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+M8AAQUBAScY42YAAAAASUVORK5CYII="
@@ -308,6 +310,13 @@ def test_the_gaps_of_a_model_without_results_are_one_row(tmp_path):
         result.write(tmp_path / "gaps" / f"{name}.json", gap)
     (row,) = rows_of(read_sources([tmp_path]))
     assert row.gaps == {"a": "not here", "b": "not here"}
+
+
+@pytest.mark.parametrize("name", ["data.json", "teachers.json"])
+def test_a_run_that_does_not_say_what_it_was_trained_with_is_named(name, runs, tmp_path):
+    write_json(runs[3] / name, {"x": 1}, FORMAT)
+    with pytest.raises(BadFile, match=f"{name} is damaged: its '(usable|teachers)' is None"):
+        make(runs, tmp_path / "out.html")
 
 
 def test_an_empty_folder_is_one_clear_sentence(tmp_path):

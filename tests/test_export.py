@@ -430,6 +430,7 @@ def run(flags, teacher, scenes, tmp_path_factory):
     other["provenance"]["weights"] = "0" * 64
     other["metrics"] = {"acc1": 0.123456}
     (run / "results" / "other.json").write_text(json.dumps(other))
+    (run / "results" / "notes.json").write_text("{}")  # no result
     return run
 
 
@@ -451,7 +452,8 @@ def test_a_trained_run_ships_with_a_card_of_what_it_recorded(format, run, teache
     ):
         assert card.count(f"\n{setting}\n") == 1, "the resolved recipe, once"
     assert weights_hash(load(str(run)).model) in card
-    (path,) = [p for p in (run / "results").glob("*.json") if p.name != "other.json"]
+    strangers = ("other.json", "notes.json")
+    (path,) = [p for p in (run / "results").glob("*.json") if p.name not in strangers]
     for metric, value in json.loads(path.read_text())["metrics"].items():
         assert f"| digits | test | {metric} | {value:.4f} |" in card
     assert "0.1235" not in card, "a result of other weights is in the card"
@@ -467,6 +469,13 @@ def test_a_damaged_file_of_a_run_is_one_line_and_exit_code_2(run, tmp_path, caps
     (error,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert "environment.json has format 2" in error
     assert not (copied / "export" / "open_clip").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_sentence(student, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "out")
+    assert command([str(student("custom text")), "--format", "open_clip", "--out", out]) == 2
+    assert re.fullmatch(r"error: .*/file'\n", capsys.readouterr().err)
 
 
 def test_the_card_of_a_bare_folder_claims_nothing(student, tmp_path):

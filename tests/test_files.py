@@ -44,11 +44,18 @@ def test_another_format_is_refused_in_a_sentence_that_names_both(tmp_path):
         files.read_json(tmp_path / "bank.json", version=2)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000], ids=len)
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(files.BadFile, match=r"run\.json"):
         files.read_json(tmp_path / "run.json", version=1)
+
+
+@pytest.mark.parametrize("content", [{}, {"views": None}, {"views": "2"}], ids=str)
+def test_a_file_that_lacks_what_is_needed_of_it_is_named_with_the_key(tmp_path, content):
+    files.write_json(tmp_path / "run.json", content, version=1)
+    with pytest.raises(files.BadFile, match=r"run\.json is damaged: its 'views' is"):
+        files.read_json(tmp_path / "run.json", version=1, views=int)
 
 
 def test_tensors_can_be_read_by_whoever_may_read_the_folder(tmp_path):

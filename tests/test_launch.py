@@ -15,11 +15,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from cifd_clip import World
+from eval.benchmark import Place
 from runs import ROOT, final, lines
 from shards import encode, picture, write_tar
 from training.engine.checkpoint import Checkpoints
-from training.engine.control import STOPPED_EXIT, barrier
-from training.errors import Failure
+from training.engine.config import ProcessConfig
+from training.engine.control import STOPPED_EXIT, barrier, start_processes
+from training.errors import Failure, UsageError
 from training.main import main
 
 
@@ -168,3 +170,20 @@ def test_a_process_whose_data_do_not_come_is_left_by_all_with_the_last_checkpoin
     for log in logs:
         assert re.search(f"error: process [01]: {what}", log.read_text())
     assert Checkpoints(tmp_path / "run" / "checkpoints").newest()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "5"}, {"WORLD_SIZE": "x", "RANK": "0"}],
+    ids=str,
+)
+@pytest.mark.parametrize("read", [lambda: start_processes(ProcessConfig()), Place.of_process])
+def test_a_process_without_a_place_in_its_group_is_refused_before_it_waits(
+    read, environment, monkeypatch
+):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"LOCAL_RANK": "0", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=r"WORLD_SIZE is '.*' and RANK '.*' in the environment"):
+        read()

@@ -239,6 +239,10 @@ WRONG = {
     "a checkpoint as an architecture": (
         ["--distill", "kd", "--distill-model", "logs/a/checkpoints/step_1.pt"], [],
         "name its run, or --distill-model NAME --distill-pretrained logs/a/checkpoints/step_1.pt"),
+    "no context": (["--force-context-length", "0"], [], "must be at least 1, got 0"),
+    "no pixels": (["--force-image-size", "0"], [], "--force-image-size must be at least 1, got 0"),
+    "less than a patch": (["--force-image-size", "7"], [], "can't encode an image and a caption"),
+    "no deviation": (["--image-std", "0", "1", "1"], [], "--image-std must be positive, got 0 1 1"),
     "no device": (["--device", "gpu"], [], "--device 'gpu': expected cpu, cuda or cuda:N"),
     "unknown augmentation": (["--aug-cfg", "scal=(0.5,1)"], [], "--aug-cfg scal="),
     "augmentation of the wrong kind": (["--aug-cfg", "scale=0.4"], [], "--aug-cfg scale=0.4"),
@@ -298,6 +302,14 @@ def test_a_file_that_holds_no_weights_is_refused_in_one_sentence(content, flags,
         UsageError, match=r"'tiny-teacher' with weights .*weights\.pt' could not be"
     ):
         main([*command, "--distill-pretrained", str(file)])
+
+
+@pytest.mark.parametrize("content", ["null", "3", "[]", "{}", '{"model_cfg": null}', "{"])
+def test_a_teachers_damaged_configuration_is_named(content, flags, tmp_path):
+    (tmp_path / "open_clip_config.json").write_text(content)
+    command = [*flags, "--distill", "fd", "--distill-model", f"local-dir:{tmp_path}"]
+    with pytest.raises((UsageError, BadFile), match=r"open_clip_config\.json"):
+        main([*command, "--logs", str(tmp_path)])
 
 
 def test_a_flag_file_that_shlex_cannot_read_is_named_by_its_line(tmp_path):

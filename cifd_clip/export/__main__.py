@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
 
     try:
         out, difference = export(args.run, args.format, args.out)
-    except (ValueError, BadFile) as error:
+    except (ValueError, OSError, BadFile) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{out}: features differ from the student's by at most {difference:.1e}")

@@ -51,12 +51,13 @@ def model_card(source: Source, format: str, difference: float) -> str:
 def _recorded(run: Path, weights: str) -> dict[str, Any]:
     """What a run's files say; of its results, those of these very weights."""
 
-    def read(name: str) -> dict[str, Any] | None:
-        return read_json(run / name, RUN_FORMAT) if (run / name).is_file() else None
+    def read(name: str, **types: type) -> dict[str, Any] | None:
+        return read_json(run / name, RUN_FORMAT, **types) if (run / name).is_file() else None
 
-    results = map(read_json, sorted((run / "results").glob("*.json")))
+    files = map(read_json, sorted((run / "results").glob("*.json")))
+    results = [one for one in files if "task" in one]  # a study may keep others beside them
     return {
-        "config": read("config.json"),
+        "config": read("config.json", distill=str),
         "data": read("data.json"),
         "starts": (read("environment.json") or {"starts": []})["starts"],
         "finished": read("finished.json"),

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 from cifd_clip.files import read_json
@@ -91,7 +92,7 @@ class Source:
         """How long and on what a CLIP run trained, in words."""
         if not (self.clip and self.finished):
             return ""
-        held = read_run(self.path, "data.json")["usable"]
+        held = read_run(self.path, "data.json", usable=(int, str))["usable"]
         held = f"{held:,}" if isinstance(held, int) else held  # a stream's are not counted
         return f"{self.finished['samples']:,} samples seen of {held}"
 
@@ -199,7 +200,8 @@ def classifier_setting(result: Result) -> Setting:
 def _clip_setting(source: Source) -> Setting:
     config, known = source.clip, (source.path / "teachers.json").is_file()
     # The bank has its own rates, whatever the run's flag said.
-    taught_by = read_run(source.path, "teachers.json") if known else {}
+    types = {"teachers": list, "bank": (dict, NoneType)}
+    taught_by = read_run(source.path, "teachers.json", **types) if known else {}
     bank = taught_by["bank"] | {"teacher": None} if known and taught_by["bank"] else None
     unknown = config.distill == "cifd" and not known
     rest = {k: v for k, v in source.config.items() if k not in SEEDED and (unknown or k != "rates")}

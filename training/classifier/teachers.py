@@ -67,7 +67,7 @@ def load_teacher(place: str, dataset: str) -> TeacherRun:
     model = build(config["model"], len(state["head.weight"]), SIDES[config["dataset"]])
     model.load_state_dict(state)
     model.requires_grad_(False).eval()
-    seen = read_run(run, "data.json")["train"]["hash"]
+    seen = read_run(run, "data.json", train=dict)["train"]["hash"]
     return TeacherRun(config["model"], model, file_hash(weights), config["holdout"], seen)
 
 

@@ -59,11 +59,11 @@ def check_config(directory: Path, wanted: dict[str, Any]) -> None:
     """
     config = read_cache_config(directory)
     for name, value in wanted.items():
-        fits = config[name] >= value if name == "views" else config[name] == value
+        fits = config[name] >= value if name == "views" else config.get(name) == value
         if not fits:
             raise UsageError(
-                f"--teacher-cache '{directory}' is stale: its {name} is {config[name]!r}, this run "
-                f"needs {value!r}; write another with `python -m training.cache_teacher`"
+                f"--teacher-cache '{directory}' is stale: its {name} is {config.get(name)!r}, this "
+                f"run needs {value!r}; write another with `python -m training.cache_teacher`"
             )
 
 
@@ -72,7 +72,7 @@ def is_complete(directory: Path, name: str) -> bool:
     manifest = directory / f"{name}.json"
     if not manifest.is_file():
         return False
-    files = read_json(manifest, CACHE_FORMAT)["files"]
+    files = read_json(manifest, CACHE_FORMAT, files=dict)["files"]
     return all(
         (directory / file).is_file() and (directory / file).stat().st_size == entry["bytes"]
         for file, entry in files.items()
@@ -113,7 +113,7 @@ def verify_shard(directory: Path, name: str, anew: bool = False) -> None:
     Raises:
         Failure: a file is damaged.
     """
-    files = read_json(directory / f"{name}.json", CACHE_FORMAT)["files"]
+    files = read_json(directory / f"{name}.json", CACHE_FORMAT, files=dict)["files"]
     stats = {file: (directory / file).stat() for file in files}
     stamp = {f: [stat.st_size, stat.st_mtime_ns, files[f]["sha256"]] for f, stat in stats.items()}
     stamp_file = directory / f"{name}.verified.json"

@@ -189,11 +189,13 @@ class StudentConfig:
     pretrained_image: bool = flag(False, "ImageNet weights for a timm image tower")
     force_quick_gelu: bool = flag(False, "QuickGELU in the student")
     force_custom_text: bool = flag(False, "a separate text tower (CustomTextCLIP)")
-    force_image_size: tuple[int, ...] | None = flag(None, "another size than the config names")
-    force_context_length: int | None = flag(None, "another context length")
+    force_image_size: tuple[int, ...] | None = flag(
+        None, "another size than the config names", least=1
+    )
+    force_context_length: int | None = flag(None, "another context length", least=1)
     force_patch_dropout: float | None = flag(None, "another patch dropout")
     image_mean: tuple[float, ...] | None = flag(None, nargs=3, metavar="MEAN")
-    image_std: tuple[float, ...] | None = flag(None, nargs=3, metavar="STD")
+    image_std: tuple[float, ...] | None = flag(None, nargs=3, metavar="STD", above=0)
     image_interpolation: str | None = flag(None, choices=("bicubic", "bilinear", "random"))
     image_resize_mode: str | None = flag(None, choices=("shortest", "longest", "squash"))
     lock_image: bool = flag(False, "freeze the image tower")
@@ -276,7 +278,7 @@ def read_cache_config(folder: Path) -> dict[str, Any]:
             f"--teacher-cache '{folder}' holds no cache (config.json is missing); write one "
             "with `python -m training.cache_teacher`"
         )
-    return read_json(folder / "config.json", CACHE_FORMAT)
+    return read_json(folder / "config.json", CACHE_FORMAT, teacher=dict, views=int)
 
 
 def recorded(values: dict[str, Any]) -> Config:

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
-from cifd_clip.files import make_folder, sync_tree, write_tensors
+from cifd_clip.files import make_folder, read_json, sync_tree, write_tensors
 from cifd_clip.noise import derive_seed
 from cifd_clip.teacher import Teacher
 from cifd_clip.towers import use_custom_blocks
@@ -30,11 +29,9 @@ TEACHER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --distill
 def add_model_configs(paths: Iterable[str]) -> None:
     """Register ``--model-config`` files under their stems."""
     for path in paths:
-        try:
-            config = json.loads(Path(path).read_text())
-        except ValueError as error:
-            raise UsageError(f"--model-config '{path}' is no JSON: {error}") from error
-        missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
+        config = read_json(path)
+        keys = set(config) if isinstance(config, dict) else set()
+        missing = {"embed_dim", "vision_cfg", "text_cfg"} - keys
         if missing:
             raise UsageError(f"--model-config '{path}' lacks {sorted(missing)}")
         open_clip.add_model_config(path)
@@ -50,7 +47,10 @@ def model_config(name: str, flag: str) -> dict:
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
         if not path.is_file():
             raise UsageError(f"{flag} '{name}': {path} does not exist")
-        return json.loads(path.read_text())["model_cfg"]
+        content = read_json(path)
+        if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
+            raise UsageError(f"{flag} '{name}': {path} is damaged: it has no 'model_cfg'")
+        return content["model_cfg"]
     if name.startswith("hf-hub:"):
         try:
             return open_clip.get_model_config(name) or {}
@@ -204,7 +204,7 @@ def images_of(pretrained: str) -> dict:
     config = Path(pretrained).resolve().parent.parent / "config.json"
     if not (Path(pretrained).is_file() and config.is_file()):
         return {}
-    config = json.loads(config.read_text())
+    config = read_json(config)
     initial = open_clip.get_pretrained_cfg(config.get("model", ""), config.get("pretrained") or "")
     keys = ("mean", "std", "interpolation", "resize_mode")
     selected = {key: config.get(f"image_{key}") or (initial or {}).get(key) for key in keys}

@@ -166,6 +166,7 @@ class StudentStage(ClipStage):
         self.spec = ImageSpec.of(model.visual.preprocess_cfg)
         self.images = self.transforms.add_images(self.spec)
         self.texts = self.transforms.add_texts(config.model, self.config)
+        check_encoding(config, model, self.spec, self.transforms.tokenizers[self.texts])
         if config.use_bn_sync and world.size > 1:
             model = convert_sync_batchnorm(model)  # timm's keeps the activations of its own layers
         # Its teachers, and the embedding space of each teacher and assistant.
@@ -241,28 +242,41 @@ def _load(task: DistillationTask, content: dict[str, Any]) -> None:
     task.method.load_state_dict(content["method"])
 
 
-@torch.no_grad()
 def check_student(config: Config) -> None:
-    """Refuse a student that can't encode one image and one caption of its tokenizer.
+    """Refuse a student that stage 2 would refuse after stage 1.
 
     Raises:
         UsageError: what was wrong.
     """
     model = build_student(config, config.seed)
     check_accumulation(config, model)
+    spec, transforms = ImageSpec.of(model.visual.preprocess_cfg), Transforms()
     try:
-        transforms = Transforms()
         transforms.add_texts(config.model, student_config(config))
-        spec = ImageSpec.of(model.visual.preprocess_cfg)
+    except Exception as error:  # of several libraries
+        raise UsageError(f"--model {config.model} has no tokenizer: {error}") from error
+    check_encoding(config, model, spec, transforms.tokenizers[0])
+
+
+@torch.no_grad()
+def check_encoding(config: Config, model: nn.Module, spec: ImageSpec, tokenizer: Any) -> None:
+    """Refuse a student that can't encode one image and one caption of its tokenizer.
+
+    Raises:
+        UsageError: what was wrong.
+    """
+    training = model.training
+    try:
         pixels = eval_view(spec)(Image.new("RGB", (300, 200)))
         student = Student(model.eval(), config.options.get("ibm_site", "projection"))
         with private_randomness():
-            tokens = transforms.tokenizers[0](["a photo of a dog"])
+            tokens = tokenizer(["a photo of a dog"])
         student.embed(student(normalise(pixels[None], spec), tokens))
     except Exception as error:  # of several libraries
         raise UsageError(
             f"--model {config.model} can't encode an image and a caption: {error}"
         ) from error
+    model.train(training)
 
 
 def check_accumulation(config: Config, model: nn.Module) -> None:

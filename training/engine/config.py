@@ -104,6 +104,20 @@ class ProcessConfig:
     no_set_device_rank: bool = flag(False, "one GPU is visible per process")
 
 
+def check_group() -> None:
+    """Refuse an environment in which this process has no place among those launched together.
+
+    Each would wait long for a process that never comes, or do the work of none.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "" if size != "1" else "0"))
+    if not (size.isdecimal() and rank.isdecimal() and (int(rank) < int(size) or size == "1")):
+        raise UsageError(
+            f"WORLD_SIZE is '{size}' and RANK '{rank}' in the environment, which is no place among "
+            "processes: launch with torchrun or srun, or unset both"
+        )
+
+
 def free_to_change(config: Any) -> set[str]:
     """Fields that may differ between a run and its resumption: they change nothing it computes."""
     whole = {f.name for cls in (RunConfig, ProcessConfig) for f in fields(cls)} - {"precision"}

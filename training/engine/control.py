@@ -20,7 +20,7 @@ import torch.distributed as dist
 from open_clip_train.distributed import init_distributed_device
 
 from cifd_clip import World
-from training.engine.config import ProcessConfig
+from training.engine.config import ProcessConfig, check_group
 from training.errors import Failure, Stopped, UsageError, exit_code, sentence
 from training.masking import MaskingFormatter, masked
 
@@ -37,6 +37,7 @@ GRACE = 20
 
 def start_processes(config: ProcessConfig) -> tuple[World, torch.device]:
     """Join the process group that torchrun or srun describes, if any."""
+    check_group()
     flush_denormals()
     # In an allocation of several tasks SLURM sets this for any command, and OpenCLIP takes it for
     # the number of processes: those that srun started have a step, which says how many they are.

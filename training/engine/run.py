@@ -78,7 +78,7 @@ class RunDirectory:
         make_folder(self.path)
         (self.path / "finished.json").unlink(missing_ok=True)
         self.write("config.json", self.config)
-        starts = self.read("environment.json", {"starts": []})["starts"]
+        starts = self.read("environment.json", {}).get("starts", [])
         self.write("environment.json", {"starts": [*starts, environment()]})
         handler = logging.FileHandler(self.path / "out.log")
         handler.setFormatter(MaskingFormatter("%(asctime)s | %(levelname)s | %(message)s"))
@@ -102,13 +102,13 @@ class RunDirectory:
         write_json(self.path / name, dict(sorted(content.items())), FORMAT)
 
 
-def read_run(path: Path, name: str = "config.json") -> dict[str, Any]:
-    """The content of a JSON file of some run directory.
+def read_run(path: Path, name: str = "config.json", **types: Any) -> dict[str, Any]:
+    """The content of a JSON file of some run directory; see `read_json`.
 
     Raises:
         BadFile: it is missing, damaged or of another format.
     """
-    return read_json(path / name, FORMAT)
+    return read_json(path / name, FORMAT, **types)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
