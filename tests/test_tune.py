@@ -119,6 +119,7 @@ WRONG = {
     "data sets without data": (["--methods", "fd", "--datasets", "x"], [], "go together"),
     "a wrong flag of the runs": (["--methods", "fd"], ["--epocs", "3"], "did you mean --epochs"),
     "a seed of the runs": (["--methods", "fd"], ["--seed", "3"], "--seed after --"),
+    "no folder in --logs": (["--methods", "fd", "--name", "../x"], [], "--name '../x': expected"),
     "no trial": (["--methods", "fd", "--trials", "0"], [], "--trials must be at least 1"),
 }
 
@@ -128,7 +129,7 @@ def test_wrong_input_is_refused_before_anything_runs(case, flags, teacher, tmp_p
     ours, runs, message = WRONG[case]
     where = ["--name", "study", "--logs", str(tmp_path)]
     with pytest.raises(UsageError, match=message):
-        main([*ours, *where, "--", *flags, "--distill-model", teacher, *runs])
+        main([*where, *ours, "--", *flags, "--distill-model", teacher, *runs])
     assert not list(tmp_path.iterdir())
 
 

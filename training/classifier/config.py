@@ -285,7 +285,7 @@ def resolve(
     config = construct(Config, values)
     _check(config, given)
     engine.check(config)
-    engine.check_place(config)
+    engine.check_place(config.name, config.logs)
     _check_assistants(config, bank)
     return config
 

@@ -340,7 +340,7 @@ def _check(config: Config) -> None:
     if not config.train_data:
         raise UsageError("--train-data is missing: name a directory or pattern of WebDataset tars")
     engine.check(config)
-    engine.check_place(config)
+    engine.check_place(config.name, config.logs)
     _check_teachers(config)
     if len(config.rdm_hidden) not in (0, 1, 3) or (
         len(config.rdm_hidden) == 3 and config.rdm_channels

@@ -191,19 +191,19 @@ def check(config: Any) -> None:
             raise UsageError(f"--report-to {sink}: the package is missing: pip install {sink}")
 
 
-def check_place(config: RunConfig) -> None:
-    """Refuse a run directory that is none, or lies elsewhere than in ``--logs``.
+def check_place(name: str, logs: str | Path) -> None:
+    """Refuse a run directory or a study that is none, or lies elsewhere than in ``--logs``.
 
     Raises:
         UsageError: see above.
     """
-    name, logs = Path(config.name), Path(config.logs).absolute()
-    if not name.parts or name.is_absolute() or ".." in name.parts:
-        raise UsageError(f"--name '{config.name}': expected the name of a folder in --logs")
-    if any(len(os.fsencode(part)) > MAX_NAME for part in name.parts):
-        raise UsageError(f"--name {config.name[:20]}...: longer than {MAX_NAME} bytes")
-    if file := next((place for place in (logs, *logs.parents) if place.is_file()), None):
-        raise UsageError(f"--logs {config.logs}: {file} is a file, expected a folder")
+    parts, folder = Path(name).parts, Path(logs).absolute()
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        raise UsageError(f"--name '{name}': expected the name of a folder in --logs")
+    if any(len(os.fsencode(part)) > MAX_NAME for part in parts):
+        raise UsageError(f"--name {name[:20]}...: longer than {MAX_NAME} bytes")
+    if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
+        raise UsageError(f"--logs {logs}: {file} is a file, expected a folder")
 
 
 def record(config: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cifd_clip.methods import DECLARED
+from training.engine.config import check_place
 from training.engine.flags import CommandLine, Given, expand_files, spelled
 from training.errors import UsageError
 
@@ -253,6 +254,7 @@ def plan(args: argparse.Namespace, flags: list[str]) -> Plan:
     for name in ("trials", "seeds", "jobs", "threads"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    check_place(args.name, args.logs)
     if bool(args.data_root) != bool(args.datasets):
         raise UsageError("--data-root DIR and --datasets NAME ... go together")
     command = COMMANDS[args.command]
