@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifd_clip.files import write_text
+from cifd_clip.files import BadFile, write_text
 from training.engine.flags import expand_files, line_words
 from training.errors import Failure, UsageError
 
@@ -111,7 +111,7 @@ def read_lines(
             if not (line := line_words(text)):
                 continue
             run = read(expand_files([*line, *extra]))
-        except (UsageError, ValueError) as error:
+        except (UsageError, BadFile, ValueError) as error:
             raise UsageError(f"{path}:{number}: {error}") from error
         name = run.config.name
         if name in runs:

@@ -89,7 +89,8 @@ def test_samples_that_two_ranks_skipped_are_counted_across_a_stop(flags, tmp_pat
     assert main([*command, "--name", "alone"]) == 0
     shared = [*command, "--name", "shared", "--batch-size", "12"]
     ranks = launch(shared, tmp_path / "log")
-    while not (tmp_path / "shared" / "metrics.jsonl").is_file():
+    metrics = tmp_path / "shared" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.stat().st_size):
         assert all(rank.poll() is None for rank in ranks), (tmp_path / "log.0").read_text()
         time.sleep(0.02)
     ranks[0].terminate()

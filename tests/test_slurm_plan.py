@@ -387,7 +387,7 @@ WRONG = {
     "--distill fd --distill-model ViT-L14 --distill-pretrained x": "--distill-model 'ViT-L14'",
     "--distill fd --distill-model ViT-L-14 --distill-pretrained datacomp_xl": "a tag of ViT-L-14",
     "--model RN51 --pretrained not/there.pt": "--model 'RN51' is no OpenCLIP model",
-    "--model-config ruff.toml": "--model-config 'ruff.toml' is no JSON",
+    "--model-config ruff.toml": "--model-config: ruff.toml can't be read",
     f"--model-config {CONFIGS[0]}\n--name b --model tiny-student": "wrong.grid:2: .* this line too",
 }
 

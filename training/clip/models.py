@@ -16,7 +16,7 @@ from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
-from cifd_clip.files import make_folder, read_json, sync_tree, write_tensors
+from cifd_clip.files import BadFile, make_folder, read_json, sync_tree, write_tensors
 from cifd_clip.noise import derive_seed
 from cifd_clip.teacher import Teacher
 from cifd_clip.towers import use_custom_blocks
@@ -29,7 +29,10 @@ TEACHER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --distill
 def add_model_configs(paths: Iterable[str]) -> None:
     """Register ``--model-config`` files under their stems."""
     for path in paths:
-        config = read_json(path)
+        try:
+            config = read_json(path)
+        except BadFile as error:
+            raise UsageError(f"--model-config: {error}") from error
         keys = set(config) if isinstance(config, dict) else set()
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - keys
         if missing:
