@@ -12,6 +12,7 @@ from training.clip.heldout import split
 from training.clip.stages import retrieval
 from training.data.index import index_shards
 from training.data.order import Order
+from training.errors import UsageError
 from training.main import main
 
 
@@ -28,6 +29,11 @@ def test_every_row_is_trained_on_or_held_out_and_a_larger_share_holds_a_smaller(
     kept, held = split(sources, 0.3)
     assert sorted([*kept, *held]) == list(range(150)) and 25 < len(held) < 65
     assert keys(sources, split(sources, 0.1)[1]) < keys(sources, held)
+
+
+def test_a_share_of_no_pair_is_refused(sources):
+    with pytest.raises(UsageError, match="--val-fraction 1e-06 holds out none of 150 samples"):
+        split(sources, 1e-6)
 
 
 def test_a_pair_is_held_out_wherever_it_lies(sources, tmp_path):

@@ -30,11 +30,12 @@ class Scale(NamedTuple):
     bank: int  # samples of a bank's training
     trials: int
     seeds: int  # of each subset
+    teacher: int = 0  # labelled images that it is aligned on, with photos in proportion; 0: all
 
 
 SCALES = {
     "cpu": Scale((2_000, 6_000, 20_000), "small", 128_000, 128, 256_000, 8, 3),
-    "trial": Scale((200, 400), "tiny", 512, 64, 512, 2, 2),
+    "trial": Scale((200, 400), "tiny", 512, 64, 512, 2, 2, 300),
 }
 #: Photos beside the labelled images: all of Flickr8k's beside 20,000.
 PHOTOS = 6_591 / 20_000
@@ -162,7 +163,7 @@ def main(argv: list[str]) -> int:
         return 0
     from experiments.map.data import prepare  # takes seconds to import
 
-    prepare(args.logs / "data", args.cifar100, args.flickr8k, scale.images, PHOTOS)
+    prepare(args.logs / "data", args.cifar100, args.flickr8k, scale.images, PHOTOS, scale.teacher)
     finished = study.execute(jobs=1)
     print(write_map(args.logs, args.results, [cell.name for cell in cells(scale)], SUBSETS))
     return 0 if finished else STOPPED

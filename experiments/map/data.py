@@ -17,7 +17,14 @@ from training.data.draws import permutation
 from training.errors import UsageError
 
 
-def prepare(out: Path, cifar100: Path, flickr8k: Path, sizes: Sequence[int], photos: float) -> None:
+def prepare(
+    out: Path,
+    cifar100: Path,
+    flickr8k: Path,
+    sizes: Sequence[int],
+    photos: float,
+    teacher: int = 0,
+) -> None:
     """Write the data unless they are there; a function of its arguments.
 
     Args:
@@ -25,8 +32,9 @@ def prepare(out: Path, cifar100: Path, flickr8k: Path, sizes: Sequence[int], pho
         cifar100, flickr8k: see `experiments.clip_small.data.prepare`.
         sizes: numbers of labelled images.
         photos: how many photos come with each.
+        teacher: labelled images that the teacher is trained on; 0: all.
     """
-    mark, settings = out / "made.json", {"sizes": list(sizes), "photos": photos}
+    mark, settings = out / "made.json", {"sizes": list(sizes), "photos": photos, "teacher": teacher}
     if mark.is_file():
         if read_json(mark) != settings:
             raise UsageError(f"{out} holds data of other sizes: move it away, or use other --logs")
@@ -45,7 +53,8 @@ def prepare(out: Path, cifar100: Path, flickr8k: Path, sizes: Sequence[int], pho
     for name, pairs in tests.items():
         write_split(out / "benchmark" / name, "test", map(Pair.tested, pairs), PER_SHARD, KEY)
         describe(out / "benchmark" / name, names if name == "cifar100" else (), TEMPLATES)
-    write_teacher(out / "teacher", images, pictures)
+    some = round(teacher * photos) if teacher else len(pictures)
+    write_teacher(out / "teacher", images[: teacher or len(images)], pictures[:some])
     write_json(mark, settings)
 
 

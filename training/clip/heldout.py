@@ -13,6 +13,7 @@ from training.clip.config import Config
 from training.clip.stages import ClipStage
 from training.data.index import Sources, index_shards
 from training.data.loader import Batch, sequential
+from training.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +36,18 @@ def split(sources: Sources, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on, and rows held out (``--val-fraction``).
 
     A pair is held out by the hash of its key, wherever it lies: a larger share holds a smaller one.
+
+    Raises:
+        UsageError: the share is of no pair.
     """
     limit = int(fraction * 2**64)
     keys = (key for shard in sources.shards for key in shard.records["key"].tolist())
     words = (int.from_bytes(blake2b(key, digest_size=8).digest(), "big") for key in keys)
     held = np.fromiter((word < limit for word in words), bool, sources.num_samples)
+    if not held.any():
+        raise UsageError(
+            f"--val-fraction {fraction:g} holds out none of {sources.num_samples} samples: raise it"
+        )
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 

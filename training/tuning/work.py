@@ -20,7 +20,7 @@ from training.tuning.table import write_table
 FORMAT = 1  # of settings.json
 STOPPED = os.EX_TEMPFAIL
 DIVERGED = 3  # exit code of a run whose loss is no number: as bad as it gets
-PAUSE = 0.2
+PAUSE, PATIENCE = 0.2, 2.0  # seconds between two looks: at the runs, and for one where none was
 
 
 @dataclass
@@ -112,11 +112,15 @@ class Worker:
 
     def run(self) -> bool:
         """Claim and execute until nothing is left; False after a signal."""
+        idle_since = -PATIENCE
         while not self.signals:
-            while len(self.active) < self.plan.jobs and (claim := self.queue.claim()):
-                task = self.task(claim)
-                self.start(task)
-                self.active.append(task)
+            while len(self.active) < self.plan.jobs and time.monotonic() - idle_since > PATIENCE:
+                if claim := self.queue.claim():
+                    task = self.task(claim)
+                    self.start(task)
+                    self.active.append(task)
+                else:  # others have what is left; their journal may lie on a slow file system
+                    idle_since = time.monotonic()
             if not self.active and not self.queue.left():
                 return True
             time.sleep(PAUSE)
