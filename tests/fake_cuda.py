@@ -23,6 +23,7 @@ from training.data.views import _statistics
 from training.engine.trainer import Trainer
 
 ROWS = 8
+VOCABULARY = 49408  # of OpenCLIP's own tokenizer
 #: Ways to take a step, beside the plain one: flags, and the precision.
 WAYS = {
     "plain": ([], "amp_bf16"),
@@ -96,7 +97,9 @@ def step(case: str, home: Path, flags: list[str], precision: str) -> dict[str, i
 def hugging_face(folder: Path) -> list[str]:
     """Flags of a student whose text tower is transformers'."""
     tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    BertModel(BertConfig(**tower, intermediate_size=32)).save_pretrained(folder)
+    BertModel(BertConfig(**tower, intermediate_size=32, vocab_size=VOCABULARY)).save_pretrained(
+        folder
+    )
     config = json.loads((MODELS / "tiny-student.json").read_text())
     text = {"hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"}
     text["context_length"] = config["text_cfg"].get("context_length", 77)

@@ -11,6 +11,8 @@ from typing import NoReturn
 from cifd_clip.files import BadFile
 from training.masking import masked
 
+#: Exit code of a command that a second ctrl-C ended, as of a shell's.
+INTERRUPTED = 130
 #: What errors of a device, of the network between processes, and of a file system that is gone say.
 _MACHINE = re.compile(
     r"\[Errno (5|107|112|116)\]|NCCL error|CUDA error: (?!device-side assert|invalid)|cudaError"
@@ -79,11 +81,11 @@ def cli(main: Callable[[list[str]], int | None]) -> None:
         code = exit_code(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130  # as of a shell's command
+        code = INTERRUPTED
     except Exception as error:
         print(masked(traceback.format_exc()), file=sys.stderr)
         code = exit_code(error)
-    if code and _distributed():
+    if code == INTERRUPTED or (code and _distributed()):
         _leave(code)
     sys.exit(code)
 
@@ -95,9 +97,10 @@ def _distributed() -> bool:
 
 
 def _leave(code: int) -> NoReturn:
-    """End a process whose peers may be waiting for it in a collective.
+    """End a process at once, without the teardown that a usual exit begins.
 
-    NCCL's teardown, which a usual exit begins, would wait for them in turn, and nobody would end.
+    NCCL's would wait for peers that wait for this process, and nobody would end. After a ctrl-C in
+    the midst of anything, threads of libraries may still be at work: their teardown may abort.
     """
     sys.stdout.flush()
     sys.stderr.flush()
