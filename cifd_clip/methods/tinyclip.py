@@ -5,7 +5,7 @@ from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report, total_weight
 
 DECLARATION = {
-    "summary": "TinyCLIP's affinity mimicking, without its pruning",
+    "summary": "TinyCLIP's affinity mimicking; its weight inheritance is --init-from",
     "uses": ["similarities"],
 }
 

@@ -187,6 +187,14 @@ class StudentConfig:
     model_config: tuple[str, ...] = flag((), "OpenCLIP model configs to add", metavar="FILE.json")
     pretrained: str = flag("", "tag or file of initial weights")
     pretrained_image: bool = flag(False, "ImageNet weights for a timm image tower")
+    pretrained_image_path: str = flag("", "the image tower's initial weights", metavar="FILE")
+    pretrained_text_path: str = flag("", "the text tower's initial weights", metavar="FILE")
+    init_from: str = flag(
+        "",
+        "a larger model: the student's transformers begin as its first channels and heads, in "
+        "evenly spaced layers (TinyCLIP's manual inheritance)",
+        metavar="RUN|NAME:TAG",
+    )
     force_quick_gelu: bool = flag(False, "QuickGELU in the student")
     force_custom_text: bool = flag(False, "a separate text tower (CustomTextCLIP)")
     force_image_size: tuple[int, ...] | None = flag(

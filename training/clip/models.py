@@ -12,15 +12,17 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import get_session
+from open_clip.factory import load_state_dict
 from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
 from cifd_clip.files import BadFile, make_folder, read_json, sync_tree, write_tensors
+from cifd_clip.inherit import inherit
 from cifd_clip.noise import derive_seed
 from cifd_clip.teacher import Teacher
 from cifd_clip.towers import use_custom_blocks
-from training.clip.config import OWN_WEIGHTS, Config, StudentConfig
+from training.clip.config import OWN_WEIGHTS, Config, StudentConfig, model_folder
 from training.errors import UsageError, did_you_mean
 
 TEACHER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --distill-precision
@@ -146,6 +148,8 @@ def build_student(config: StudentConfig, seed: int) -> nn.Module:
             f"--pretrained '{config.pretrained}' with --model '{config.model}', which brings its "
             "own weights: leave one of them out"
         )
+    if config.init_from and (config.pretrained or config.model.startswith(OWN_WEIGHTS)):
+        raise UsageError("--init-from and --pretrained both say where the student begins: give one")
     if config.pretrained:
         check_weights(config.model, config.pretrained, "--pretrained", config.force_quick_gelu)
     with torch.random.fork_rng(devices=[]):
@@ -165,6 +169,7 @@ def build_student(config: StudentConfig, seed: int) -> nn.Module:
             "tower whose position embedding was resized; give the size in a --model-config of its "
             "own"
         )
+    begin(model, config)
     if config.custom_blocks:
         use_custom_blocks(model)
     if config.lock_image:
@@ -174,6 +179,59 @@ def build_student(config: StudentConfig, seed: int) -> nn.Module:
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
+
+
+def begin(model: nn.Module, config: StudentConfig) -> None:
+    """Overwrite a student's initial weights by a larger model's, or by files of its towers.
+
+    Raises:
+        UsageError: they don't fit.
+    """
+    if config.init_from:
+        flag, (name, pretrained) = "--init-from", larger_model(config.init_from)
+        if pretrained:
+            check_weights(name, pretrained, flag)
+        larger = _create(
+            name, pretrained, flag, cache_dir=config.cache_dir, require_pretrained=True
+        )
+        try:
+            for sentence in inherit(model, larger):
+                logging.info("from %s, %s", config.init_from, sentence)
+        except ValueError as error:
+            raise UsageError(
+                f"{flag} '{config.init_from}' is no larger {config.model}: {error}"
+            ) from error
+    text = getattr(model, "text", None)
+    for modality, tower in (("image", model.visual), ("text", text)):
+        if not (path := getattr(config, f"pretrained_{modality}_path")):
+            continue
+        flag = f"--pretrained-{modality}-path '{path}'"
+        if tower is None:
+            raise UsageError(
+                f"{flag}: {config.model} has no tower of its own for texts: add --force-custom-text"
+            )
+        try:
+            tower.load_state_dict(load_state_dict(path))
+        except Exception as error:  # what is no weights ends in exceptions of every kind
+            raise UsageError(
+                f"{flag} is not the weights of {config.model}'s {modality} tower: {error}"
+            ) from error
+
+
+def larger_model(spec: str) -> tuple[str, str | None]:
+    """The architecture and the tag or file of its weights that ``--init-from`` names.
+
+    Raises:
+        UsageError: it names no weights.
+    """
+    if folder := model_folder(spec):
+        return f"local-dir:{folder}", None
+    if spec.startswith(OWN_WEIGHTS):
+        return spec, None
+    name, _, weights = spec.partition(":")
+    if not weights:
+        raise UsageError(f"--init-from '{spec}': expected a run, a model folder or NAME:TAG")
+    return name, weights
 
 
 def build_teachers(config: Config, device: torch.device) -> list[Teacher]:
