@@ -69,6 +69,24 @@ def relational_kl(student: Logits, teacher: Logits) -> Tensor:
     )
 
 
+def sigmoid_loss(logits: Logits, labels: Tensor) -> Tensor:
+    """SigLIP's loss (Zhai et al. 2023, eq. 1), the *sum* of both directions.
+
+    Each pair of the global batch is a decision of its own. OpenCLIP's ``SigLipLoss`` is half of it.
+    """
+    return sum(F.softplus(x).sum(-1).mean() - x.gather(1, labels[:, None]).mean() for x in logits)
+
+
+def soft_sigmoid_loss(student: Logits, teacher: Logits) -> Tensor:
+    """`soft_contrastive_loss` of decisions: cross-entropy to the teacher's probability of each."""
+    return sum((F.softplus(s) - t.sigmoid() * s).sum(-1).mean() for s, t in zip(student, teacher))
+
+
+def sigmoid_kl(student: Logits, teacher: Logits) -> Tensor:
+    """`relational_kl` of decisions: KL(teacher ‖ student) of pairs, the mean of both directions."""
+    return 0.5 * (soft_sigmoid_loss(student, teacher) - soft_sigmoid_loss(teacher, teacher))
+
+
 def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """‖Û − X‖² of eq. (8) and (12) as a mean over elements and batch.
 

@@ -80,6 +80,13 @@ GROUPS = {
             ("all", "distill"),
         ),
     },
+    "contrastive": {
+        "siglip": (
+            False,
+            "SigLIP's sigmoid loss as contrastive term, and its form of the similarity terms of "
+            "teachers that have a bias; the student gets one",
+        ),
+    },
     "similarities": {
         "distill_logit_scale": (
             [],

@@ -66,6 +66,12 @@ class MethodConfig:
         metavar="TAG|PATH[,...]",
         moves=True,
     )
+    loss_dist_impl: str | None = flag(
+        None,
+        "taken as OpenCLIP's; features are always gathered, and logits made of some rows at a time",
+        choices=("bidir", "shift", "reduce", "gather"),
+        free=True,
+    )
     distill_precision: str = flag(
         "fp32",
         "of the teachers' weights [bf16 under --precision amp_bf16 on a GPU, else fp32]",

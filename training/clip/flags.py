@@ -48,8 +48,6 @@ UNSUPPORTED = {
     ),
     "CoCa students are not supported": "--coca-caption-loss-weight --coca-contrastive-loss-weight",
     "int8 layers change the student's state_dict": "--use-bnb-linear",
-    "the student trains with the softmax losses of the paper's methods": "--siglip",
-    "it belongs to SigLIP's loss": "--loss-dist-impl",
     "the newest checkpoint is always kept (see --keep)": "--save-most-recent",
     "use --keep 1": "--delete-previous-checkpoint",
     "use --lr-scheduler const --warmup 0": "--skip-scheduler",

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,15 @@ def unreachable() -> str | None:
     return None
 
 
-def forced(config: StudentConfig) -> dict[str, Any]:
+#: Where temperature and bias of a student begin that is to decide pair by pair: OpenCLIP's.
+SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+
+
+def forced(config: Config) -> dict[str, Any]:
     """What the student's architecture is changed by, as ``create_model`` takes it."""
     size = config.force_image_size
     return {
+        **(SIGLIP if config.options.get("siglip") else {}),
         "force_quick_gelu": config.force_quick_gelu,
         "force_custom_text": config.force_custom_text,
         "force_patch_dropout": config.force_patch_dropout,
@@ -139,7 +145,7 @@ def forced(config: StudentConfig) -> dict[str, Any]:
     }
 
 
-def build_student(config: StudentConfig, seed: int) -> nn.Module:
+def build_student(config: Config, seed: int) -> nn.Module:
     """The student, initialised from the seed or from ``--pretrained``."""
     if "multimodal_cfg" in student_config(config):
         raise UsageError(f"--model '{config.model}': CoCa students are not supported")
@@ -272,7 +278,7 @@ def images_of(pretrained: str) -> dict:
     return {key: value for key, value in selected.items() if value is not None}
 
 
-def student_config(config: StudentConfig) -> dict:
+def student_config(config: Config) -> dict:
     """The student's OpenCLIP configuration, with the ``--force-*`` flags in it."""
     stock = model_config(config.model, "--model")
     if config.force_image_size:
@@ -284,6 +290,8 @@ def student_config(config: StudentConfig) -> dict:
         stock["quick_gelu"] = True
     if config.force_custom_text:
         stock["custom_text"] = True
+    if config.options.get("siglip"):
+        stock |= SIGLIP
     if config.force_patch_dropout is not None:
         stock["vision_cfg"]["patch_dropout"] = config.force_patch_dropout
     return stock
