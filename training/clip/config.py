@@ -162,9 +162,6 @@ class DataConfig:
     verify_data: bool = flag(
         False, "compare every shard's bytes with what training.check_data found", free=True
     )
-    data_timeout: float = flag(
-        600.0, "seconds to wait for a batch before giving up; 0: for ever", least=0, free=True
-    )
     index_dir: str | None = flag(
         None, "where shard indexes go [beside the shards]", metavar="DIR", free=True
     )

@@ -181,7 +181,6 @@ def _run(
                 stop,
                 validation,
                 partial(check_bad_fraction, config),
-                config.data_timeout or None,
             )
             if finished and world.rank == 0:
                 lease.check()
