@@ -69,6 +69,16 @@ GROUPS = (
     ("run directory, checkpoints, logs", RunConfig),
     ("processes and precision", ProcessConfig),
 )
+#: What ``--help`` shows of the flags that training.main and its sisters share.
+COMMON = """
+distill distill_model distill_pretrained teacher_cache rates rdm_bank
+train_data train_num_samples captions views val_data val_fraction workers
+data_root zeroshot_datasets zeroshot_frequency
+model pretrained grad_checkpointing
+batch_size global_batch accum_freq epochs lr wd warmup grad_clip_norm seed
+logs name resume save_frequency log_every_n_steps report_to
+device precision lambda_cl
+"""
 
 
 def parser(
@@ -86,6 +96,7 @@ def parser(
     compatible.add_argument(
         "--dataset-type", choices=("webdataset", "auto"), help="always webdataset"
     )
+    p.shorten(COMMON)
     return p
 
 
