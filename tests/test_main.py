@@ -75,6 +75,19 @@ def test_every_method_leaves_a_checkpoint_that_stock_open_clip_loads_strictly(
     assert steps[-1]["loss"] == pytest.approx(total, rel=1e-5), "the total is the terms' sum"
 
 
+def test_help_shows_what_is_commonly_set_and_help_all_every_flag(capsys):
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            parser().given([flag])
+        shown[flag] = capsys.readouterr().out
+    named = {name: set(re.findall(r"^  (--[a-z0-9-]+)", text, re.M)) for name, text in shown.items()}
+    every = {action.option_strings[0] for action in parser()._actions} - {"-h"}
+    assert named["--help-all"] == every and named["--help"] < every
+    assert {"--train-data", "--distill", "--lr"} < named["--help"]
+    assert len(shown["--help"].splitlines()) <= 80
+
+
 def test_a_run_directory_explains_itself(flags, teacher, bank, tmp_path, scenes):
     command = [*flags, *method_flags("cifd", teacher, bank), "--logs", str(tmp_path)]
     command += ["--val-data", str(scenes / "val"), "--report-to", "tensorboard"]

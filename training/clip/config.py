@@ -183,6 +183,24 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ZeroShotConfig:
+    """Zero-shot evaluation of the student while it trains."""
+
+    data_root: str = flag(
+        "",
+        "evaluate checkpoints zero-shot, beside the training: folder of eval.benchmark's data sets",
+        metavar="DIR",
+        free=True,
+    )
+    zeroshot_datasets: tuple[str, ...] = flag((), "which of them", metavar="NAME", free=True)
+    zeroshot_frequency: int = flag(1, "epochs between evaluations", least=0, free=True)
+    zeroshot_samples: int = flag(
+        2000, "images of each data set at most, drawn by a fixed seed", least=1, free=True
+    )
+    zeroshot_device: str = flag("cpu", "where evaluations compute", free=True)
+
+
+@dataclass(frozen=True)
 class StudentConfig:
     """The student's architecture, its initial weights, and what of it trains."""
 
@@ -226,7 +244,10 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
-class Config(MethodConfig, DataConfig, StudentConfig, OptimConfig, RunConfig, ProcessConfig):
+class Config(
+    *(MethodConfig, DataConfig, ZeroShotConfig, StudentConfig, OptimConfig),
+    *(RunConfig, ProcessConfig),
+):
     """Everything a run is told, resolved."""
 
 

@@ -21,6 +21,7 @@ from training.clip.config import (
     DataConfig,
     MethodConfig,
     StudentConfig,
+    ZeroShotConfig,
     model_folder,
     read_cache_config,
 )
@@ -35,9 +36,7 @@ UNSUPPORTED = {
     "data are WebDataset tars; img2dataset converts a csv list": (
         "--csv-separator --csv-img-key --csv-caption-key"
     ),
-    "zero-shot evaluation is `python -m eval.benchmark`": (
-        "--imagenet-val --imagenet-v2 --zeroshot-frequency"
-    ),
+    "zero-shot evaluation is of --data-root": "--imagenet-val --imagenet-v2",
     "every sample of --val-data is used once": "--val-num-samples",
     "processes are launched with torchrun or srun": "--horovod",
     "a scripted model can't be cut at the bottleneck": "--torchscript",
@@ -62,11 +61,22 @@ ALWAYS_ON = ("--local-loss", "--gather-with-grad", "--lock-text-freeze-layer-nor
 GROUPS = (
     ("method", MethodConfig),
     ("data", DataConfig),
+    ("zero-shot evaluation while training", ZeroShotConfig),
     ("student", StudentConfig),
     ("optimisation", OptimConfig),
     ("run directory, checkpoints, logs", RunConfig),
     ("processes and precision", ProcessConfig),
 )
+#: What ``--help`` shows of the flags that training.main and its sisters share.
+COMMON = """
+distill distill_model distill_pretrained teacher_cache rates rdm_bank
+train_data train_num_samples captions views val_data val_fraction workers
+data_root zeroshot_datasets zeroshot_frequency
+model pretrained grad_checkpointing
+batch_size global_batch accum_freq epochs lr wd warmup grad_clip_norm seed
+logs name resume save_frequency log_every_n_steps report_to
+device precision lambda_cl
+"""
 
 
 def parser(
@@ -84,6 +94,7 @@ def parser(
     compatible.add_argument(
         "--dataset-type", choices=("webdataset", "auto"), help="always webdataset"
     )
+    p.shorten(COMMON)
     return p
 
 
@@ -358,6 +369,7 @@ def _check(config: Config) -> None:
         )
     if config.val_data and config.val_fraction:
         raise UsageError("--val-data and --val-fraction both say what is held out: give one")
+    _check_zeroshot(config)
     if config.use_bn_sync and config.accum_freq > 1:
         raise UsageError(
             "--use-bn-sync with --accum-freq > 1 is not supported: batch statistics of a "
@@ -368,6 +380,17 @@ def _check(config: Config) -> None:
     for path in config.model_config:
         if not Path(path).is_file():
             raise UsageError(f"--model-config '{path}': no such file; expected an OpenCLIP JSON")
+
+
+def _check_zeroshot(config: Config) -> None:
+    if bool(config.data_root) != bool(config.zeroshot_datasets):
+        raise UsageError("--data-root DIR and --zeroshot-datasets NAME [...] go together")
+    every, saved = config.zeroshot_frequency, config.save_frequency
+    if config.data_root and every and (not saved or every % saved):
+        raise UsageError(
+            f"--zeroshot-frequency {every} evaluates checkpoints, and --save-frequency {saved} "
+            "saves none at some of those epochs: make the one a multiple of the other"
+        )
 
 
 def _check_teachers(config: Config) -> None:

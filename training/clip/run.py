@@ -22,6 +22,7 @@ from training.clip.flags import resolve
 from training.clip.heldout import held_out, split
 from training.clip.models import add_model_configs
 from training.clip.stages import RDMStage, StudentStage, check_student
+from training.clip.zeroshot import ZeroShot, check_zeroshot
 from training.data.index import (
     NotAShard,
     Sources,
@@ -70,6 +71,7 @@ def start(given: Given, files: dict[str, Any]) -> int:
     add_model_configs(config.model_config)
     if config.use_bn_sync and world.size > 1 and device.type != "cuda":
         raise UsageError("--use-bn-sync needs GPUs: torch has no synchronised batch norm on a CPU")
+    together(world, lambda: check_zeroshot(config), only=0)
     finished = run_stages(config, world, device)
     end_processes()
     return 0 if finished else STOPPED_EXIT
@@ -103,6 +105,7 @@ def bank_config(config: Config) -> Config:
         config,
         distill="rdm",
         options={},
+        data_root="",
         epochs=config.rdm_epochs,
         warmup=scaled(config.warmup),
         warmup_epochs=scaled(config.warmup_epochs),
@@ -169,6 +172,9 @@ def _run(
         directory.write("teachers.json", teachers)
         describe(directory, config, trainer, data, checkpoint and checkpoint[0])
         writer = MetricWriter(path, config, directory.config, trainer.progress.step)
+    zeroshot = make_zeroshot(config, path, trainer, writer)
+    if zeroshot is not None:
+        checkpoints.saved = zeroshot.saved
     stop = StopFlag(world)
     try:
         with Peers(world, checkpoints.busy):
@@ -182,6 +188,8 @@ def _run(
                 validation,
                 partial(check_bad_fraction, config),
             )
+            if finished and zeroshot is not None:
+                zeroshot.wait(stop.raised)
             if finished and world.rank == 0:
                 lease.check()
                 directory.finish(trainer.progress.state(), stage.finish(path))
@@ -190,6 +198,8 @@ def _run(
         stop.close()
         loader.close()
         checkpoints.join()
+        if zeroshot is not None:
+            zeroshot.close()
         if writer is not None:
             writer.close()
             directory.close()
@@ -270,6 +280,21 @@ def make_loader(
     options["memory"] = int(config.view_memory * 2**30)
     options["fetchers"] = stage.source.fetchers(sources)
     return Loader(order, stage.source.images_of(sources), *inputs, **options)
+
+
+def make_zeroshot(
+    config: Config, path: Path, trainer: Trainer, writer: MetricWriter | None
+) -> ZeroShot | None:
+    """What evaluates checkpoints beside the training, on rank 0, where a student trains."""
+    wanted = config.data_root and config.zeroshot_frequency and config.distill != "rdm"
+    if writer is None or not wanted:
+        return None
+    every = config.zeroshot_frequency * trainer.steps_per_epoch
+
+    def due(step: int) -> bool:
+        return step % every == 0 or step == trainer.total_steps
+
+    return ZeroShot(config, path, writer, trainer.progress.step, due)
 
 
 def epoch_steps(config: Config, sources: Sources | None, kept: np.ndarray | None = None) -> int:
