@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from cifd_clip.files import read_json
 from cifd_clip.methods import DECLARED
+from cifd_clip.names import nearby
 from training.engine.config import OptimConfig, ProcessConfig, RunConfig
 from training.engine.flags import KeyValues, construct, flag
 from training.errors import UsageError
@@ -308,7 +309,7 @@ def read_cache_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise UsageError(
             f"--teacher-cache '{folder}' holds no cache (config.json is missing); write one "
-            "with `python -m training.cache_teacher`"
+            f"with `python -m training.cache_teacher`{nearby(folder)}"
         )
     return read_json(folder / "config.json", CACHE_FORMAT, teacher=dict, views=int)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from cifd_clip.artefact import read_bank_config
 from cifd_clip.methods import DECLARED, Option
+from cifd_clip.names import nearby
 from training.clip.config import (
     OWN_WEIGHTS,
     RATES,
@@ -379,7 +380,9 @@ def _check(config: Config) -> None:
         raise UsageError("--view-memory holds views that come again: say how many with --views")
     for path in config.model_config:
         if not Path(path).is_file():
-            raise UsageError(f"--model-config '{path}': no such file; expected an OpenCLIP JSON")
+            raise UsageError(
+                f"--model-config '{path}': no such file; expected an OpenCLIP JSON{nearby(path)}"
+            )
 
 
 def _check_zeroshot(config: Config) -> None:
@@ -429,5 +432,6 @@ def check_teacher_weights(config: MethodConfig) -> None:
     if len(weights) != needed:
         raise UsageError(
             f"--distill-pretrained names {len(weights)} weights, but --distill-model "
-            f"'{config.distill_model}' needs {needed} (none for local-dir: models)"
+            f"'{config.distill_model}' needs {needed} (none for a run or a "
+            f"model folder){nearby(config.distill_model)}"
         )

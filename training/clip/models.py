@@ -20,11 +20,12 @@ from torch import nn
 
 from cifd_clip.files import BadFile, make_folder, read_json, sync_tree, write_tensors
 from cifd_clip.inherit import inherit
+from cifd_clip.names import did_you_mean, nearby
 from cifd_clip.noise import derive_seed
 from cifd_clip.teacher import Teacher
 from cifd_clip.towers import use_custom_blocks
 from training.clip.config import OWN_WEIGHTS, Config, StudentConfig, model_folder
-from training.errors import UsageError, did_you_mean
+from training.errors import UsageError
 
 TEACHER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --distill-precision
 
@@ -52,7 +53,7 @@ def model_config(name: str, flag: str) -> dict:
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
         if not path.is_file():
-            raise UsageError(f"{flag} '{name}': {path} does not exist")
+            raise UsageError(f"{flag} '{name}': {path} does not exist{nearby(path.parent)}")
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
             raise UsageError(f"{flag} '{name}': {path} is damaged: it has no 'model_cfg'")
@@ -66,7 +67,7 @@ def model_config(name: str, flag: str) -> dict:
     if config is None:
         raise UsageError(
             f"{flag} '{name}' is no OpenCLIP model and no --model-config file's stem"
-            f"{did_you_mean(name, open_clip.list_models())}"
+            f"{did_you_mean(name, open_clip.list_models()) or nearby(name)}"
         )
     return copy.deepcopy(config)
 
@@ -80,9 +81,10 @@ def check_weights(name: str, pretrained: str, flag: str, force_quick_gelu: bool 
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:
         if not Path(pretrained).is_file():
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            tags = open_clip.list_pretrained_tags_by_model(name)
             raise UsageError(
-                f"{flag} '{pretrained}' is neither a file nor a tag of {name} (its tags: {tags})"
+                f"{flag} '{pretrained}' is neither a file nor a tag of {name} (its tags: "
+                f"{', '.join(tags) or 'none'}){did_you_mean(pretrained, tags)}"
             )
         return
     quick = model_config(name, flag).get("quick_gelu", False) or force_quick_gelu
