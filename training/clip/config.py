@@ -5,6 +5,7 @@ a command line.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,12 @@ class Bank(NamedTuple):
 
     folder: str
     rates: list[float]
+    dim: int
+
+
+def summed_rates(rates: Sequence[float], reduction: str, dim: int) -> list[float]:
+    """R of eq. (4), which weighs a sum over T elements, of rates under a ``--rdm-reduction``."""
+    return [rate / dim if reduction == "mean" else rate for rate in rates]
 
 
 class TeacherName(NamedTuple):
@@ -83,6 +90,12 @@ class MethodConfig:
         metavar="R",
         nargs="*",
         above=0,
+    )
+    rdm_reduction: str = flag(
+        "sum",
+        "what --rates weigh, the squared error's sum or its mean over elements: a mean's R is a "
+        "T-th of it in eq. 4, which is what a bank records",
+        choices=("mean", "sum"),
     )
     rdm_bank: str = flag(
         "",
