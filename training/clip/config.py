@@ -206,6 +206,12 @@ class StudentConfig:
         None, "another size than the config names", least=1
     )
     force_context_length: int | None = flag(None, "another context length", least=1)
+    force_embed_dim: int | None = flag(
+        None,
+        "another width of the embedding; the teacher's: nothing is projected, and all terms are "
+        "read in the teacher's space",
+        least=1,
+    )
     force_patch_dropout: float | None = flag(None, "another patch dropout")
     image_mean: tuple[float, ...] | None = flag(None, nargs=3, metavar="MEAN")
     image_std: tuple[float, ...] | None = flag(None, nargs=3, metavar="STD", above=0)
