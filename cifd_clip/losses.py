@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+#: T of the teacher (ViT-B/16) for which CLIP-KD published its weights.
+REFERENCE_DIM = 512
+
 
 class Features(NamedTuple):
     """Unit-norm embeddings of a batch and the temperature they were trained with."""
@@ -88,9 +91,17 @@ def sigmoid_kl(student: Logits, teacher: Logits) -> Tensor:
 
 
 def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """‖Û − X‖² of eq. (8) and (12) as a mean over elements and batch.
-
-    The paper takes its λ_CL from CLIP-KD, whose embedding term is a mean over elements
-    (docs/paper.md, "Reductions").
-    """
+    """‖Û − X‖² of eq. (8) and (12) as a mean over elements and batch; see `element_weight`."""
     return F.mse_loss(student, teacher)
+
+
+def element_weight(reduction: str, dim: int) -> float:
+    """What multiplies a mean over ``dim`` elements to make another reduction of it.
+
+    Args:
+        reduction: ``mean``, as CLIP-KD has it, from which the paper takes its λ_CL; ``sum``, as
+            eq. (12) is printed; ``relative``: as if there were `REFERENCE_DIM` elements
+            (docs/paper.md, "One weight for every size").
+        dim: T.
+    """
+    return {"mean": 1.0, "sum": float(dim), "relative": dim / REFERENCE_DIM}[reduction]

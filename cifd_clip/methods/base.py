@@ -115,7 +115,7 @@ class Embedded(NamedTuple):
     contrastive: StudentEmbeddings
     """What the contrastive term reads: the same, or without noise (``ibm_branch``)."""
     losses: Losses
-    """λ_I times the mean rate per element of each modality (eq. 12)."""
+    """λ_I times the rate of each modality (eq. 12): a mean over elements, or their sum."""
     report: Report
     """The rates in bits."""
 
@@ -170,8 +170,10 @@ class Method(nn.Module):
         noisy, losses, report = pooled, {}, {}
         if self.bottlenecks is not None and noise is not None:
             noisy, nats = self.bottlenecks(pooled, noise)
+            summed = self.options["loss_reduction"] == "sum"
             for modality, rate in nats.items():
-                losses[f"{modality}_rate_loss"] = self.options["lambda_i"] * rate.mean()
+                weight = self.options["lambda_i"] * (rate.shape[-1] if summed else 1)
+                losses[f"{modality}_rate_loss"] = weight * rate.mean()
                 report[f"{modality}_bits"] = rate.detach().sum(-1).mean() / math.log(2)
         compared = contrastive = student.embed(noisy)
         if self.options.get("ibm_branch") == "distill" and noisy is not pooled:

@@ -5,6 +5,7 @@ a command line.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,12 @@ class Bank(NamedTuple):
 
     folder: str
     rates: list[float]
+    dim: int
+
+
+def summed_rates(rates: Sequence[float], reduction: str, dim: int) -> list[float]:
+    """R of eq. (4), which weighs a sum over T elements, of rates under a ``--rdm-reduction``."""
+    return [rate / dim if reduction == "mean" else rate for rate in rates]
 
 
 class TeacherName(NamedTuple):
@@ -90,6 +97,12 @@ class MethodConfig:
         metavar="R",
         nargs="*",
         above=0,
+    )
+    rdm_reduction: str = flag(
+        "sum",
+        "what --rates weigh, the squared error's sum or its mean over elements: a mean's R is a "
+        "T-th of it in eq. 4, which is what a bank records",
+        choices=("mean", "sum"),
     )
     rdm_bank: str = flag(
         "",
@@ -223,6 +236,12 @@ class StudentConfig:
         None, "another size than the config names", least=1
     )
     force_context_length: int | None = flag(None, "another context length", least=1)
+    force_embed_dim: int | None = flag(
+        None,
+        "another width of the embedding; the teacher's: nothing is projected, and all terms are "
+        "read in the teacher's space",
+        least=1,
+    )
     force_patch_dropout: float | None = flag(None, "another patch dropout")
     image_mean: tuple[float, ...] | None = flag(None, nargs=3, metavar="MEAN")
     image_std: tuple[float, ...] | None = flag(None, nargs=3, metavar="STD", above=0)

@@ -25,6 +25,7 @@ from training.clip.config import (
     ZeroShotConfig,
     model_folder,
     read_cache_config,
+    summed_rates,
 )
 from training.engine import config as engine
 from training.engine.config import OptimConfig, ProcessConfig, RunConfig
@@ -190,7 +191,8 @@ def named_files(given: Given) -> dict[str, Any]:
     said: dict[str, Any] = {}
     folder = bank_folder(Path(given.get("rdm_bank", "")))
     if given.get("rdm_bank") and holds_bank(folder):
-        said["bank"] = Bank(str(folder), read_bank_config(folder)["rates"])
+        bank = read_bank_config(folder)
+        said["bank"] = Bank(str(folder), bank["rates"], bank["dim"])
     if given.get("teacher_cache"):
         said["cache"] = read_cache_config(Path(given["teacher_cache"].split(",")[0]))
     return said
@@ -242,7 +244,8 @@ def resolved(
     if not all(rate > 0 for rate in given.get("rates", ())):
         raise UsageError(f"--rates must be positive, got {given['rates']}")
     if bank is not None:
-        if list(given.get("rates", bank.rates)) != bank.rates:
+        reduction = given.get("rdm_reduction", Config.rdm_reduction)
+        if "rates" in given and summed_rates(given["rates"], reduction, bank.dim) != bank.rates:
             raise UsageError(
                 f"--rates {list(given['rates'])}: the bank {bank.folder} has {bank.rates}, and all "
                 "of them teach; leave --rates out"

@@ -144,6 +144,7 @@ def forced(config: Config) -> dict[str, Any]:
         "force_patch_dropout": config.force_patch_dropout,
         "force_image_size": size[0] if size and len(size) == 1 else size,
         "force_context_length": config.force_context_length,
+        **({"embed_dim": config.force_embed_dim} if config.force_embed_dim else {}),
     }
 
 
@@ -288,6 +289,8 @@ def student_config(config: Config) -> dict:
         stock["vision_cfg"]["image_size"] = size[0] if len(size) == 1 else list(size)
     if config.force_context_length:
         stock["text_cfg"]["context_length"] = config.force_context_length
+    if config.force_embed_dim:
+        stock["embed_dim"] = config.force_embed_dim
     if config.force_quick_gelu:
         stock["quick_gelu"] = True
     if config.force_custom_text:
