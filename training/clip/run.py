@@ -8,6 +8,7 @@ import json
 import logging
 import operator
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,19 +81,21 @@ def start(given: Given, files: dict[str, Any]) -> int:
 def run_stages(config: Config, world: World, device: torch.device) -> bool:
     """The run, after the bank that it needs; whether it is finished (see `run`)."""
     path = Path(config.logs) / config.name
-    bank = Path(config.rdm_bank) if config.rdm_bank else None
-    if config.distill == "cifd" and bank is None and config.rates:
+    banks = config.banks
+    if config.distill == "cifd" and not banks and config.rates:
         # Refuse now what stage 2 would refuse after stage 1 has been trained.
         RunDirectory(config)
         check_student(config)
-        if not run(bank_config(config), path / "rdm", world, device):
-            return False
-        bank = path / "rdm" / "bank"
-    return run(config, path, world, device, bank)
+        for teacher in range(max(len(config.teachers), len(config.caches))):
+            folder = path / f"rdm{teacher or ''}"
+            if not run(bank_config(config, teacher), folder, world, device):
+                return False
+            banks.append(folder / "bank")
+    return run(config, path, world, device, banks)
 
 
-def bank_config(config: Config) -> Config:
-    """Stage 1 with the settings of stage 2 (appendix A.3), for ``--rdm-epochs``."""
+def bank_config(config: Config, teacher: int = 0) -> Config:
+    """Stage 1 of a teacher with the settings of stage 2 (appendix A.3), for ``--rdm-epochs``."""
 
     def scaled(value):
         """A number of steps or epochs as the same share of stage 1."""
@@ -101,9 +104,13 @@ def bank_config(config: Config) -> Config:
         divide = operator.floordiv if isinstance(value, int) else operator.truediv
         return divide(value * config.rdm_epochs, config.epochs)
 
+    names = config.teachers[teacher : teacher + 1]  # none where a cache knows its teacher
     return replace(
         config,
         distill="rdm",
+        distill_model="".join(name.model for name in names),
+        distill_pretrained="".join(name.weights or "" for name in names),
+        teacher_cache="".join(map(str, config.caches[teacher : teacher + 1])),
         options={},
         data_root="",
         epochs=config.rdm_epochs,
@@ -118,7 +125,7 @@ def bank_config(config: Config) -> Config:
 
 
 def run(
-    config: Config, path: Path, world: World, device: torch.device, bank: Path | None = None
+    config: Config, path: Path, world: World, device: torch.device, banks: Sequence[Path] = ()
 ) -> bool:
     """One run directory from wherever it is to its end.
 
@@ -126,13 +133,13 @@ def run(
         config: of the run.
         path: its directory.
         world, device: of this process.
-        bank: the bank whose RDMs assist the first teacher.
+        banks: those whose RDMs assist the teachers.
 
     Returns:
         Whether it is finished; False when a signal stopped it with a checkpoint on disk.
     """
     with held(path / "lease.json", world) as lease:
-        return _run(config, path, world, device, bank, lease)
+        return _run(config, path, world, device, banks, lease)
 
 
 def _run(
@@ -140,7 +147,7 @@ def _run(
     path: Path,
     world: World,
     device: torch.device,
-    bank: Path | None,
+    banks: Sequence[Path],
     lease: Lease | None,
 ) -> bool:
     directory = RunDirectory(config, path)
@@ -154,7 +161,7 @@ def _run(
     )
     steps_per_epoch = epoch_steps(config, sources, kept)
     rdm = config.distill == "rdm"
-    stage = RDMStage(config, device) if rdm else StudentStage(config, device, world, bank)
+    stage = RDMStage(config, device) if rdm else StudentStage(config, device, world, banks)
     trainer = Trainer(stage, config, steps_per_epoch, world, device, config.precision, config.name)
     # Where it goes on.
     checkpoints = Checkpoints(directory.checkpoints, config.keep, lease)
@@ -342,18 +349,19 @@ def identify(
     before = directory.read("teachers.json", teachers)
 
     def known(info: dict[str, Any]) -> list:
-        return [info["bank_weights"], *((t["weights"], t["preprocess"]) for t in info["teachers"])]
+        return [*info["bank_weights"], *((t["weights"], t["preprocess"]) for t in info["teachers"])]
 
     if known(before) != known(teachers):
         raise UsageError(
-            f"{directory.path} was trained with other weights: of the teachers and the bank "
+            f"{directory.path} was trained with other weights: of the teachers and the banks "
             f"{_hashes(before)}, now {_hashes(teachers)}"
         )
     return fingerprint, teachers
 
 
 def _hashes(info: dict[str, Any]) -> list[str]:
-    return [t["weights"][:12] for t in info["teachers"]] + [(info["bank_weights"] or "none")[:12]]
+    weights = [*(teacher["weights"] for teacher in info["teachers"]), *info["bank_weights"]]
+    return [text[:12] for text in weights]
 
 
 def describe(
