@@ -184,7 +184,9 @@ class DataConfig:
     index_dir: str | None = flag(
         None, "where shard indexes go [beside the shards]", metavar="DIR", free=True
     )
-    val_data: str = flag("", "held-out shards: losses and recall every epoch", metavar="SHARDS")
+    val_data: str = flag(
+        "", "held-out shards: losses and recall every epoch", metavar="SHARDS", moves=True
+    )
     val_fraction: float = flag(
         0.0, "hold out this share of the training samples instead, by their keys", least=0, below=1
     )
@@ -224,7 +226,9 @@ class StudentConfig:
     """The student's architecture, its initial weights, and what of it trains."""
 
     model: str = flag("RN50", "any OpenCLIP architecture, or one of --model-config by its stem")
-    model_config: tuple[str, ...] = flag((), "OpenCLIP model configs to add", metavar="FILE.json")
+    model_config: tuple[str, ...] = flag(
+        (), "OpenCLIP model configs to add", metavar="FILE.json", moves=True
+    )
     pretrained: str = flag("", "tag or file of initial weights")
     pretrained_image: bool = flag(False, "ImageNet weights for a timm image tower")
     pretrained_image_path: str = flag("", "the image tower's initial weights", metavar="FILE")

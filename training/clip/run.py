@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import logging
 import operator
 import time
@@ -18,9 +17,10 @@ import numpy as np
 import torch
 
 from cifd_clip import World
+from cifd_clip.files import file_hash
 from training.clip.config import Config, ProcessConfig
 from training.clip.flags import resolve
-from training.clip.heldout import held_out, split
+from training.clip.heldout import HeldOut, held_out, split
 from training.clip.models import add_model_configs
 from training.clip.stages import RDMStage, StudentStage, check_student
 from training.clip.zeroshot import ZeroShot, check_zeroshot
@@ -171,14 +171,9 @@ def _run(
     # Whatever may still be wrong with the command line is found before the directory is taken.
     loader = make_loader(config, sources, trainer, kept)
     validation = held_out(config, stage, world, sources, held)
-    writer = None
-    if world.rank == 0:
-        data, teachers = identify(directory, config, trainer, sources)
-        directory.open()
-        directory.write("data.json", data)
-        directory.write("teachers.json", teachers)
-        describe(directory, config, trainer, data, checkpoint and checkpoint[0])
-        writer = MetricWriter(path, config, directory.config, trainer.progress.step)
+    goes_on = checkpoint and checkpoint[0]
+    take = partial(begin, config, directory, trainer, sources, validation, goes_on)
+    writer = together(world, take, only=0)
     zeroshot = make_zeroshot(config, path, trainer, writer)
     if zeroshot is not None:
         checkpoints.saved = zeroshot.saved
@@ -329,39 +324,34 @@ def epoch_steps(config: Config, sources: Sources | None, kept: np.ndarray | None
     return samples // config.global_batch
 
 
-def identify(
-    directory: RunDirectory, config: Config, trainer: Trainer, sources: Sources | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the run learns from, for ``data.json`` and ``teachers.json``.
+def begin(
+    config: Config,
+    directory: RunDirectory,
+    trainer: Trainer,
+    sources: Sources | None,
+    validation: HeldOut | None,
+    checkpoint: Path | None,
+) -> MetricWriter:
+    """Take the run's directory, and say what is about to happen (rank 0).
 
     Raises:
         UsageError: other data, teachers or another bank than those that the run began with.
     """
-    fingerprint = sources.fingerprint() if sources else stream_fingerprint(config.train_data)
-    before = directory.read("data.json", fingerprint)
-    if before["hash"] != fingerprint["hash"]:
-        raise UsageError(
-            f"{directory.path} was trained on other data: {before['samples']} samples with hash "
-            f"{before['hash'][:12]}, --train-data has {fingerprint['samples']} with "
-            f"{fingerprint['hash'][:12]}"
-        )
-    teachers = json.loads(json.dumps(trainer.stage.teacher_info()))
-    before = directory.read("teachers.json", teachers)
-
-    def known(info: dict[str, Any]) -> list:
-        return [*info["bank_weights"], *((t["weights"], t["preprocess"]) for t in info["teachers"])]
-
-    if known(before) != known(teachers):
-        raise UsageError(
-            f"{directory.path} was trained with other weights: of the teachers and the banks "
-            f"{_hashes(before)}, now {_hashes(teachers)}"
-        )
-    return fingerprint, teachers
-
-
-def _hashes(info: dict[str, Any]) -> list[str]:
-    weights = [*(teacher["weights"] for teacher in info["teachers"]), *info["bank_weights"]]
-    return [text[:12] for text in weights]
+    data = sources.fingerprint() if sources else stream_fingerprint(config.train_data)
+    teachers = trainer.stage.teacher_info()
+    directory.open(
+        {
+            "train_data": data["hash"],
+            "val_data": validation and validation.hash,
+            "distill_model": [[t["weights"], t["preprocess"]] for t in teachers["teachers"]],
+            "rdm_bank": teachers["bank_weights"],
+            "model_config": {Path(path).stem: file_hash(path) for path in config.model_config},
+        }
+    )
+    directory.write("data.json", data)
+    directory.write("teachers.json", teachers)
+    describe(directory, config, trainer, data, checkpoint)
+    return MetricWriter(directory.path, config, directory.config, trainer.progress.step)
 
 
 def describe(
