@@ -318,7 +318,8 @@ def identify(
     before = directory.read("teachers.json", teachers)
 
     def known(info: dict[str, Any]) -> list:
-        return [info["bank_weights"], *((t["weights"], t["preprocess"]) for t in info["teachers"])]
+        names = ("weights", "preprocess", "code")
+        return [info["bank_weights"], *([t.get(n) for n in names] for t in info["teachers"])]
 
     if known(before) != known(teachers):
         raise UsageError(
