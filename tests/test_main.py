@@ -447,7 +447,7 @@ def test_held_out_data_and_model_configs_may_move_too_but_not_change(flags, scen
         main([*command, *moved, "--val-data", str(scenes / "train")])
     content = json.loads(Path(configs[0]).read_text())
     Path(configs[0]).write_text(json.dumps(content | {"quick_gelu": True}))
-    with pytest.raises(UsageError, match=r"--model-config was \{'tiny-student': "):
+    with pytest.raises(UsageError, match="--model-config was"):
         main([*command, *moved])
 
 

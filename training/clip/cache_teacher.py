@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from glob import escape
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -46,6 +47,9 @@ from training.engine.control import barrier, end_processes, start_logging, start
 from training.engine.flags import Given, construct
 from training.engine.lease import held
 from training.errors import Failure, UsageError
+
+if TYPE_CHECKING:
+    from training.clip.coded import Coder
 
 EXAMPLES = 5  # of samples, to show
 #: How far a recomputed unit vector may lie from the stored float16 one (amp_bf16 is coarser).
@@ -116,6 +120,7 @@ class Caches:
         self.transforms = Transforms(config.aug_cfg, config.image_backend)
         live = build_teachers(config, device)
         self.teachers = LiveTeachers(live, configs, self.transforms)
+        self.coder = self._coder() if config.code_with else None
         self.autocast = get_autocast(config.precision, device.type)
         # With the first caption only, no view changes the text.
         self.text_views = config.views if config.captions == "all" else 1
@@ -136,6 +141,13 @@ class Caches:
         self.names = [shard_name(shard, self.held_out) for shard in shards]
         self.numbers = list(range(len(shards)))[part - 1 :: parts]
         self.numbers = self.numbers[self.world.rank :: self.world.size]
+
+    def _coder(self) -> "Coder":
+        from training.clip.coded import Coder
+
+        if len(self.teachers.teachers) > 1:
+            raise UsageError("--code-with: a bank codes one teacher's embeddings, name one teacher")
+        return Coder(self.config.code_with, self.teachers.identities[0], self.device)
 
     def _view_writer(self) -> ViewWriter:
         """What stores views, by default as large as who wants the most of them."""
@@ -167,7 +179,8 @@ class Caches:
         print(
             f"{len(self.numbers) - len(left)} of {len(self.numbers)} "
             f"{'held-out ' if self.held_out else ''}shards are there; "
-            f"{samples * views:,} image passes and {size / 2**30:.2f} GiB of embeddings to go",
+            f"{samples * views:,} image passes and {'far less than ' * bool(self.coder)}"
+            f"{size / 2**30:.2f} GiB of embeddings to go",
             flush=True,
         )
         if self.writer and left:
@@ -194,6 +207,7 @@ class Caches:
                 "precision": self.config.precision,
                 "distill_precision": self.config.distill_precision,
                 "stored_views": stored,
+                "code": self.coder and self.coder.begin(folder),
             }
             description = json.loads(json.dumps(description))
             if path.is_file():
@@ -241,6 +255,7 @@ class Caches:
                 shown = ", ".join(keys[:EXAMPLES])
                 print(f"{folder}: {len(keys)} features of {shard.path} are not finite: {shown}")
             stored = views if folder == self.config.caches[0] else ()
+            own = self.coder.pack(folder, own) if self.coder else own
             write_shard(folder, self.names[number], own, stored, keys)
 
     def store_views(self, numbers: list[int]) -> dict[int, list[Shard]]:
@@ -337,6 +352,16 @@ class Caches:
         if self.numbers:
             self._recompute(self.numbers[0])
         print(f"{self.config.teacher_cache}: {len(self.numbers)} shards verified", flush=True)
+        if self.coder:
+            self._describe_code()
+
+    def _describe_code(self) -> None:
+        """Say how many bits an embedding takes."""
+        (folder,), (dim,) = self.config.caches, self.teachers.dims
+        sizes = ((folder / f"{self.names[n]}.safetensors").stat().st_size for n in self.numbers)
+        count = int(self.sources.counts[self.numbers].sum()) * (self.config.views + self.text_views)
+        bits = 8 * sum(sizes) / max(1, count)
+        print(f"{bits:.0f} bits an embedding, of {16 * dim} in float16", flush=True)
 
     def _recompute(self, number: int) -> None:
         rows = self.sources.rows_of(number)
@@ -347,7 +372,12 @@ class Caches:
             places = (batch.rows - rows.start).numpy()
             for folder, own in zip(self.config.caches, features):
                 stored = read_embeddings(folder / f"{self.names[number]}.safetensors")["image"]
-                worst = abs(stored[0, places] - own.image.cpu().numpy()).max()
+                image = own.image.cpu().numpy()
+                if self.coder:
+                    image = self.coder.decoded(folder, "image", own.image.half())
+                away = abs(stored[0, places] - image).max(axis=-1)
+                # Of coded rows some have a value between two integers: the median row has none.
+                worst = np.median(away) if self.coder else away.max()
                 if not worst <= TOLERANCE[self.config.precision]:
                     raise Failure(
                         f"{folder}: recomputed embeddings of {self.sources.shards[number].path} "

@@ -294,6 +294,13 @@ class CacheConfig(Config):
         None, "pixels of a stored view's side [the most that student or teachers want]", least=1
     )
     view_quality: int = flag(90, "JPEG quality of a stored view", least=1, below=101)
+    code_with: str = flag(
+        "",
+        "store the bottleneck of this bank's highest rate in the place of the embeddings, "
+        "entropy-coded: some tens of times smaller, and read as what the RDM makes of it",
+        metavar="DIR",
+        moves=True,
+    )
     dry_run: bool = flag(False, "only say what there is to do, and what it takes on the disk")
 
     @property
