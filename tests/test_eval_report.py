@@ -136,7 +136,7 @@ def test_each_student_is_compared_with_its_own_plain_one(tmp_path):
         student(tmp_path, "small", "none", 0.5, 0.2),
         student(tmp_path, "large-kd", "kd", 0.7, 0.3, large),
     ]
-    known = {"teachers": [{"model": f"local-dir:{tmp_path}/teacher/student"}], "bank": None}
+    known = {"teachers": [{"model": f"local-dir:{tmp_path}/teacher/student"}], "banks": []}
     write_json(runs[2] / "teachers.json", known, FORMAT)
     sources = read_sources(runs)
     rows = rows_of(sources)

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
 from typing import Any, TypeVar
 
 from cifd_clip.files import read_json
@@ -84,9 +83,9 @@ class Source:
 
     @property
     def taught_by(self) -> dict[str, Any]:
-        """The teachers and the bank that a CLIP run recorded, if it came so far."""
+        """The teachers and banks that a CLIP run recorded, if it came so far."""
         known = self.clip and (self.path / "teachers.json").is_file()
-        types = {"teachers": list, "bank": (dict, NoneType)}
+        types = {"teachers": list, "banks": list}
         return read_run(self.path, "teachers.json", **types) if known else {}
 
     @property
@@ -218,14 +217,14 @@ def _teacher(name: str, weights: str | None) -> str:
 def _clip_setting(source: Source) -> Setting:
     config, taught_by = source.clip, source.taught_by
     # The bank has its own rates, whatever the run's flag said.
-    bank = taught_by["bank"] | {"teacher": None} if taught_by.get("bank") else None
+    banks = [bank | {"teacher": None} for bank in taught_by.get("banks", ())]
     unknown = config.distill == "cifd" and not taught_by
     rest = {k: v for k, v in source.config.items() if k not in SEEDED and (unknown or k != "rates")}
     return Setting(
         method=config.distill,
         student=f"{config.model}:{config.pretrained}" if config.pretrained else config.model,
         teachers=source.teachers,
-        rdms=None if unknown else len(bank["rates"]) if bank else 0,
+        rdms=None if unknown else sum(len(bank["rates"]) for bank in banks),
         ibm=config.options.get("ibm", False),
-        rest=json.dumps([bank, rest], sort_keys=True),
+        rest=json.dumps([banks, rest], sort_keys=True),
     )

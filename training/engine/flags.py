@@ -87,6 +87,15 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} [{' '.join(map(str, values))}]".strip().replace("%", "%%")
 
 
+class HelpAll(argparse.Action):
+    """``--help`` of every flag of a `Parser`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.rare = set()
+        parser.print_help()
+        parser.exit()
+
+
 class CommandLine(argparse.ArgumentParser):
     """A command line in this project's style, whose errors are `UsageError`.
 
@@ -137,9 +146,28 @@ class Parser(CommandLine):
         unsupported: Mapping[str, str] | None = None,
     ):
         super().__init__(module, description, usage, argument_default=argparse.SUPPRESS)
-        self.unsupported = unsupported or {}
+        self.unsupported, self.rare = unsupported or {}, set()
         for title, cls in groups:
             add_flags(self.add_argument_group(title), cls)
+
+    def shorten(self, common: str) -> None:
+        """Show these alone of the flags so far under ``--help``, and all under ``--help-all``.
+
+        Args:
+            common: flags' names, between blanks.
+        """
+        self.rare = {id(a) for a in self._actions if a.dest not in ["help", *common.split()]}
+        self.add_argument("--help-all", action=HelpAll, nargs=0, help="show every flag")
+
+    def format_help(self) -> str:
+        rare = [action for action in self._actions if id(action) in self.rare]
+        texts = [action.help for action in rare]
+        for action in rare:
+            action.help = argparse.SUPPRESS
+        text = super().format_help()
+        for action, full in zip(rare, texts):
+            action.help = full
+        return text
 
     def given(self, argv: Sequence[str]) -> Given:
         """The flags that a command line gives; of one given twice, the last.
