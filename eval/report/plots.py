@@ -1,6 +1,7 @@
 """Plots as SVG text that depends on nothing but the numbers."""
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
@@ -153,7 +154,8 @@ def _legend(figure: plt.Figure, axes: Iterable[plt.Axes], **style) -> None:
     pairs = (pair for axis in axes for pair in zip(*axis.get_legend_handles_labels()))
     handles = {name: handle for handle, name in pairs}
     longest = max(TextPath((0, 0), name, TEXT).get_extents().width for name in handles) / 72
-    columns = max(1, min(len(handles), int(figure.get_figwidth() / (longest + 0.7))))  # inches
+    lines = math.ceil(len(handles) / max(1, figure.get_figwidth() // (longest + 0.7)))  # inches
+    columns = math.ceil(len(handles) / lines)
     style |= {"loc": "outside lower center", "ncols": columns, "fontsize": TEXT}
     figure.legend(handles.values(), handles.keys(), **style)
 
