@@ -386,10 +386,8 @@ BENT = np.array([[20.0, 150.0], [90.0, 10.0], [180.0, 90.0]])
 
 @pytest.mark.parametrize("curves", [[FALLING], [BENT], [FALLING, FALLING + 8], [BENT, FALLING]])
 def test_no_label_lies_on_a_curve_or_on_another(curves):
-    boxes = []
-    lengths = [[8] * len(curve) for curve in curves]
-    for curve, offsets in zip(curves, plots.beside(curves, lengths)):
-        boxes += [(x, y) for x, y in curve + offsets]
+    points = np.concatenate(curves)
+    boxes = points + plots.beside(points, [8] * len(points), curves)
     along = np.linspace(0, 1, 200)[:, None]
     lines = [a + along * (b - a) for curve in curves for a, b in pairwise(curve)]
     for x, y in boxes:

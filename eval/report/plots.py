@@ -22,6 +22,7 @@ SOFT, INK = "#4a525c", "#1f2630"
 INCH = 98  # pixels
 TEXT = 9  # points, of what stands in a plot
 Curve = tuple[str, str, Sequence[float], Sequence[float]]  # label, colour, x, y
+Text = tuple[float, float, str, str]  # x, y, text, colour
 Measured = tuple[str, Sequence[float], Sequence[float], Sequence[float] | None, float | None]
 
 
@@ -89,17 +90,17 @@ def bars(
 def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]]) -> plt.Figure:
     """Rate-distortion curves: modality → (R, bits, distortion), each point labelled with its R."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    curves = []
+    texts: list[Text] = []
     for (modality, points), colour, marker in zip(modalities.items(), PALETTE, "os"):
         rates, bits, distortion = zip(*sorted(points))
         axis.plot(bits, distortion, color=colour, marker=marker, label=f"{modality} RDMs")
-        curves.append((colour, bits, distortion, [f"R = {rate:g}" for rate in rates]))
+        texts += [(x, y, f"R = {r:g}", colour) for r, x, y in zip(rates, bits, distortion)]
     axis.set(xlabel="rate (bits per embedding)", ylabel="distortion  E‖X − X̂‖²")
     if all(p[2] > 0 for points in modalities.values() for p in points):
         _log_axis(axis)
     axis.margins(x=0.14, y=0.14)
     _legend(figure, [axis])
-    _label(axis, curves)
+    _label(axis, texts)
     return figure
 
 
@@ -107,14 +108,13 @@ def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]]) -> 
 def against_rate(lines: Sequence[Measured]) -> plt.Figure:
     """Percentages against R: (label, rates, values, deviations, the teacher's value)."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    curves = []
+    texts: list[Text] = []
     for (label, rates, values, spread, teacher), colour in zip(lines, PALETTE):
         axis.errorbar(rates, values, yerr=spread, color=colour, marker="o", capsize=3, label=label)
-        curves.append((colour, rates, values, [f"{value:.1f}" for value in values]))
+        texts += [(rate, value, f"{value:.1f}", colour) for rate, value in zip(rates, values)]
         if teacher is not None:
             style = {"color": colour, "linestyle": (0, (4, 3)), "linewidth": 1.2}
             axis.axhline(teacher, label=f"teacher, {label}: {teacher:.1f}", **style)
-            curves.append((colour, (rates[0], rates[-1]), (teacher, teacher), ()))
     axis.set_xscale("log")
     rates = sorted({rate for line in lines for rate in line[1]})
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -122,7 +122,7 @@ def against_rate(lines: Sequence[Measured]) -> plt.Figure:
     axis.set(xlabel="R", ylabel="percent")
     axis.margins(x=0.08, y=0.16)
     _legend(figure, [axis])
-    _label(axis, curves)
+    _label(axis, texts)
     return figure
 
 
@@ -160,49 +160,40 @@ def _legend(figure: plt.Figure, axes: Iterable[plt.Axes], **style) -> None:
     figure.legend(handles.values(), handles.keys(), **style)
 
 
-def _label(axis, curves: Sequence[tuple[str, Sequence[float], Sequence[float], Sequence[str]]]):
-    """A text beside each point of (colour, x, y, texts), clear of every curve of the axis."""
+def _label(axis: plt.Axes, texts: Sequence[Text]) -> None:
+    """Texts beside their points, clear of the lines of an axis that is otherwise complete."""
     axis.figure.draw_without_rendering()  # gives the axis its place
     points = 72 / axis.figure.dpi
-    drawn = [axis.transData.transform(np.column_stack(curve[1:3])) * points for curve in curves]
-    places = beside(drawn, [[len(text) for text in curve[3]] for curve in curves])
-    for (colour, x, y, texts), offsets in zip(curves, places):
-        for point, text, offset in zip(zip(x, y), texts, offsets):
-            style = {"ha": "center", "va": "center", "color": colour, "size": TEXT}
-            axis.annotate(text, point, offset, textcoords="offset points", **style)
+    lines = [points * line.get_transform().transform(line.get_xydata()) for line in axis.lines]
+    at = points * axis.transData.transform([text[:2] for text in texts])
+    for (x, y, text, colour), offset in zip(texts, beside(at, [len(t[2]) for t in texts], lines)):
+        style = {"ha": "center", "va": "center", "color": colour, "size": TEXT}
+        axis.annotate(text, (x, y), offset, textcoords="offset points", **style)
 
 
-def beside(curves: Sequence[np.ndarray], lengths: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """Where texts stand that are clear of curves and of each other.
+def beside(points: np.ndarray, lengths: Sequence[int], lines: Sequence[np.ndarray]) -> np.ndarray:
+    """Where texts stand that are clear of lines and of each other: of eight places the clearest.
 
     Args:
-        curves: (N, 2) points of each, in typographic points.
-        lengths: of each curve's N texts, in characters.
+        points: (N, 2) of the texts, in typographic points, as all lengths here.
+        lengths: of the texts, in characters.
+        lines: (M, 2) corners of each.
 
     Returns:
-        For each curve (N, 2): from each of its points to the middle of its text. Of eight places
-        around a point it is the one that is farthest from all that is there already.
+        (N, 2), from each point to the middle of its text.
     """
     along = np.linspace(0, 1, 50)[:, None, None]
-    lines = (a[:-1] + along * (a[1:] - a[:-1]) for a in curves)
-    taken = np.concatenate([*curves, *(line.reshape(-1, 2) for line in lines)])
-    offsets = []
-    for points, counts in zip(curves, lengths):
-        offsets.append([])
-        for point, count in zip(points, counts):
-            half = 0.3 * TEXT * count
-            across, up = (0.75 * half + 8) * np.array([-1, 0, 1]), 12 * np.array([1, 0, -1])
-            box = np.stack(np.meshgrid(np.linspace(-half, half, 9), (-4, 0, 4)), -1).reshape(-1, 2)
-            places = [np.array([x, y]) for y in up for x in across if x or y]
-            gaps = [_gap(point + place + box, taken) for place in places]
-            best = places[int(np.argmax(gaps))]
-            taken = np.concatenate([taken, point + best + box])
-            offsets[-1].append(best)
-    return [np.array(each) for each in offsets]
-
-
-def _gap(some: np.ndarray, others: np.ndarray) -> float:
-    return np.linalg.norm(some[:, None] - others, axis=-1).min()
+    drawn = [(line[:-1] + along * np.diff(line, axis=0)).reshape(-1, 2) for line in lines]
+    taken, offsets = np.concatenate([points, *drawn]), []
+    for point, length in zip(points, lengths):
+        half = 0.3 * TEXT * length
+        box = np.stack(np.meshgrid(np.linspace(-half, half, 9), (-4, 0, 4)), -1).reshape(-1, 2)
+        across = 0.75 * half + 8
+        places = np.array([(x, y) for y in (12, 0, -12) for x in (-across, 0, across) if x or y])
+        gaps = np.linalg.norm((point + places[:, None] + box)[:, :, None] - taken, axis=-1)
+        offsets.append(places[gaps.min(axis=(1, 2)).argmax()])
+        taken = np.concatenate([taken, point + offsets[-1] + box])
+    return np.array(offsets)
 
 
 def _log_axis(axis) -> None:

@@ -36,6 +36,9 @@ class Block:
     def html(self) -> Markup:
         return getattr(TEMPLATES.get_template("blocks.html.j2").module, type(self).__name__)(self)
 
+    def markdown(self) -> str:
+        return ""  # of what Markdown can't show
+
 
 def plain(text: str) -> str:
     r"""Text as Markdown that shows it: no link, image, HTML, emphasis, code or end of a cell."""
