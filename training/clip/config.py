@@ -14,6 +14,7 @@ from cifd_clip.files import read_json
 from cifd_clip.methods import DECLARED
 from cifd_clip.names import nearby
 from training.engine.config import OptimConfig, ProcessConfig, RunConfig
+from training.engine.environment import cores
 from training.engine.flags import KeyValues, construct, flag
 from training.errors import UsageError
 
@@ -191,7 +192,7 @@ class DataConfig:
         0.0, "hold out this share of the training samples instead, by their keys", least=0, below=1
     )
     val_frequency: int = flag(1, "epochs between validations", least=0, free=True)
-    workers: int = flag(4, "loader workers per process", least=0, free=True)
+    workers: int = flag(min(4, cores()), "loader workers per process", least=0, free=True)
     worker_start: str | None = flag(
         None,
         "start method of the workers [the platform's]",
