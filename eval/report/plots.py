@@ -12,6 +12,8 @@ import matplotlib.pyplot as plt
 from markupsafe import Markup
 from matplotlib import ticker
 
+from training.tuning import table as tuning
+
 #: colours that stay apart for colour-blind readers (Okabe and Ito, 2008), and a grey
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 NEUTRAL = "#7a828c"
@@ -145,6 +147,10 @@ def maps(
     columns = max(1, min(len(classes), int(size[0] / (0.5 + 0.08 * longest))))  # inches
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
     return figure
+
+
+#: The differences of a study of `training.tune`.
+study = _drawn(tuning.figure)
 
 
 def _annotate(axis, text: str, point, offset: tuple[int, int], align: str, colour: str) -> None:
