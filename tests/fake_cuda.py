@@ -87,7 +87,7 @@ def step(case: str, home: Path, flags: list[str], precision: str) -> dict[str, i
     _statistics.cache_clear()  # another mode's
     with FakeTensorMode() as mode:
         fake = on_fake_cuda(made, precision, mode)
-        rows = rows._map(mode.from_tensor).to(fake.device)
+        rows = rows.map(mode.from_tensor).to(fake.device)
         fake.step(rows)
         with Launches() as launches:
             fake.step(rows)
