@@ -205,7 +205,7 @@ def kernels(config: CostConfig, fuses: bool = True) -> list[Kernel]:
     stage.task.train()
     with torch.compiler.set_stance("force_eager"), FakeTensorMode() as mode:
         trainer = on_fake_cuda(stage, config, config.precision)
-        rows = rows._map(mode.from_tensor).to(trainer.device)
+        rows = rows.map(mode.from_tensor).to(trainer.device)
         if config.caches:
             stage.source = Remembered(stage.source, rows)
         trainer.step(rows)  # the optimizer makes its state

@@ -8,9 +8,10 @@ from eval.report.blocks import Heading, Paragraph, Plot, Retrieval
 from eval.report.paper import PaperTable
 from eval.report.rows import Row, colour_of, figures, millions, notes, results_table, several
 from eval.report.runs import Source
-from eval.report.table import Block, Table, columns
+from eval.report.table import Block, Column, Table, columns
 from training.clip.config import Config
 from training.engine.result import BankResult, Result
+from training.tuning import table as tuning
 
 Colours = dict[str, str]  # a run's name → its colour in every plot
 BARS = 32  # more than these are no picture
@@ -22,6 +23,7 @@ def blocks(sources: list[Source], rows: list[Row], placed: list[PaperTable]) -> 
     return [
         *paper_section(rows, placed),
         *results_section(sources, rows, colours),
+        *study_section(sources),
         *([Heading("The bank"), *of_banks] if of_banks else []),
         *training_section(sources, colours),
         *examples_section(sources, colours),
@@ -94,6 +96,20 @@ def _explanations(rows: list[Row], plain: list[Row | None]) -> list[str]:
     if any("→" in label for _, label in figures(rows)):
         sentences.append("T→I: the image for a caption; I→T: a caption for the image.")
     return sentences + notes(rows)
+
+
+def study_section(sources: list[Source]) -> list[Block]:
+    """The tables of studies of `training.tune`, each with its figure."""
+    section: list[Block] = []
+    for source in sources:
+        if study := source.study:
+            heads, *rows = tuning.lines(study)
+            heads = [Column(head, words=head in (heads[0], heads[-1])) for head in heads]
+            table = Table(heads, rows, "small")
+            drawn = [Plot(plots.study(study))] if len(rows) > 1 else []
+            about = f"{tuning.explanation(study)} Commit {study['environment']['commit']}."
+            section += [Heading(source.name, 3), *drawn, table, Paragraph(about)]
+    return [Heading("Equal tuning"), *section] if section else []
 
 
 def curve(source: Source, kind: str, key: str) -> tuple[list[float], list[float]]:

@@ -15,6 +15,8 @@ from markupsafe import Markup
 from matplotlib import ticker
 from matplotlib.textpath import TextPath
 
+from training.tuning import table as tuning
+
 #: colours that stay apart for colour-blind readers (Okabe and Ito, 2008), and a grey
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 NEUTRAL = "#7a828c"
@@ -147,6 +149,10 @@ def maps(
         axis.spines[["left", "bottom"]].set_visible(False)
     _legend(figure, axes[0], markerscale=1.6)
     return figure
+
+
+#: The differences of a study of `training.tune`.
+study = _drawn(tuning.figure)
 
 
 def _legend(figure: plt.Figure, axes: Iterable[plt.Axes], **style) -> None:

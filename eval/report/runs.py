@@ -15,6 +15,7 @@ from training.engine.config import free_to_change
 from training.engine.result import BankResult, Result, read
 from training.engine.run import read_metrics, read_run
 from training.errors import UsageError
+from training.tuning import table as tuning
 
 #: What may differ between the runs of one setting besides what may differ within one run.
 SEEDED = free_to_change(Config) | free_to_change(ClassifierConfig)
@@ -55,7 +56,7 @@ class Setting:
 class Source:
     """What one path brings: of a run its configuration (``clip`` of a CLIP run's) and log; results.
 
-    A folder of results has no ``config``.
+    A folder of results has no ``config``. Of a study of `training.tune` there is its table.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class Source:
     banks: list[BankResult] = field(default_factory=list)
     gaps: list[GapRecord] = field(default_factory=list)
     examples: list[Examples] = field(default_factory=list)
+    study: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -142,9 +144,14 @@ def _read(path: Path) -> Source:
         results = path / "results"
         _read_results(source, [*path.glob("result*.json"), *results.glob("*.json")], results)
         _check_one_student(source)
+    elif (path / "settings.json").is_file():
+        if not (path / "table.json").is_file():
+            raise UsageError(f"'{path}': the study is not finished: go on with its command")
+        types = {"against": str, "rows": list, "settings": dict}
+        source.study = read_json(path / "table.json", tuning.FORMAT, **types)
     else:
         _read_results(source, [*path.glob("*.json"), *path.glob("runs/**/*.json")], path)
-    if not (source.metrics or source.results or source.gaps or source.banks):
+    if not (source.metrics or source.results or source.gaps or source.banks or source.study):
         raise UsageError(
             f"'{path}': holds neither metrics.jsonl nor results; evaluate the run first"
         )

@@ -177,6 +177,12 @@ class DataConfig:
         least=0,
         free=True,
     )
+    in_memory: bool = flag(
+        False,
+        "make every one of --views once and hold all on the device, beside the cache's embeddings: "
+        "for data that fit there",
+        free=True,
+    )
     shuffle_window: int = flag(20000, "samples shuffled together (whole shards)", above=0)
     max_bad_fraction: float = flag(0.01, "stop when more than this share of samples can't be used")
     verify_data: bool = flag(

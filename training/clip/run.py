@@ -24,6 +24,7 @@ from training.clip.heldout import HeldOut, held_out, split
 from training.clip.models import add_model_configs
 from training.clip.stages import RDMStage, StudentStage, check_student
 from training.clip.zeroshot import ZeroShot, check_zeroshot
+from training.data.in_memory import MemoryLoader
 from training.data.index import (
     NotAShard,
     Sources,
@@ -250,7 +251,7 @@ def check_bad_fraction(config: Config, progress: Progress) -> None:
 
 def make_loader(
     config: Config, sources: Sources | None, trainer: Trainer, kept: np.ndarray | None = None
-) -> Loader | StreamLoader:
+) -> Loader | MemoryLoader | StreamLoader:
     """What delivers this rank's part of each global batch.
 
     Args:
@@ -282,9 +283,12 @@ def make_loader(
         replacement=config.dataset_resampled,
         kept=kept,
     )
-    options["memory"] = int(config.view_memory * 2**30)
     options["fetchers"] = stage.source.fetchers(sources)
-    return Loader(order, stage.source.images_of(sources), *inputs, **options)
+    read = order, stage.source.images_of(sources), *inputs
+    if config.in_memory:
+        return MemoryLoader(*read, device=trainer.device, **options)
+    options["memory"] = int(config.view_memory * 2**30)
+    return Loader(*read, **options)
 
 
 def make_zeroshot(
@@ -310,7 +314,7 @@ def epoch_steps(config: Config, sources: Sources | None, kept: np.ndarray | None
                 "--train-num-samples is needed: remote shards can't be counted beforehand"
             )
         for flag in (
-            *("teacher_cache", "view_memory"),
+            *("teacher_cache", "view_memory", "in_memory"),
             *("train_data_upsampling_factors", "dataset_resampled", "val_fraction"),
         ):
             if getattr(config, flag):
