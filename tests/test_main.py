@@ -81,7 +81,9 @@ def test_help_shows_what_is_commonly_set_and_help_all_every_flag(capsys):
         with pytest.raises(SystemExit):
             parser().given([flag])
         shown[flag] = capsys.readouterr().out
-    named = {name: set(re.findall(r"^  (--[a-z0-9-]+)", text, re.M)) for name, text in shown.items()}
+    named = {
+        name: set(re.findall(r"^  (--[a-z0-9-]+)", text, re.M)) for name, text in shown.items()
+    }
     every = {action.option_strings[0] for action in parser()._actions} - {"-h"}
     assert named["--help-all"] == every and named["--help"] < every
     assert {"--train-data", "--distill", "--lr"} < named["--help"]
