@@ -97,7 +97,8 @@ def run(args: argparse.Namespace, place: Place) -> int:
     forward, root = forward_of(args, place.local_rank), datasets.check_root(Path(args.data_root))
     # Opened and fingerprinted once for all models.
     opened = cache(lambda name: datasets.open_folder(root, name, args.split, args.samples))
-    pairs = list(product(dict.fromkeys(args.models), datasets.names(args.datasets)))
+    wanted = datasets.wanted(args.datasets, root)
+    pairs = list(product(dict.fromkeys(args.models), wanted))
     pairs = share(share(pairs, *args.part), place.rank + 1, place.size)
     gaps = 0
     for spec, of_model in groupby(pairs, key=lambda pair: pair[0]):
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace, place: Place) -> int:
 def check(args: argparse.Namespace) -> int:
     """Open the data sets, without a model; how many can't be evaluated."""
     root, gaps = datasets.check_root(Path(args.data_root)), 0
-    for name in datasets.names(args.datasets):
+    for name in datasets.wanted(args.datasets, root):
         try:
             folder = datasets.open_folder(root, name, args.split, args.samples)
             print(f"{name}: {len(folder.samples)} images")

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cifd_clip.names import did_you_mean, nearby
 from eval import builders
-from training.errors import UsageError, did_you_mean
+from training.errors import UsageError
 
 IMAGES = ("webp", "png", "jpg", "jpeg")
 LABELS = {"zeroshot_classification": "cls", "zeroshot_retrieval": "txt"}
@@ -159,6 +160,23 @@ def names(given: list[str]) -> list[str]:
     return list(dict.fromkeys(name for names in spelled for name in names))
 
 
+def wanted(given: list[str], root: Path) -> list[str]:
+    """The `names` that a command line gives, each of them known or a folder under root.
+
+    Raises:
+        UsageError: one is neither: no gap, but a typo.
+    """
+    known = {*SUITES, *PROTOCOLS, *builders.NEEDS}
+    known |= {p.name.removeprefix("wds_") for f in (root, root / "wds") for p in f.glob("*")}
+    for name in (spelled := names(given)):
+        if not known & {name, name.replace("/", "-")} and not (root / name).exists():
+            raise UsageError(
+                f"--datasets '{name}': no data set of that name is known or under --data-root"
+                f"{did_you_mean(name, known)}"
+            )
+    return spelled
+
+
 def open_folder(root: Path, name: str, split: str, samples: int | None = None) -> Folder:
     """A data set under root: WebDataset (NAME, wds/NAME, wds_NAME), else as its builder reads it.
 
@@ -189,8 +207,7 @@ def open_folder(root: Path, name: str, split: str, samples: int | None = None) -
 def _built(name: str, path: Path, split: str) -> Folder:
     missing = f"no folder '{name}/{split}' with nshards.txt under the data root"
     if not builders.knows(name, split):
-        known = {*PROTOCOLS, *(p.name.removeprefix("wds_") for p in path.parent.iterdir())}
-        raise Gap(f"{missing}{did_you_mean(name, known)}")
+        raise Gap(missing)
     if absent := builders.missing(path, name, split):
         raise Gap(f"{missing}, nor '{name}/{absent}'")
     local = builders.build(path, name, split)
@@ -301,5 +318,7 @@ def _packaged(kind: str, name: str) -> list[str]:
 def check_root(root: Path) -> Path:
     """The data root, if it is a folder."""
     if not root.is_dir():
-        raise UsageError(f"--data-root '{root}': no such folder; give the folder of the data sets")
+        raise UsageError(
+            f"--data-root '{root}': no such folder; give the folder of the data sets{nearby(root)}"
+        )
     return root

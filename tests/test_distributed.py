@@ -40,10 +40,11 @@ STEPS |= {
         ["--lambda-cl", "0"],
     )
 }
+STEPS["none × 2 ranks, sigmoid"] = ("none", ["--batch-size", "4", "--siglip"], "=")
 TRIPLE = ["--batch-size", "4", "--grad-checkpointing", "--torchcompile"]
 STEPS["cifd × 2 ranks, checkpointed, compiled"] = ("cifd", TRIPLE, "=")
 #: Flags that the single rank needs too, because they change what is computed.
-MEANING = ("--ibm-site", "--ibm-branch", "--no-ibm", "--lambda-cl")
+MEANING = ("--ibm-site", "--ibm-branch", "--no-ibm", "--lambda-cl", "--siglip")
 
 
 def compare(name: str, home: Path, world: World) -> dict:

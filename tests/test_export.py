@@ -7,8 +7,6 @@ import re
 import shutil
 
 import numpy as np
-import onnx
-import onnxruntime
 import open_clip
 import pytest
 import torch
@@ -28,6 +26,9 @@ from shards import write_shards
 from training.clip.models import save_student
 from training.engine.config import FORMAT
 from training.main import main
+
+onnx = pytest.importorskip("onnx")  # of an extra
+onnxruntime = pytest.importorskip("onnxruntime")
 
 SMALL_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 SMALL_VIT = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}

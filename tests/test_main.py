@@ -481,6 +481,15 @@ def test_a_second_ctrl_c_ends_with_one_line_and_code_130(flags, tmp_path):
     assert not any("Traceback" in line for line in told), told
 
 
+def test_a_sigmoid_student_ships_its_bias(flags, tmp_path):
+    command = [*flags, "--siglip", "--loss-dist-impl", "shift", "--logs", str(tmp_path)]
+    assert main([*command, "--name", "run"]) == 0
+    shipped = open_clip.create_model(f"local-dir:{tmp_path / 'run' / 'student'}")
+    assert abs(shipped.logit_bias.item() + 10) < 0.1, "begins as OpenCLIP's does"
+    assert abs(shipped.logit_scale.exp().item() - 10) < 0.5
+    assert torch.equal(final(tmp_path / "run")["state_dict"]["logit_bias"], shipped.logit_bias)
+
+
 def test_a_missing_bank_and_a_foreign_bank_are_refused(flags, bank, teacher, tmp_path):
     command = [*flags, "--distill", "cifd", "--distill-model", teacher, "--logs", str(tmp_path)]
     with pytest.raises(UsageError, match="holds no RDM bank"):

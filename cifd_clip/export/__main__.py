@@ -10,6 +10,7 @@ from statistics import fmean
 
 from cifd_clip.export import FORMATS
 from cifd_clip.files import BadFile, read_json
+from cifd_clip.names import did_you_mean, unknown_flag
 
 
 def main(argv: list[str]) -> int:
@@ -17,14 +18,19 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m cifd_clip.export", description=__doc__)
     add = parser.add_argument
     add("run", help="a run directory, or an OpenCLIP model folder (local-dir:...)")
-    add("--format", required=True, choices=FORMATS)
+    add("--format", required=True, metavar="FORMAT", help=", ".join(FORMATS))
     add("-o", "--out", type=Path, help="folder to make (RUN/export/FORMAT, or FOLDER-FORMAT)")
     add("--quantize", choices=["int8"], help="of --format onnx: weights and activations")
     shards = "image-text pairs to calibrate with (those that the run was trained on)"
     add("--calibration-data", metavar="SHARDS", help=shards)
     add("--data-root", metavar="DIR", help="measure what int8 costs on eval.benchmark's data sets")
     add("--datasets", nargs="+", default=[], metavar="NAME", help="which of them")
+    if unknown := unknown_flag(argv, parser._option_string_actions):
+        parser.error(f"unrecognized arguments: {unknown}")
     args = parser.parse_args(argv)
+    if args.format not in FORMATS:
+        hint = did_you_mean(args.format, FORMATS)
+        parser.error(f"--format '{args.format}': expected one of {', '.join(FORMATS)}{hint}")
 
     from cifd_clip.export.checked import export, export_int8
 

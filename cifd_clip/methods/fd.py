@@ -1,13 +1,13 @@
 """Feature distillation: match the teachers' embeddings, nothing else."""
 
-from cifd_clip.losses import Features, embedding_loss
+from cifd_clip.losses import Features, element_weight, embedding_loss
 from cifd_clip.methods import DECLARED
-from cifd_clip.methods.base import Losses, Method, Report
+from cifd_clip.methods.base import Losses, Method, Report, total_weight
 from cifd_clip.student import StudentEmbeddings
 
 DECLARATION = {
     "summary": "feature distillation: match the teacher's embeddings, nothing else",
-    "uses": ["projector", "ibm"],
+    "uses": ["projector", "reduction", "ibm"],
 }
 
 
@@ -29,8 +29,11 @@ class FeatureDistillation(Method):
         """Σ_n λ_n‖Û − X_n‖² of each modality, over teachers and assistants alike (eq. 8, 12)."""
         image_loss = text_loss = 0.0
         projected = self.projectors(student, teachers)
+        reduction = self.options["loss_reduction"]
+        whole = total_weight(teachers) if reduction == "relative" else 1.0
         for teacher in teachers:
             image, text = projected[teacher.space]
-            image_loss = image_loss + teacher.weight * embedding_loss(image, teacher.image)
-            text_loss = text_loss + teacher.weight * embedding_loss(text, teacher.text)
+            weight = teacher.weight * element_weight(reduction, image.shape[-1]) / whole
+            image_loss = image_loss + weight * embedding_loss(image, teacher.image)
+            text_loss = text_loss + weight * embedding_loss(text, teacher.text)
         return {"image_embedding_loss": image_loss, "text_embedding_loss": text_loss}

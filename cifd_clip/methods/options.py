@@ -70,7 +70,16 @@ GROUPS = {
             "its noise comes before the towers' final projection, or on the embedding",
             ("projection", "embedding"),
         ),
-        "lambda_i": (1e-4, "λ_I of eq. 12: weight of its rate, a mean over elements, in nats"),
+        "lambda_i": (1e-4, "λ_I of eq. 12: weight of its rate, in nats per element"),
+    },
+    "reduction": {
+        "loss_reduction": (
+            "mean",
+            "of embedding terms and of λ_I's rate, over elements: mean or sum, the two readings of "
+            "eq. 12, whose weights change with the teacher's width and the number of assistants; "
+            "relative: weights that don't, means as of 512 elements, over all assistants too",
+            ("mean", "sum", "relative"),
+        ),
     },
     "ibm_branch": {
         "ibm_branch": (
@@ -78,6 +87,13 @@ GROUPS = {
             "all: the contrastive term sees the IBM's noise too (eq. 10); distill: only what is "
             "compared with teachers does (section 3.2)",
             ("all", "distill"),
+        ),
+    },
+    "contrastive": {
+        "siglip": (
+            False,
+            "SigLIP's sigmoid loss as contrastive term, and its form of the similarity terms of "
+            "teachers that have a bias; the student gets one",
         ),
     },
     "similarities": {

@@ -8,6 +8,7 @@ from types import NoneType
 from typing import Any, TypeVar
 
 from cifd_clip.files import read_json
+from cifd_clip.names import nearby
 from eval.result import Examples, GapRecord
 from training.classifier.config import Config as ClassifierConfig
 from training.clip.config import OWN_WEIGHTS, Config, recorded
@@ -121,7 +122,9 @@ def _runs_in(path: Path) -> list[Path]:
 
 def _read(path: Path) -> Source:
     if not path.is_dir():
-        raise UsageError(f"'{path}': no such folder; expected a run directory or a results folder")
+        raise UsageError(
+            f"'{path}': no such folder; expected a run directory or a results folder{nearby(path)}"
+        )
     source = Source(path)
     if (path / "config.json").is_file():
         source.config = read_run(path)

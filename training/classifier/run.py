@@ -18,6 +18,7 @@ import torch
 from cifd_clip import World
 from cifd_clip.classification.models import NAMES
 from cifd_clip.files import file_hash, write_tensors
+from cifd_clip.names import did_you_mean
 from training.classifier.cifar import Batches, Table, load_cifar100, split_rows
 from training.classifier.config import Config, resolve
 from training.classifier.imagenet import PhotoBatches, PhotoTable, check_classes, load_photos
@@ -84,7 +85,8 @@ def start(given: Given, bank: tuple[float, ...] = ()) -> int:
     start_logging(world)
     config = resolve(given, world.size, device.type, bank)
     if config.model and config.model not in NAMES:
-        raise UsageError(f"--model {config.model}: there are {', '.join(NAMES)}")
+        near = did_you_mean(config.model, NAMES)
+        raise UsageError(f"--model {config.model}: there are {', '.join(NAMES)}{near}")
     path = Path(config.logs) / config.name
     with held(path / "lease.json", world) as lease:
         directory = RunDirectory(config, path)

@@ -5,12 +5,14 @@ a command line.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cifd_clip.files import read_json
 from cifd_clip.methods import DECLARED
+from cifd_clip.names import nearby
 from training.engine.config import OptimConfig, ProcessConfig, RunConfig
 from training.engine.flags import KeyValues, construct, flag
 from training.errors import UsageError
@@ -28,6 +30,12 @@ class Bank(NamedTuple):
 
     folder: str
     rates: list[float]
+    dim: int
+
+
+def summed_rates(rates: Sequence[float], reduction: str, dim: int) -> list[float]:
+    """R of eq. (4), which weighs a sum over T elements, of rates under a ``--rdm-reduction``."""
+    return [rate / dim if reduction == "mean" else rate for rate in rates]
 
 
 class TeacherName(NamedTuple):
@@ -66,6 +74,12 @@ class MethodConfig:
         metavar="TAG|PATH[,...]",
         moves=True,
     )
+    loss_dist_impl: str | None = flag(
+        None,
+        "taken as OpenCLIP's; features are always gathered, and logits made of some rows at a time",
+        choices=("bidir", "shift", "reduce", "gather"),
+        free=True,
+    )
     distill_precision: str = flag(
         "fp32",
         "of the teachers' weights [bf16 under --precision amp_bf16 on a GPU, else fp32]",
@@ -83,6 +97,12 @@ class MethodConfig:
         metavar="R",
         nargs="*",
         above=0,
+    )
+    rdm_reduction: str = flag(
+        "sum",
+        "what --rates weigh, the squared error's sum or its mean over elements: a mean's R is a "
+        "T-th of it in eq. 4, which is what a bank records",
+        choices=("mean", "sum"),
     )
     rdm_bank: str = flag(
         "",
@@ -163,9 +183,6 @@ class DataConfig:
     verify_data: bool = flag(
         False, "compare every shard's bytes with what training.check_data found", free=True
     )
-    data_timeout: float = flag(
-        600.0, "seconds to wait for a batch before giving up; 0: for ever", least=0, free=True
-    )
     index_dir: str | None = flag(
         None, "where shard indexes go [beside the shards]", metavar="DIR", free=True
     )
@@ -212,12 +229,26 @@ class StudentConfig:
     model_config: tuple[str, ...] = flag((), "OpenCLIP model configs to add", metavar="FILE.json")
     pretrained: str = flag("", "tag or file of initial weights")
     pretrained_image: bool = flag(False, "ImageNet weights for a timm image tower")
+    pretrained_image_path: str = flag("", "the image tower's initial weights", metavar="FILE")
+    pretrained_text_path: str = flag("", "the text tower's initial weights", metavar="FILE")
+    init_from: str = flag(
+        "",
+        "a larger model: the student's transformers begin as its first channels and heads, in "
+        "evenly spaced layers (TinyCLIP's manual inheritance)",
+        metavar="RUN|NAME:TAG",
+    )
     force_quick_gelu: bool = flag(False, "QuickGELU in the student")
     force_custom_text: bool = flag(False, "a separate text tower (CustomTextCLIP)")
     force_image_size: tuple[int, ...] | None = flag(
         None, "another size than the config names", least=1
     )
     force_context_length: int | None = flag(None, "another context length", least=1)
+    force_embed_dim: int | None = flag(
+        None,
+        "another width of the embedding; the teacher's: nothing is projected, and all terms are "
+        "read in the teacher's space",
+        least=1,
+    )
     force_patch_dropout: float | None = flag(None, "another patch dropout")
     image_mean: tuple[float, ...] | None = flag(None, nargs=3, metavar="MEAN")
     image_std: tuple[float, ...] | None = flag(None, nargs=3, metavar="STD", above=0)
@@ -304,7 +335,7 @@ def read_cache_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise UsageError(
             f"--teacher-cache '{folder}' holds no cache (config.json is missing); write one "
-            "with `python -m training.cache_teacher`"
+            f"with `python -m training.cache_teacher`{nearby(folder)}"
         )
     return read_json(folder / "config.json", CACHE_FORMAT, teacher=dict, views=int)
 

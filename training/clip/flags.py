@@ -12,6 +12,7 @@ from typing import Any
 
 from cifd_clip.artefact import read_bank_config
 from cifd_clip.methods import DECLARED, Option
+from cifd_clip.names import nearby
 from training.clip.config import (
     OWN_WEIGHTS,
     RATES,
@@ -25,6 +26,7 @@ from training.clip.config import (
     ZeroShotConfig,
     model_folder,
     read_cache_config,
+    summed_rates,
 )
 from training.engine import config as engine
 from training.engine.config import OptimConfig, ProcessConfig, RunConfig
@@ -48,8 +50,6 @@ UNSUPPORTED = {
     ),
     "CoCa students are not supported": "--coca-caption-loss-weight --coca-contrastive-loss-weight",
     "int8 layers change the student's state_dict": "--use-bnb-linear",
-    "the student trains with the softmax losses of the paper's methods": "--siglip",
-    "it belongs to SigLIP's loss": "--loss-dist-impl",
     "the newest checkpoint is always kept (see --keep)": "--save-most-recent",
     "use --keep 1": "--delete-previous-checkpoint",
     "use --lr-scheduler const --warmup 0": "--skip-scheduler",
@@ -192,7 +192,8 @@ def named_files(given: Given) -> dict[str, Any]:
     said: dict[str, Any] = {}
     folder = bank_folder(Path(given.get("rdm_bank", "")))
     if given.get("rdm_bank") and holds_bank(folder):
-        said["bank"] = Bank(str(folder), read_bank_config(folder)["rates"])
+        bank = read_bank_config(folder)
+        said["bank"] = Bank(str(folder), bank["rates"], bank["dim"])
     if given.get("teacher_cache"):
         said["cache"] = read_cache_config(Path(given["teacher_cache"].split(",")[0]))
     return said
@@ -244,7 +245,8 @@ def resolved(
     if not all(rate > 0 for rate in given.get("rates", ())):
         raise UsageError(f"--rates must be positive, got {given['rates']}")
     if bank is not None:
-        if list(given.get("rates", bank.rates)) != bank.rates:
+        reduction = given.get("rdm_reduction", Config.rdm_reduction)
+        if "rates" in given and summed_rates(given["rates"], reduction, bank.dim) != bank.rates:
             raise UsageError(
                 f"--rates {list(given['rates'])}: the bank {bank.folder} has {bank.rates}, and all "
                 "of them teach; leave --rates out"
@@ -386,7 +388,9 @@ def _check(config: Config) -> None:
         raise UsageError("--view-memory holds views that come again: say how many with --views")
     for path in config.model_config:
         if not Path(path).is_file():
-            raise UsageError(f"--model-config '{path}': no such file; expected an OpenCLIP JSON")
+            raise UsageError(
+                f"--model-config '{path}': no such file; expected an OpenCLIP JSON{nearby(path)}"
+            )
 
 
 def check_captions(config: Config) -> None:
@@ -448,5 +452,6 @@ def check_teacher_weights(config: MethodConfig) -> None:
     if len(weights) != needed:
         raise UsageError(
             f"--distill-pretrained names {len(weights)} weights, but --distill-model "
-            f"'{config.distill_model}' needs {needed} (none for local-dir: models)"
+            f"'{config.distill_model}' needs {needed} (none for a run or a "
+            f"model folder){nearby(config.distill_model)}"
         )

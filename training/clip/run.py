@@ -187,7 +187,6 @@ def _run(
                 stop,
                 validation,
                 partial(check_bad_fraction, config),
-                config.data_timeout or None,
             )
             if finished and zeroshot is not None:
                 zeroshot.wait(stop.raised)

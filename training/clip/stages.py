@@ -27,7 +27,7 @@ from cifd_clip.noise import Noise, derive_seed
 from cifd_clip.teacher import weights_hash
 from cifd_clip.towers import compile_towers
 from training.clip.cache import CachedTeachers
-from training.clip.config import Config, MethodConfig
+from training.clip.config import Config, MethodConfig, summed_rates
 from training.clip.live import LiveTeachers, Transforms
 from training.clip.models import (
     build_student,
@@ -120,7 +120,9 @@ class RDMStage(ClipStage):
     def __init__(self, config: Config, device: torch.device):
         self.transforms = Transforms(config.aug_cfg, config.image_backend)
         self.source = make_teachers(config, device, self.transforms)
-        self.bank = make_bank(config, self.source.identities[0], config.rates, config.seed)
+        teacher = self.source.identities[0]
+        rates = summed_rates(config.rates, config.rdm_reduction, teacher["dim"])
+        self.bank = make_bank(config, teacher, rates, config.seed)
         self.rates = self.bank.rates
         self.task = RDMTask(self.bank).to(device)
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
-from training.errors import UsageError, did_you_mean
+from cifd_clip.names import did_you_mean, nearby, unknown_flag
+from training.errors import UsageError
 
 INSTALLED = Path(__file__).parents[2]  # where the packages are
 ARGPARSE = ("choices", "metavar", "nargs", "action")  # what goes to it from a field's metadata
@@ -116,14 +117,13 @@ class CommandLine(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """As argparse's; an unknown flag is answered with those it may stand for."""
-        namespace, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            hint = did_you_mean(unknown[0].partition("=")[0], known)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return namespace
+        if unknown := unknown_flag(args, self._option_string_actions):
+            self.error(f"unrecognized arguments: {unknown}")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str):
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += did_you_mean(choice[1], re.findall(r"[\w.-]+", choice[2]))
         raise UsageError(f"{message} (see --help)")
 
 
@@ -294,7 +294,8 @@ def expand_files(words: Sequence[str], folder: Path | None = None) -> list[str]:
         folders = [*([folder] if folder else []), Path(), INSTALLED]
         path = next((p for f in folders if (p := f / word[1:]).is_file()), None)
         if path is None:
-            raise UsageError(f"{word}: no such flag file")
+            near = filter(None, (nearby(f / word[1:]) for f in folders))
+            raise UsageError(f"{word}: no such flag file{next(near, '')}")
         try:
             lines = path.read_text().splitlines()
             for line in lines:
