@@ -27,6 +27,8 @@ class Features(NamedTuple):
     space: int = 0
     """Which teacher's embedding space these live in; an assistant shares its teacher's, unless
     each of them gets a projector of its own."""
+    teacher: int = 0
+    """Its number among the teachers; an assistant has its teacher's."""
     weight: float = 1.0
     """λ_n of eq. (8) and (12): how much this teacher or assistant counts among the others."""
 

@@ -98,7 +98,7 @@ def communication(case: str, flags: list[str], home: Path, world: World) -> dict
     said = messages(parameters, ROWS, columns, "gloo")[:-1]
     trains = {id(p) for p in task.parameters()}
     frozen = [p for t in made.stage.source.teachers for p in t.model.parameters()]
-    frozen += list(made.stage.bank.parameters()) if method == "cifd" else []
+    frozen += list(made.stage.banks[0].parameters()) if method == "cifd" else []
     return {
         "counted": dict(counted.bytes),
         "formula": total(said),

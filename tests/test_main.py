@@ -425,13 +425,30 @@ def test_a_run_goes_on_with_data_a_teacher_and_a_bank_that_have_moved_but_with_n
     rdm = [*flags, "--distill", "rdm", "--distill-model", teacher, "--rates", "300", "30"]
     assert main([*rdm, "--seed", "1", "--logs", str(tmp_path), "--name", "rdm"]) == 0
     before = (tmp_path / "run" / "config.json").read_bytes()
-    with pytest.raises(UsageError, match="was trained with other weights: of the teachers and"):
+    with pytest.raises(UsageError, match="--rdm-bank was"):
         main(command(*places[:2], tmp_path / "rdm" / "bank"))
-    with pytest.raises(UsageError, match="was trained on other data"):
+    with pytest.raises(UsageError, match="--train-data was"):
         main(command(scenes / "val", *places[1:]))
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     with pytest.raises(UsageError, match="--rdm-bank was"):
         main([*command(*places), "--rdm-bank", ""])
+
+
+def test_held_out_data_and_model_configs_may_move_too_but_not_change(flags, scenes, tmp_path):
+    command = [*flags, "--logs", str(tmp_path), "--name", "run", "--resume", "latest"]
+    assert main([*command, "--val-data", str(scenes / "val")]) == 0
+    held_out = shutil.copytree(scenes / "val", tmp_path / "held out")
+    configs = [shutil.copy(path, tmp_path) for path in CONFIGS]
+    moved = ["--val-data", str(held_out), "--model-config", *configs]
+    (tmp_path / "run" / "finished.json").unlink()
+    assert main([*command, *moved]) == 0
+    (tmp_path / "run" / "finished.json").unlink()
+    with pytest.raises(UsageError, match="--val-data was"):
+        main([*command, *moved, "--val-data", str(scenes / "train")])
+    content = json.loads(Path(configs[0]).read_text())
+    Path(configs[0]).write_text(json.dumps(content | {"quick_gelu": True}))
+    with pytest.raises(UsageError, match=r"--model-config was \{'tiny-student': "):
+        main([*command, *moved])
 
 
 def test_a_student_that_cannot_run_is_refused_before_its_bank_is_trained(flags, teacher, tmp_path):

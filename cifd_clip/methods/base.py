@@ -200,14 +200,13 @@ class Method(nn.Module):
     def rescaled(self, teachers: list[Features]) -> list[Features]:
         """The teachers at the temperatures that ``distill_logit_scale`` gives, if it does.
 
-        Assistants, which follow the teachers, have the first one's.
+        Assistants have their teacher's.
         """
         if not (scales := self.options["distill_logit_scale"]):
             return teachers
-        scales = [*scales, *scales[:1] * (len(teachers) - len(scales))]
         return [
-            teacher._replace(logit_scale=teacher.logit_scale.new_full((), scale))
-            for teacher, scale in zip(teachers, scales)
+            teacher._replace(logit_scale=teacher.logit_scale.new_full((), scales[teacher.teacher]))
+            for teacher in teachers
         ]
 
     def forward(

@@ -30,7 +30,9 @@ class CIFD(FeatureDistillation):
 
     def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         embedded = self.embed(student, pooled, noise)
-        losses = {**self.embedding_losses(embedded.compared, teachers), **embedded.losses}
+        losses, pulls = self.embedding_losses(embedded.compared, teachers)
+        losses |= embedded.losses
+        embedded.report.update(pulls)
         if self.uses_logit_scale:
             features = embedded.contrastive.features()
             contrastive = world.contrastive(features, loss=self.contrastive)

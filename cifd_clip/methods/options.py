@@ -100,7 +100,7 @@ GROUPS = {
         "distill_logit_scale": (
             [],
             "the factor 1/τ of each teacher's similarities, in place of its own (MobileCLIP 100, "
-            "MobileCLIP2 70 and 60, TinyCLIP 50); its assistants have the first's",
+            "MobileCLIP2 70 and 60, TinyCLIP 50); its assistants have the same",
         ),
     },
     "assistants": {

@@ -26,7 +26,7 @@ OWN_WEIGHTS = ("local-dir:", "hf-hub:")  # models that bring their own
 
 
 class Bank(NamedTuple):
-    """The bank that ``--rdm-bank`` names."""
+    """A bank that ``--rdm-bank`` names."""
 
     folder: str
     rates: list[float]
@@ -106,9 +106,9 @@ class MethodConfig:
     )
     rdm_bank: str = flag(
         "",
-        "the frozen bank whose RDMs assist the first teacher: its folder or its run; without it "
-        "cifd trains one first, in RUN/rdm",
-        metavar="DIR",
+        "the frozen bank whose RDMs assist a teacher, its folder or its run, or several teachers' "
+        "banks; without it cifd trains one for each first, in RUN/rdm, RUN/rdm1 …",
+        metavar="DIR[,DIR]",
         moves=True,
     )
     rdm_epochs: int = flag(7, "epochs of stage 1 when cifd trains its own bank", least=1)
@@ -119,6 +119,11 @@ class MethodConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """The method's own options by name, those that the command line leaves at their defaults too
     (`cifd_clip.methods.DECLARED`)."""
+
+    @property
+    def banks(self) -> list[Path]:
+        """The banks that the command line names."""
+        return [Path(folder) for folder in self.rdm_bank.split(",") if folder]
 
     @property
     def teachers(self) -> list[TeacherName]:
@@ -186,7 +191,9 @@ class DataConfig:
     index_dir: str | None = flag(
         None, "where shard indexes go [beside the shards]", metavar="DIR", free=True
     )
-    val_data: str = flag("", "held-out shards: losses and recall every epoch", metavar="SHARDS")
+    val_data: str = flag(
+        "", "held-out shards: losses and recall every epoch", metavar="SHARDS", moves=True
+    )
     val_fraction: float = flag(
         0.0, "hold out this share of the training samples instead, by their keys", least=0, below=1
     )
@@ -226,7 +233,9 @@ class StudentConfig:
     """The student's architecture, its initial weights, and what of it trains."""
 
     model: str = flag("RN50", "any OpenCLIP architecture, or one of --model-config by its stem")
-    model_config: tuple[str, ...] = flag((), "OpenCLIP model configs to add", metavar="FILE.json")
+    model_config: tuple[str, ...] = flag(
+        (), "OpenCLIP model configs to add", metavar="FILE.json", moves=True
+    )
     pretrained: str = flag("", "tag or file of initial weights")
     pretrained_image: bool = flag(False, "ImageNet weights for a timm image tower")
     pretrained_image_path: str = flag("", "the image tower's initial weights", metavar="FILE")

@@ -190,10 +190,10 @@ def named_files(given: Given) -> dict[str, Any]:
         BadFile: a file is damaged.
     """
     said: dict[str, Any] = {}
-    folder = bank_folder(Path(given.get("rdm_bank", "")))
-    if given.get("rdm_bank") and holds_bank(folder):
-        bank = read_bank_config(folder)
-        said["bank"] = Bank(str(folder), bank["rates"], bank["dim"])
+    folders = [bank_folder(Path(f)) for f in given.get("rdm_bank", "").split(",") if f]
+    if folders and all(map(holds_bank, folders)):
+        read = [(folder, read_bank_config(folder)) for folder in folders]
+        said["banks"] = [Bank(str(folder), bank["rates"], bank["dim"]) for folder, bank in read]
     if given.get("teacher_cache"):
         said["cache"] = read_cache_config(Path(given["teacher_cache"].split(",")[0]))
     return said
@@ -203,7 +203,7 @@ def resolve(
     given: Given,
     world_size: int = 1,
     device_type: str = "cpu",
-    bank: Bank | None = None,
+    banks: Sequence[Bank] = (),
     cache: dict[str, Any] | None = None,
 ) -> Config:
     """The configuration that flags amount to.
@@ -212,12 +212,12 @@ def resolve(
         given: flags, see `parse`.
         world_size: number of processes.
         device_type: where they compute.
-        bank, cache: what files say, see `named_files`.
+        banks, cache: what files say, see `named_files`.
 
     Raises:
         UsageError: a flag is missing, out of range, or contradicts another.
     """
-    config = construct(Config, resolved(given, world_size, device_type, bank, cache))
+    config = construct(Config, resolved(given, world_size, device_type, banks, cache))
     _check(config)
     return config
 
@@ -226,14 +226,14 @@ def resolved(
     given: Given,
     world_size: int = 1,
     device_type: str = "cpu",
-    bank: Bank | None = None,
+    banks: Sequence[Bank] = (),
     cache: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Flags, and those that others, files or processes decide about where they are not given.
 
     Args:
         given, world_size, device_type: see `resolve`.
-        bank: the one that ``--rdm-bank`` names.
+        banks: those that ``--rdm-bank`` names.
         cache: ``config.json`` of the (first) cache that ``--teacher-cache`` names.
     """
     values = dict(given)
@@ -244,14 +244,16 @@ def resolved(
     values["options"] = method_options(distill, given)
     if not all(rate > 0 for rate in given.get("rates", ())):
         raise UsageError(f"--rates must be positive, got {given['rates']}")
-    if bank is not None:
-        reduction = given.get("rdm_reduction", Config.rdm_reduction)
+    reduction = given.get("rdm_reduction", Config.rdm_reduction)
+    for bank in banks:
         if "rates" in given and summed_rates(given["rates"], reduction, bank.dim) != bank.rates:
             raise UsageError(
                 f"--rates {list(given['rates'])}: the bank {bank.folder} has {bank.rates}, and all "
                 "of them teach; leave --rates out"
             )
-        values |= {"rdm_bank": bank.folder, "rates": bank.rates}
+    if banks:
+        values["rdm_bank"] = ",".join(bank.folder for bank in banks)
+        values["rates"] = [rate for bank in banks for rate in bank.rates]
     elif distill in ("rdm", "cifd"):
         values.setdefault("rates", RATES)
     else:  # recipes are shared among methods
@@ -420,9 +422,9 @@ def _check_teachers(config: Config) -> None:
     names, weights = config.teachers, list(filter(None, config.distill_pretrained.split(",")))
     count = max(len(names), len(config.caches))
     if config.distill == "rdm" and count > 1:
-        raise UsageError(f"--distill rdm takes one teacher, got {count}")
-    if config.distill == "cifd" and count > 1:
-        raise UsageError(f"--distill cifd takes one teacher, got {count}")
+        raise UsageError(f"--distill rdm takes one teacher, got {count}: train a bank for each")
+    if len(config.banks) > max(count, 1):
+        raise UsageError(f"--rdm-bank names {len(config.banks)} banks for {count} teachers")
     scales = config.options.get("distill_logit_scale", ())
     if len(scales) not in (0, count):
         raise UsageError(f"--distill-logit-scale has {len(scales)} values for {count} teachers")
