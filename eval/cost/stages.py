@@ -106,7 +106,7 @@ def run_stages(config: CostConfig) -> list[Stage]:
 def cache_stage(config: CostConfig, teacher: Clip, name: str = "cache") -> Stage:
     """One pass of a teacher over ``--views`` views of the whole data set."""
     samples, views = config.covered, config.views
-    text_views = views if config.captions == "all" else 1
+    text_views = 1 if config.captions == "first" else views
     return Stage(
         name,
         samples * views,

@@ -123,7 +123,7 @@ class Caches:
         self.coder = self._coder() if config.code_with else None
         self.autocast = get_autocast(config.precision, device.type)
         # With the first caption only, no view changes the text.
-        self.text_views = config.views if config.captions == "all" else 1
+        self.text_views = 1 if config.captions == "first" else config.views
         self.writer = self._view_writer() if config.store_views else None
 
     def of_held_out(self) -> "Caches":

@@ -159,6 +159,13 @@ class DataConfig:
         "key.txt, or one of key.json's 'captions' at random",
         choices=("first", "all"),
     )
+    caption_keys: dict[str, float] = flag(
+        {},
+        "in place of --captions: fields with their probabilities, such as txt=0.4 json:syn=0.6",
+        nargs="+",
+        action=KeyValues,
+        metavar="FIELD=P",
+    )
     views: int = flag(
         0, "augmentations of an image, taken in turn; 0: a new one each pass", least=0
     )

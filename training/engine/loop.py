@@ -2,11 +2,12 @@
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from training.children import duration
 from training.engine.checkpoint import Checkpoints
@@ -161,12 +162,13 @@ def train(
 
 
 def _bar(trainer: Trainer) -> tqdm:
-    """Rank 0's progress, on a terminal."""
+    """Rank 0's progress, on a terminal or in a notebook."""
+    seen = sys.stderr.isatty() or "ipykernel" in sys.modules
     return tqdm(
         total=trainer.total_steps,
         initial=trainer.progress.step,
         unit="step",
-        disable=None if trainer.world.rank == 0 else True,
+        disable=not seen or trainer.world.rank != 0,
         dynamic_ncols=True,
     )
 
