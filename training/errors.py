@@ -71,6 +71,7 @@ def exit_code(error: BaseException) -> int:
 
 def cli(main: Callable[[list[str]], int | None]) -> None:
     """Run an entry point on ``sys.argv`` and exit; a `Failure` becomes one line and its code."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a name may be no UTF-8
     try:
         code = main(sys.argv[1:]) or 0
     except (Failure, BadFile) as error:
