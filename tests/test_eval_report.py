@@ -348,6 +348,14 @@ def test_a_run_that_does_not_say_what_it_was_trained_with_is_named(name, runs, t
         make(runs, tmp_path / "out.html")
 
 
+@pytest.mark.parametrize(("key", "value"), [("distill", None), ("distill", []), ("lr", "x")])
+def test_a_setting_of_a_run_that_is_none_is_named(key, value, runs, tmp_path):
+    change(runs[3] / "config.json", **{key: value})
+    named = rf"config.json is damaged: {key} is '{re.escape(str(value))}', expected (str|a finite)"
+    with pytest.raises(BadFile, match=named):
+        make(runs, tmp_path / "out.html")
+
+
 def test_an_empty_folder_is_one_clear_sentence(tmp_path):
     with pytest.raises(UsageError, match=re.escape(f"'{tmp_path}'")):
         report.main([str(tmp_path), "--out", str(tmp_path / "r.html")])

@@ -137,7 +137,10 @@ def _read(path: Path) -> Source:
     source = Source(path)
     if (path / "config.json").is_file():
         source.config = read_run(path)
-        source.clip = recorded(source.config) if "distill" in source.config else None
+        if "distill" in source.config:
+            source.clip = recorded(path)
+        else:
+            read_run(path, method=str)  # of training.classify
         if (path / "finished.json").is_file():
             source.finished = read_run(path, "finished.json")
         source.metrics = read_metrics(path)

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cifd_clip.files import read_json
+from cifd_clip.files import BadFile, read_json
 from cifd_clip.methods import DECLARED
 from cifd_clip.names import nearby
 from training.engine.config import OptimConfig, ProcessConfig, RunConfig
 from training.engine.environment import cores
-from training.engine.flags import KeyValues, construct, flag
+from training.engine.flags import KeyValues, flag
+from training.engine.result import decode
+from training.engine.run import read_run
 from training.errors import UsageError
 
 DISTILL = (*DECLARED, "rdm")
@@ -363,8 +365,16 @@ def read_cache_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json", CACHE_FORMAT, teacher=dict, views=int)
 
 
-def recorded(values: dict[str, Any]) -> Config:
-    """The configuration that a run's ``config.json`` holds."""
-    names = {f.name for f in fields(Config)}
+def recorded(run: Path) -> Config:
+    """The configuration that a run directory's ``config.json`` holds.
+
+    Raises:
+        BadFile: it is missing, damaged or of another format.
+    """
+    values, names = read_run(run), {f.name for f in fields(Config)}
     own = {k: v for k, v in values.items() if k in names}
-    return construct(Config, own | {"options": {k: v for k, v in values.items() if k not in own}})
+    options = {k: v for k, v in values.items() if k not in own}
+    try:
+        return decode(Config, own | {"options": options})
+    except ValueError as error:
+        raise BadFile(f"{run / 'config.json'} is damaged: {error}") from error

@@ -96,7 +96,10 @@ class RunDirectory:
         self.write("config.json", self.config)
         starts = self.read("environment.json", {}).get("starts", [])
         self.write("environment.json", {"starts": [*starts, environment()]})
-        handler = logging.FileHandler(self.path / "out.log")
+        # a name may be no UTF-8
+        handler = logging.FileHandler(
+            self.path / "out.log", encoding="utf-8", errors="backslashreplace"
+        )
         handler.setFormatter(MaskingFormatter("%(asctime)s | %(levelname)s | %(message)s"))
         logging.getLogger().addHandler(handler)
 
