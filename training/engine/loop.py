@@ -147,7 +147,7 @@ def train(
             if wanted or saver.due(epoch_end):
                 saver.save()
             if stopping:
-                log.warning("%s: saving step %d and stopping", stop.name, step)
+                log.warning("%s: saving step %d; --resume latest goes on", stop.name, step)
                 break
         if asked_to_stop() and not stopping and progress.step < trainer.total_steps:
             stopping = True
