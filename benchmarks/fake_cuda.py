@@ -53,8 +53,10 @@ def on_fake_cuda(stage: ClipStage, config: OptimConfig, precision: str) -> Train
         return torch.empty_strided(size, stride, dtype=tensor.dtype, device=device)
 
     teachers = [teacher.model for teacher in getattr(stage.source, "teachers", ())]
-    bank = None if stage.bank is getattr(stage.task, "bank", None) else stage.bank
-    for module in filter(None, (*teachers, stage.task, stage.average, bank)):
+    frozen = [
+        bank for bank in stage.banks.values() if bank is not getattr(stage.task, "bank", None)
+    ]
+    for module in filter(None, (*teachers, stage.task, stage.average, *frozen)):
         module._apply(moved)
     for task in filter(None, (stage.task, stage.average)):
         if hasattr(task, "student"):  # cut anew: the halves hold parameters

@@ -36,7 +36,7 @@ from eval.cost.report import short, table
 from eval.cost.stages import run_stages
 from training.clip.live import LiveTeachers, Transforms
 from training.clip.models import TEACHER_DTYPES, add_model_configs, model_config
-from training.clip.stages import RDMStage, StudentStage, make_bank
+from training.clip.stages import RDMStage, StudentStage, make_bank, share_weights
 from training.data.loader import Batch
 from training.engine.trainer import Trainer
 from training.errors import UsageError
@@ -190,8 +190,10 @@ def make_stage(config: CostConfig) -> StudentStage | RDMStage:
     else:
         stage = StudentStage(replace(config, pretrained=""), HOST, World(), source=source)
     if config.distill == "cifd" and config.rates:
-        bank = make_bank(config, source.identities[0], config.rates, config.seed)
-        stage.bank = bank.requires_grad_(False).eval()
+        for space, teacher in enumerate(source.identities):
+            bank = make_bank(config, teacher, config.rates, config.seed)
+            stage.banks[space] = bank.requires_grad_(False).eval()
+        stage.lambdas = share_weights(config.options["lambda_n"], stage.banks)
     stage.source = Weightless(teachers, configs, stage.transforms)  # of the student's images
     return stage
 
@@ -203,7 +205,7 @@ def kernels(config: CostConfig, fuses: bool = True) -> list[Kernel]:
     stage.task.train()
     with torch.compiler.set_stance("force_eager"), FakeTensorMode() as mode:
         trainer = on_fake_cuda(stage, config, config.precision)
-        rows = rows._map(mode.from_tensor).to(trainer.device)
+        rows = rows.map(mode.from_tensor).to(trainer.device)
         if config.caches:
             stage.source = Remembered(stage.source, rows)
         trainer.step(rows)  # the optimizer makes its state

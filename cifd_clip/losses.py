@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+#: T of the teacher (ViT-B/16) for which CLIP-KD published its weights.
+REFERENCE_DIM = 512
+
 
 class Features(NamedTuple):
     """Unit-norm embeddings of a batch and the temperature they were trained with."""
@@ -24,6 +27,8 @@ class Features(NamedTuple):
     space: int = 0
     """Which teacher's embedding space these live in; an assistant shares its teacher's, unless
     each of them gets a projector of its own."""
+    teacher: int = 0
+    """Its number among the teachers; an assistant has its teacher's."""
     weight: float = 1.0
     """λ_n of eq. (8) and (12): how much this teacher or assistant counts among the others."""
 
@@ -69,10 +74,36 @@ def relational_kl(student: Logits, teacher: Logits) -> Tensor:
     )
 
 
-def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """‖Û − X‖² of eq. (8) and (12) as a mean over elements and batch.
+def sigmoid_loss(logits: Logits, labels: Tensor) -> Tensor:
+    """SigLIP's loss (Zhai et al. 2023, eq. 1), the *sum* of both directions.
 
-    The paper takes its λ_CL from CLIP-KD, whose embedding term is a mean over elements
-    (docs/paper.md, "Reductions").
+    Each pair of the global batch is a decision of its own. OpenCLIP's ``SigLipLoss`` is half of it.
     """
+    return sum(F.softplus(x).sum(-1).mean() - x.gather(1, labels[:, None]).mean() for x in logits)
+
+
+def soft_sigmoid_loss(student: Logits, teacher: Logits) -> Tensor:
+    """`soft_contrastive_loss` of decisions: cross-entropy to the teacher's probability of each."""
+    return sum((F.softplus(s) - t.sigmoid() * s).sum(-1).mean() for s, t in zip(student, teacher))
+
+
+def sigmoid_kl(student: Logits, teacher: Logits) -> Tensor:
+    """`relational_kl` of decisions: KL(teacher ‖ student) of pairs, the mean of both directions."""
+    return 0.5 * (soft_sigmoid_loss(student, teacher) - soft_sigmoid_loss(teacher, teacher))
+
+
+def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """‖Û − X‖² of eq. (8) and (12) as a mean over elements and batch; see `element_weight`."""
     return F.mse_loss(student, teacher)
+
+
+def element_weight(reduction: str, dim: int) -> float:
+    """What multiplies a mean over ``dim`` elements to make another reduction of it.
+
+    Args:
+        reduction: ``mean``, as CLIP-KD has it, from which the paper takes its λ_CL; ``sum``, as
+            eq. (12) is printed; ``relative``: as if there were `REFERENCE_DIM` elements
+            (docs/paper.md, "One weight for every size").
+        dim: T.
+    """
+    return {"mean": 1.0, "sum": float(dim), "relative": dim / REFERENCE_DIM}[reduction]

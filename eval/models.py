@@ -3,20 +3,32 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import open_clip
 import torch
 from open_clip import CLIP, CustomTextCLIP
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cifd_clip.export.graphs import read_graphs
+from cifd_clip.export.source import Towers
+from cifd_clip.files import file_hash, read_json
+from cifd_clip.names import did_you_mean, nearby
 from cifd_clip.teacher import weights_hash
 from training.clip.config import MODEL_CONFIG, model_folder, recorded
-from training.clip.models import add_model_configs, check_here, check_weights, forced, images_of
-from training.engine.run import read_run
-from training.errors import UsageError, did_you_mean
+from training.clip.models import (
+    add_model_configs,
+    check_here,
+    check_weights,
+    forced,
+    images_of,
+    model_config,
+)
+from training.errors import UsageError
 
 
 @dataclass
@@ -49,6 +61,25 @@ class Evaluated:
         return nn.functional.normalize(encode_tokens(self.model, tokens).float(), dim=-1)
 
 
+@dataclass
+class Graphs(Evaluated):
+    """Towers that `cifd_clip.export` wrote as graphs, with what lies beside them; on the CPU."""
+
+    model: Towers
+
+    def __post_init__(self):
+        about = read_json(Path(self.source) / "preprocess.json")
+        files = [file_hash(Path(self.source) / about[part]["file"]) for part in ("image", "text")]
+        self.weights = sha256("".join(files).encode()).hexdigest()
+        self.preprocessing, self.parameters = about["image"]["preprocess"], {}
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.model.image(images.cpu()).to(images.device)
+
+    def encode_text(self, texts: list[str], device: torch.device) -> Tensor:
+        return self.model.text(self.model.tokenizer(texts)).to(device)
+
+
 def encode_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
     """Text embeddings (B, D) of tokens (B, context), without the padding where it counts nothing.
 
@@ -76,7 +107,9 @@ def add_configs(paths: Iterable[str], run: str = "") -> None:
     where = "; run from the directory where it was trained" if run else ""
     for path in paths:
         if not Path(path).is_file():
-            raise UsageError(f"{what} '{path}': no such file; expected an OpenCLIP JSON{where}")
+            raise UsageError(
+                f"{what} '{path}': no such file; expected an OpenCLIP JSON{where}{nearby(path)}"
+            )
     add_model_configs(paths)
 
 
@@ -86,12 +119,15 @@ def load(spec: str, device: torch.device) -> Evaluated:
     - a run directory: the student it ended with (``RUN/student``), named after the run;
     - ``RUN/checkpoints/X.pt``: that step's student, named ``RUN@X``;
     - a folder with ``open_clip_config.json``, with or without ``local-dir:``;
+    - a folder that `cifd_clip.export` wrote as ``onnx`` or ``torch_export``;
     - ``NAME`` or ``NAME:PRETRAINED`` of OpenCLIP or `add_configs`, where PRETRAINED is a tag or a
       file; ``hf-hub:`` names too.
     """
     path = Path(spec.removeprefix("local-dir:"))
     if folder := model_folder(spec):
         return _from_folder(spec, folder, device)
+    if (path / "preprocess.json").is_file():
+        return _from_graphs(spec, path)
     if path.is_dir():
         raise UsageError(
             f"'{spec}': expected a run directory with student/{MODEL_CONFIG} or a model folder; "
@@ -122,10 +158,19 @@ def _loading(spec: str) -> Iterator[None]:
 
 def _from_folder(spec: str, folder: Path, device: torch.device) -> Evaluated:
     local, run = f"local-dir:{folder}", folder.parent if folder.name == "student" else None
+    model_config(local, "model")  # is it one?
     with _loading(spec):
         model, transform = open_clip.create_model_from_pretrained(local, device=device)
         tokenizer = open_clip.get_tokenizer(local)
     return Evaluated(spec, (run or folder).resolve().name, run, model, transform, tokenizer)
+
+
+def _from_graphs(spec: str, path: Path) -> Graphs:
+    with _loading(spec):
+        towers = read_graphs(path)
+        about = read_json(path / "preprocess.json")["image"]["preprocess"]
+        transform = image_transform_v2(PreprocessCfg(**about), is_train=False)
+    return Graphs(str(path), path.resolve().name, None, towers, transform, towers.tokenizer)
 
 
 def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
@@ -135,7 +180,7 @@ def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
             f"'{spec}': a checkpoint outside a run directory does not say its architecture; "
             f"write NAME:{spec} with an OpenCLIP model name"
         )
-    config = recorded(read_run(run))
+    config = recorded(run)
     add_configs(config.model_config, spec)
     images = {f"image_{key}": value for key, value in images_of(str(path)).items()}
     # What it began with is not loaded: OpenCLIP would prefer a local-dir: model's own weights.
@@ -156,7 +201,7 @@ def _from_openclip(spec: str, device) -> Evaluated:
         raise UsageError(
             f"'{spec}': neither a run directory, a checkpoint, a model folder nor an OpenCLIP "
             "model (open_clip.list_models()), nor the stem of a --model-config file"
-            f"{did_you_mean(name, open_clip.list_models())}"
+            f"{did_you_mean(name, open_clip.list_models()) or nearby(spec)}"
         )
     if pretrained:  # OpenCLIP only warns of the other activation, and the figures are wrong
         check_weights(name, pretrained, f"'{spec}':")

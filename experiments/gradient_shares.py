@@ -19,7 +19,7 @@ from training.clip.run import epoch_steps, make_loader, open_data
 from training.clip.stages import StudentStage
 from training.engine.checkpoint import Checkpoints
 from training.engine.environment import origin
-from training.engine.run import bank_folder, holds_bank, read_run
+from training.engine.run import bank_folder, holds_bank
 from training.engine.trainer import Trainer
 from training.errors import UsageError, cli
 
@@ -55,17 +55,17 @@ def shares(losses: dict[str, Tensor], model: nn.Module) -> dict[str, dict[str, f
 
 def measure(run: Path, batches: int) -> dict[str, dict[str, dict[str, float]]]:
     """``start`` and ``end`` → term → tower → its relative gradient, the mean over batches."""
-    config = recorded(read_run(run))
+    config = recorded(run)
     trained = Checkpoints(run / "checkpoints").newest()
     if config.distill == "rdm" or config.lock_image or config.lock_text or trained is None:
         raise UsageError(f"{run}: expected a student with both towers trained, and a checkpoint")
     add_model_configs(config.model_config)
     world, cpu = World(), torch.device("cpu")
     sources = open_data(config, world)
-    bank = Path(config.rdm_bank) if config.rdm_bank else bank_folder(run)
+    banks = config.banks or [folder for folder in [bank_folder(run)] if holds_bank(folder)]
     by_moment = {}
     for moment in ("start", "end"):
-        stage = StudentStage(config, cpu, world, bank if holds_bank(bank) else None)
+        stage = StudentStage(config, cpu, world, banks)
         trainer = Trainer(stage, config, epoch_steps(config, sources))
         if moment == "end":
             trainer.load(trained[1])

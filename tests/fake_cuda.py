@@ -50,7 +50,7 @@ def step(case: str, home: Path, flags: list[str], precision: str) -> dict[str, i
     rows = batch(ROWS)
     with FakeTensorMode() as mode:
         fake = on_fake_cuda(made.stage, made.config, precision)
-        rows = rows._map(mode.from_tensor).to(fake.device)
+        rows = rows.map(mode.from_tensor).to(fake.device)
         fake.step(rows)
         with Launches() as launches:
             fake.step(rows)

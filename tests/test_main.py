@@ -75,6 +75,21 @@ def test_every_method_leaves_a_checkpoint_that_stock_open_clip_loads_strictly(
     assert steps[-1]["loss"] == pytest.approx(total, rel=1e-5), "the total is the terms' sum"
 
 
+def test_help_shows_what_is_commonly_set_and_help_all_every_flag(capsys):
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            parser().given([flag])
+        shown[flag] = capsys.readouterr().out
+    named = {
+        name: set(re.findall(r"^  (--[a-z0-9-]+)", text, re.M)) for name, text in shown.items()
+    }
+    every = {action.option_strings[0] for action in parser()._actions} - {"-h"}
+    assert named["--help-all"] == every and named["--help"] < every
+    assert {"--train-data", "--distill", "--lr"} < named["--help"]
+    assert len(shown["--help"].splitlines()) <= 80
+
+
 def test_a_run_directory_explains_itself(flags, teacher, bank, tmp_path, scenes):
     command = [*flags, *method_flags("cifd", teacher, bank), "--logs", str(tmp_path)]
     command += ["--val-data", str(scenes / "val"), "--report-to", "tensorboard"]
@@ -410,13 +425,30 @@ def test_a_run_goes_on_with_data_a_teacher_and_a_bank_that_have_moved_but_with_n
     rdm = [*flags, "--distill", "rdm", "--distill-model", teacher, "--rates", "300", "30"]
     assert main([*rdm, "--seed", "1", "--logs", str(tmp_path), "--name", "rdm"]) == 0
     before = (tmp_path / "run" / "config.json").read_bytes()
-    with pytest.raises(UsageError, match="was trained with other weights: of the teachers and"):
+    with pytest.raises(UsageError, match="--rdm-bank was"):
         main(command(*places[:2], tmp_path / "rdm" / "bank"))
-    with pytest.raises(UsageError, match="was trained on other data"):
+    with pytest.raises(UsageError, match="--train-data was"):
         main(command(scenes / "val", *places[1:]))
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     with pytest.raises(UsageError, match="--rdm-bank was"):
         main([*command(*places), "--rdm-bank", ""])
+
+
+def test_held_out_data_and_model_configs_may_move_too_but_not_change(flags, scenes, tmp_path):
+    command = [*flags, "--logs", str(tmp_path), "--name", "run", "--resume", "latest"]
+    assert main([*command, "--val-data", str(scenes / "val")]) == 0
+    held_out = shutil.copytree(scenes / "val", tmp_path / "held out")
+    configs = [shutil.copy(path, tmp_path) for path in CONFIGS]
+    moved = ["--val-data", str(held_out), "--model-config", *configs]
+    (tmp_path / "run" / "finished.json").unlink()
+    assert main([*command, *moved]) == 0
+    (tmp_path / "run" / "finished.json").unlink()
+    with pytest.raises(UsageError, match="--val-data was"):
+        main([*command, *moved, "--val-data", str(scenes / "train")])
+    content = json.loads(Path(configs[0]).read_text())
+    Path(configs[0]).write_text(json.dumps(content | {"quick_gelu": True}))
+    with pytest.raises(UsageError, match="--model-config was"):
+        main([*command, *moved])
 
 
 def test_a_student_that_cannot_run_is_refused_before_its_bank_is_trained(flags, teacher, tmp_path):
@@ -464,6 +496,15 @@ def test_a_second_ctrl_c_ends_with_one_line_and_code_130(flags, tmp_path):
     told = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 130 and told[-1] == "interrupted"
     assert not any("Traceback" in line for line in told), told
+
+
+def test_a_sigmoid_student_ships_its_bias(flags, tmp_path):
+    command = [*flags, "--siglip", "--loss-dist-impl", "shift", "--logs", str(tmp_path)]
+    assert main([*command, "--name", "run"]) == 0
+    shipped = open_clip.create_model(f"local-dir:{tmp_path / 'run' / 'student'}")
+    assert abs(shipped.logit_bias.item() + 10) < 0.1, "begins as OpenCLIP's does"
+    assert abs(shipped.logit_scale.exp().item() - 10) < 0.5
+    assert torch.equal(final(tmp_path / "run")["state_dict"]["logit_bias"], shipped.logit_bias)
 
 
 def test_a_missing_bank_and_a_foreign_bank_are_refused(flags, bank, teacher, tmp_path):
@@ -554,16 +595,55 @@ def test_failures_carry_documented_exit_codes():
     assert (Stopped.exit_code, MachineFailure.exit_code) == (75, 76)
 
 
+def cuda(text: str, name: str = "Unknown") -> str:
+    """An error of CUDA, as torch words it."""
+    place = "https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html"
+    help = "CUDA kernel errors might be asynchronously reported at some other API call"
+    return f"CUDA error: {text}\nSearch for `cudaError{name}' in {place} for more\n{help}, so the"
+
+
+DEVICE = [
+    ("an illegal memory access was encountered", "IllegalAddress"),
+    ("uncorrectable ECC error encountered", "ECCUncorrectable"),
+    ("uncorrectable NVLink error detected during the execution", "NvlinkUncorrectable"),
+    ("Invalid access of peer GPU memory over nvlink or a hardware error", "Contained"),
+    ("unspecified launch failure", "LaunchFailure"),
+    ("unknown error",),
+    ("CUDA-capable device(s) is/are busy or unavailable", "DevicesUnavailable"),
+    ("no CUDA-capable device is detected", "NoDevice"),
+    ("the launch timed out and was terminated", "LaunchTimeout"),
+    ("system not yet initialized", "SystemNotReady"),
+    ("CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`",),
+]
+PROGRAM = [
+    ("device-side assert triggered", "Assert"),
+    ("out of memory", "MemoryAllocation"),
+    ("no kernel image is available for execution on the device", "NoKernelImageForDevice"),
+    ("invalid device ordinal", "InvalidDevice"),
+    ("CUDA driver version is insufficient for CUDA runtime version", "InsufficientDriver"),
+    ("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",),
+]
+NCCL = [
+    ("remote process exited or there was a network error, NCCL version 2.28.8", 76),
+    ("unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.18.6", 76),
+    ("invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.28.8", 1),
+]
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
         (OSError(errno.ESTALE, os.strerror(errno.ESTALE), "00000.tar"), 76),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), 76),
-        (RuntimeError("CUDA error: device-side assert triggered"), 1),
-        (
-            dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:2001, remote"),
-            76,
-        ),
+        (RuntimeError("unable to open file <x> in read-only mode: Stale file handle (116)"), 76),
+        (BadFile("run.json can't be read: [Errno 5] Input/output error: 'run.json'"), 76),
+        (OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN), "0.tar"), 76),  # of Lustre
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1),
+        *((RuntimeError(cuda(*error)), 76) for error in DEVICE),
+        *((RuntimeError(cuda(*error)), 1) for error in PROGRAM),
+        *((dist.DistBackendError(f"NCCL error in: NCCLUtils.hpp:268, {e}"), c) for e, c in NCCL),
+        (RuntimeError("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4)"), 76),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), 76),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), 1),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), 1),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), 1),
         (BadFile("run.json is damaged"), 2),

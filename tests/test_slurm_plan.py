@@ -50,7 +50,11 @@ def test_table_4_is_three_students_under_five_methods_with_the_papers_settings(s
         assert args.epochs * args.train_num_samples == 96 * MILLION
         assert args.global_batch == (6000 if args.distill == "tinyclip" else 1024)
         assert (args.lr, args.warmup) == (1e-3, None), "warm-up is a sixth"
-        assert args.options.get("lambda_cl", 0.005) == 0.005
+        options = args.options
+        assert options.get("lambda_cl", 6.25e-5) == 6.25e-5, "see the recipe"
+        if args.distill == "clipkd":
+            published = (options["lambda_fd"], options["loss_reduction"])
+            assert published == (2000, "mean")
     assert sum("lambda_cl" in args.options for args in students) >= 3, "CIFD's at least"
     (bank,) = (run for run in runs if run.config.distill == "rdm")
     assert bank.config.epochs * bank.config.train_num_samples == 21 * MILLION

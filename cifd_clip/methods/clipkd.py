@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from cifd_clip.losses import Features, contrastive_loss, embedding_loss, relational_kl
+from cifd_clip.losses import Features, contrastive_loss, element_weight, embedding_loss
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report, total_weight
 
@@ -23,7 +23,7 @@ DECLARATION = {
         ),
     },
     "spans": {"lambda_crd": (0.1, 10.0), "lambda_icl": (0.1, 10.0), "lambda_fd": (100.0, 10000.0)},
-    "uses": ["projector", "ibm", "ibm_branch", "similarities"],
+    "uses": ["projector", "reduction", "ibm", "ibm_branch", "contrastive", "similarities"],
 }
 
 
@@ -33,7 +33,8 @@ class CLIPKD(Method):
     Two repairs to the published code: the interactive term's temperature is exponentiated
     (``interactive_scale`` raw: as published), and what trains (projectors, temperature) sits in
     this module, so that the optimizer, the checkpoint and every rank agree on it. Its scripts have
-    a projector for each modality (``projector`` separate). With several teachers, the weighted
+    a projector for each modality (``projector`` separate). The interactive term has a temperature
+    of its own and no bias: with ``siglip`` it stays a softmax. With several teachers, the weighted
     mean of their terms.
     """
 
@@ -55,22 +56,25 @@ class CLIPKD(Method):
         projected = self.projectors(embedded.compared, teachers)
         raw = self.options["interactive_scale"] == "raw"
         scale = self.cross_logit_scale if raw else self.cross_logit_scale.exp()
-        feature = 0.0
+        feature, reduction = 0.0, self.options["loss_reduction"]
         for teacher in teachers:
             image, text = projected[teacher.space]
             # Student rows against the gathered teacher: no gradient has to cross ranks.
             rows += [Features(image, text, scale), teacher]
             columns += 2 * [world.columns(teacher)]
-            feature = feature + teacher.weight * embedding_loss(image, teacher.image)
-            feature = feature + teacher.weight * embedding_loss(text, teacher.text)
+            weight = teacher.weight * element_weight(reduction, image.shape[-1])
+            feature = feature + weight * embedding_loss(image, teacher.image)
+            feature = feature + weight * embedding_loss(text, teacher.text)
 
         def terms(labels, *logits):
             compared, others = logits[own - 1], logits[own:]
             relational = interactive = 0.0
             for teacher, cross, taught in zip(teachers, others[::2], others[1::2]):
-                relational = relational + teacher.weight * relational_kl(compared, taught)
+                relational = relational + teacher.weight * self.relational(teacher)(
+                    compared, taught
+                )
                 interactive = interactive + teacher.weight * contrastive_loss(cross, labels) / 2
-            return contrastive_loss(logits[0], labels) / 2, relational, interactive
+            return self.contrastive(logits[0], labels) / 2, relational, interactive
 
         contrastive, relational, interactive = world.over_rows(terms, rows, columns)
         options, total = self.options, total_weight(teachers)

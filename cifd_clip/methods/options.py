@@ -70,7 +70,16 @@ GROUPS = {
             "its noise comes before the towers' final projection, or on the embedding",
             ("projection", "embedding"),
         ),
-        "lambda_i": (1e-4, "λ_I of eq. 12: weight of its rate, a mean over elements, in nats"),
+        "lambda_i": (1e-4, "λ_I of eq. 12: weight of its rate, in nats per element"),
+    },
+    "reduction": {
+        "loss_reduction": (
+            "mean",
+            "of embedding terms and of λ_I's rate, over elements: mean or sum, the two readings of "
+            "eq. 12, whose weights change with the teacher's width and the number of assistants; "
+            "relative: weights that don't, means as of 512 elements, over all assistants too",
+            ("mean", "sum", "relative"),
+        ),
     },
     "ibm_branch": {
         "ibm_branch": (
@@ -80,11 +89,18 @@ GROUPS = {
             ("all", "distill"),
         ),
     },
+    "contrastive": {
+        "siglip": (
+            False,
+            "SigLIP's sigmoid loss as contrastive term, and its form of the similarity terms of "
+            "teachers that have a bias; the student gets one",
+        ),
+    },
     "similarities": {
         "distill_logit_scale": (
             [],
             "the factor 1/τ of each teacher's similarities, in place of its own (MobileCLIP 100, "
-            "MobileCLIP2 70 and 60, TinyCLIP 50); its assistants have the first's",
+            "MobileCLIP2 70 and 60, TinyCLIP 50); its assistants have the same",
         ),
     },
     "assistants": {

@@ -99,14 +99,14 @@ def run_stages(config: CostConfig) -> list[Stage]:
     if config.distill == "rdm":
         return [*stages, rdm_stage(config, teachers[0], config.epochs)]
     if config.distill == "cifd" and config.rates and not config.rdm_bank:
-        stages.append(rdm_stage(config, teachers[0], config.rdm_epochs))
+        stages += [rdm_stage(config, teacher, config.rdm_epochs) for teacher in teachers]
     return [*stages, student_stage(config, config.model, teachers)]
 
 
 def cache_stage(config: CostConfig, teacher: Clip, name: str = "cache") -> Stage:
     """One pass of a teacher over ``--views`` views of the whole data set."""
     samples, views = config.covered, config.views
-    text_views = views if config.captions == "all" else 1
+    text_views = 1 if config.captions == "first" else views
     return Stage(
         name,
         samples * views,

@@ -7,6 +7,7 @@ from pathlib import Path
 from cifd_clip.artefact import read_bank_config
 from training.engine import config as engine
 from training.engine.config import PRECISIONS, OptimConfig, ProcessConfig, RunConfig
+from training.engine.environment import cores
 from training.engine.flags import Given, Parser, construct, flag, spelled
 from training.engine.run import bank_folder, holds_bank
 from training.errors import UsageError
@@ -42,6 +43,7 @@ class MethodConfig:
         "finished runs: the teacher, then its assistants from large to small (takd, dgkd); or "
         "NAME:FILE, torchvision's or timm's weights of resnet34, resnet50, ...",
         metavar="RUN[,RUN]",
+        moves=True,
     )
     teacher_cache: str = flag(
         "",
@@ -49,7 +51,9 @@ class MethodConfig:
         metavar="DIR",
         free=True,
     )
-    rdm_bank: str = flag("", "cifd: a finished run of --method rdm", metavar="RUN", **only("cifd"))
+    rdm_bank: str = flag(
+        "", "cifd: a finished run of --method rdm", metavar="RUN", moves=True, **only("cifd")
+    )
     rates: tuple[float, ...] = flag(
         (),
         "rdm: one assistant per rate [1 3 10 30 100]; cifd: which of the bank's teach [all]",
@@ -69,7 +73,7 @@ class MethodConfig:
         least=1,
         **only("rdm"),
     )
-    paraphraser: str = flag("", "ft: a run of --method paraphraser", metavar="RUN")
+    paraphraser: str = flag("", "ft: a run of --method paraphraser", metavar="RUN", moves=True)
     factors: int | None = flag(
         None, "paraphraser: width of the factors [half of T]", least=1, **only("paraphraser")
     )
@@ -145,7 +149,7 @@ class DataConfig:
         choices=AUGMENTATIONS,
     )
     holdout: int = flag(0, "training images kept back for validation", least=0)
-    workers: int = flag(4, "imagenet: processes that decode", least=0, free=True)
+    workers: int = flag(min(4, cores()), "imagenet: processes that decode", least=0, free=True)
     subset: int = flag(0, "train on only so many images", least=0)
     final: bool = flag(
         False,

@@ -6,6 +6,7 @@ them, finished ones are skipped, and what was written is verified at the end.
 
 import copy
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,7 +124,7 @@ class Caches:
         self.coder = self._coder() if config.code_with else None
         self.autocast = get_autocast(config.precision, device.type)
         # With the first caption only, no view changes the text.
-        self.text_views = config.views if config.captions == "all" else 1
+        self.text_views = 1 if config.captions == "first" else config.views
         self.writer = self._view_writer() if config.store_views else None
 
     def of_held_out(self) -> "Caches":
@@ -171,11 +172,16 @@ class Caches:
         folders = self.config.caches
         return [n for n in self.numbers if not all(is_complete(f, self.names[n]) for f in folders)]
 
+    def bytes_of(self, dim: int) -> int:
+        """What embeddings of this width take that are not there yet."""
+        samples = int(self.sources.counts[self.left].sum())
+        return samples * (self.config.views + self.text_views) * dim * 2
+
     def describe_work(self) -> None:
         """Say what is left to do, and what it takes on the disk."""
         views, left = self.config.views, self.left
         samples = int(self.sources.counts[left].sum())
-        size = samples * (views + self.text_views) * sum(self.teachers.dims) * 2
+        size = sum(map(self.bytes_of, self.teachers.dims))
         print(
             f"{len(self.numbers) - len(left)} of {len(self.numbers)} "
             f"{'held-out ' if self.held_out else ''}shards are there; "
@@ -194,8 +200,14 @@ class Caches:
             "quality": self.writer.quality,
             "subsampling": SUBSAMPLING,
         }
-        for teacher, folder in zip(self.teachers.teachers, self.config.caches):
+        teachers = zip(self.teachers.teachers, self.teachers.dims, self.config.caches)
+        for teacher, dim, folder in teachers:
             folder.mkdir(parents=True, exist_ok=True)
+            if (size := self.bytes_of(dim)) > (free := shutil.disk_usage(folder).free):
+                raise UsageError(
+                    f"--teacher-cache '{folder}': {size / 2**30:.2f} GiB of embeddings, and "
+                    f"{free / 2**30:.2f} GiB are free there: make room, or lower --views"
+                )
             path = folder / "config.json"
             description = {
                 "teacher": teacher.identity,

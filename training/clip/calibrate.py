@@ -118,7 +118,7 @@ def start(given: Given) -> int:
     except UsageError as error:
         raise UsageError(f"{error}; {out} keeps the curve for other shares") from None
     write(out, {"shares": config.shares, "rates": rates, **curve})
-    flags = f"--rates {' '.join(f'{rate:g}' for rate in rates)}"
+    flags = f"--rdm-reduction sum --rates {' '.join(f'{rate:g}' for rate in rates)}"
     write_text(out.with_suffix(".args"), f"# training.calibrate, see {out.name}\n{flags}\n")
     print(f"{out}, {out.with_suffix('.args')}")
     print(f"keeping {' '.join(f'{k:g}' for k in config.shares)}: {flags}")

@@ -5,14 +5,19 @@ a command line.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cifd_clip.files import read_json
+from cifd_clip.files import BadFile, read_json
 from cifd_clip.methods import DECLARED
+from cifd_clip.names import nearby
 from training.engine.config import OptimConfig, ProcessConfig, RunConfig
-from training.engine.flags import KeyValues, construct, flag
+from training.engine.environment import cores
+from training.engine.flags import KeyValues, flag
+from training.engine.result import decode
+from training.engine.run import read_run
 from training.errors import UsageError
 
 DISTILL = (*DECLARED, "rdm")
@@ -24,10 +29,16 @@ OWN_WEIGHTS = ("local-dir:", "hf-hub:")  # models that bring their own
 
 
 class Bank(NamedTuple):
-    """The bank that ``--rdm-bank`` names."""
+    """A bank that ``--rdm-bank`` names."""
 
     folder: str
     rates: list[float]
+    dim: int
+
+
+def summed_rates(rates: Sequence[float], reduction: str, dim: int) -> list[float]:
+    """R of eq. (4), which weighs a sum over T elements, of rates under a ``--rdm-reduction``."""
+    return [rate / dim if reduction == "mean" else rate for rate in rates]
 
 
 class TeacherName(NamedTuple):
@@ -66,6 +77,12 @@ class MethodConfig:
         metavar="TAG|PATH[,...]",
         moves=True,
     )
+    loss_dist_impl: str | None = flag(
+        None,
+        "taken as OpenCLIP's; features are always gathered, and logits made of some rows at a time",
+        choices=("bidir", "shift", "reduce", "gather"),
+        free=True,
+    )
     distill_precision: str = flag(
         "fp32",
         "of the teachers' weights [bf16 under --precision amp_bf16 on a GPU, else fp32]",
@@ -84,11 +101,17 @@ class MethodConfig:
         nargs="*",
         above=0,
     )
+    rdm_reduction: str = flag(
+        "sum",
+        "what --rates weigh, the squared error's sum or its mean over elements: a mean's R is a "
+        "T-th of it in eq. 4, which is what a bank records",
+        choices=("mean", "sum"),
+    )
     rdm_bank: str = flag(
         "",
-        "the frozen bank whose RDMs assist the first teacher: its folder or its run; without it "
-        "cifd trains one first, in RUN/rdm",
-        metavar="DIR",
+        "the frozen bank whose RDMs assist a teacher, its folder or its run, or several teachers' "
+        "banks; without it cifd trains one for each first, in RUN/rdm, RUN/rdm1 …",
+        metavar="DIR[,DIR]",
         moves=True,
     )
     rdm_epochs: int = flag(7, "epochs of stage 1 when cifd trains its own bank", least=1)
@@ -99,6 +122,11 @@ class MethodConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """The method's own options by name, those that the command line leaves at their defaults too
     (`cifd_clip.methods.DECLARED`)."""
+
+    @property
+    def banks(self) -> list[Path]:
+        """The banks that the command line names."""
+        return [Path(folder) for folder in self.rdm_bank.split(",") if folder]
 
     @property
     def teachers(self) -> list[TeacherName]:
@@ -133,6 +161,13 @@ class DataConfig:
         "key.txt, or one of key.json's 'captions' at random",
         choices=("first", "all"),
     )
+    caption_keys: dict[str, float] = flag(
+        {},
+        "in place of --captions: fields with their probabilities, such as txt=0.4 json:syn=0.6",
+        nargs="+",
+        action=KeyValues,
+        metavar="FIELD=P",
+    )
     views: int = flag(
         0, "augmentations of an image, taken in turn; 0: a new one each pass", least=0
     )
@@ -151,23 +186,28 @@ class DataConfig:
         least=0,
         free=True,
     )
+    in_memory: bool = flag(
+        False,
+        "make every one of --views once and hold all on the device, beside the cache's embeddings: "
+        "for data that fit there",
+        free=True,
+    )
     shuffle_window: int = flag(20000, "samples shuffled together (whole shards)", above=0)
     max_bad_fraction: float = flag(0.01, "stop when more than this share of samples can't be used")
     verify_data: bool = flag(
         False, "compare every shard's bytes with what training.check_data found", free=True
     )
-    data_timeout: float = flag(
-        600.0, "seconds to wait for a batch before giving up; 0: for ever", least=0, free=True
-    )
     index_dir: str | None = flag(
         None, "where shard indexes go [beside the shards]", metavar="DIR", free=True
     )
-    val_data: str = flag("", "held-out shards: losses and recall every epoch", metavar="SHARDS")
+    val_data: str = flag(
+        "", "held-out shards: losses and recall every epoch", metavar="SHARDS", moves=True
+    )
     val_fraction: float = flag(
         0.0, "hold out this share of the training samples instead, by their keys", least=0, below=1
     )
     val_frequency: int = flag(1, "epochs between validations", least=0, free=True)
-    workers: int = flag(4, "loader workers per process", least=0, free=True)
+    workers: int = flag(min(4, cores()), "loader workers per process", least=0, free=True)
     worker_start: str | None = flag(
         None,
         "start method of the workers [the platform's]",
@@ -180,19 +220,53 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ZeroShotConfig:
+    """Zero-shot evaluation of the student while it trains."""
+
+    data_root: str = flag(
+        "",
+        "evaluate checkpoints zero-shot, beside the training: folder of eval.benchmark's data sets",
+        metavar="DIR",
+        free=True,
+    )
+    zeroshot_datasets: tuple[str, ...] = flag((), "which of them", metavar="NAME", free=True)
+    zeroshot_frequency: int = flag(1, "epochs between evaluations", least=0, free=True)
+    zeroshot_samples: int = flag(
+        2000, "images of each data set at most, drawn by a fixed seed", least=1, free=True
+    )
+    zeroshot_device: str = flag("cpu", "where evaluations compute", free=True)
+
+
+@dataclass(frozen=True)
 class StudentConfig:
     """The student's architecture, its initial weights, and what of it trains."""
 
     model: str = flag("RN50", "any OpenCLIP architecture, or one of --model-config by its stem")
-    model_config: tuple[str, ...] = flag((), "OpenCLIP model configs to add", metavar="FILE.json")
+    model_config: tuple[str, ...] = flag(
+        (), "OpenCLIP model configs to add", metavar="FILE.json", moves=True
+    )
     pretrained: str = flag("", "tag or file of initial weights")
     pretrained_image: bool = flag(False, "ImageNet weights for a timm image tower")
+    pretrained_image_path: str = flag("", "the image tower's initial weights", metavar="FILE")
+    pretrained_text_path: str = flag("", "the text tower's initial weights", metavar="FILE")
+    init_from: str = flag(
+        "",
+        "a larger model: the student's transformers begin as its first channels and heads, in "
+        "evenly spaced layers (TinyCLIP's manual inheritance)",
+        metavar="RUN|NAME:TAG",
+    )
     force_quick_gelu: bool = flag(False, "QuickGELU in the student")
     force_custom_text: bool = flag(False, "a separate text tower (CustomTextCLIP)")
     force_image_size: tuple[int, ...] | None = flag(
         None, "another size than the config names", least=1
     )
     force_context_length: int | None = flag(None, "another context length", least=1)
+    force_embed_dim: int | None = flag(
+        None,
+        "another width of the embedding; the teacher's: nothing is projected, and all terms are "
+        "read in the teacher's space",
+        least=1,
+    )
     force_patch_dropout: float | None = flag(None, "another patch dropout")
     image_mean: tuple[float, ...] | None = flag(None, nargs=3, metavar="MEAN")
     image_std: tuple[float, ...] | None = flag(None, nargs=3, metavar="STD", above=0)
@@ -215,7 +289,10 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
-class Config(MethodConfig, DataConfig, StudentConfig, OptimConfig, RunConfig, ProcessConfig):
+class Config(
+    *(MethodConfig, DataConfig, ZeroShotConfig, StudentConfig, OptimConfig),
+    *(RunConfig, ProcessConfig),
+):
     """Everything a run is told, resolved."""
 
 
@@ -283,13 +360,21 @@ def read_cache_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise UsageError(
             f"--teacher-cache '{folder}' holds no cache (config.json is missing); write one "
-            "with `python -m training.cache_teacher`"
+            f"with `python -m training.cache_teacher`{nearby(folder)}"
         )
     return read_json(folder / "config.json", CACHE_FORMAT, teacher=dict, views=int)
 
 
-def recorded(values: dict[str, Any]) -> Config:
-    """The configuration that a run's ``config.json`` holds."""
-    names = {f.name for f in fields(Config)}
+def recorded(run: Path) -> Config:
+    """The configuration that a run directory's ``config.json`` holds.
+
+    Raises:
+        BadFile: it is missing, damaged or of another format.
+    """
+    values, names = read_run(run), {f.name for f in fields(Config)}
     own = {k: v for k, v in values.items() if k in names}
-    return construct(Config, own | {"options": {k: v for k, v in values.items() if k not in own}})
+    options = {k: v for k, v in values.items() if k not in own}
+    try:
+        return decode(Config, own | {"options": options})
+    except ValueError as error:
+        raise BadFile(f"{run / 'config.json'} is damaged: {error}") from error

@@ -43,6 +43,10 @@ class Fetcher:
         raise NotImplementedError
 
 
+#: Which captions: see `Loader`.
+Captions = str | dict[str, float]
+
+
 @dataclass
 class Recipe:
     """How a sample's members become tensors; arguments as of `Loader`."""
@@ -50,7 +54,7 @@ class Recipe:
     image_transforms: Sequence[View]
     tokenizers: Sequence[Callable[[list[str]], Tensor]]
     seed: int = 0
-    captions: str = "first"
+    captions: Captions = "first"
     caps: Caps = field(default_factory=Caps)
 
     def sample(
@@ -74,16 +78,19 @@ class Recipe:
         return caption, images
 
     def _caption(self, key: bytes, view: int, read) -> str:
-        captions = []
-        if self.captions == "all":
-            data = read("json", self.caps.max_json, "json: too many bytes")
-            captions = [] if data is None else decode_captions(data, self.caps)
-        if not captions:
-            text = read("text", self.caps.max_caption, "caption: too long")
-            captions = decode_text(text, self.caps)
         if self.captions == "first":
-            return captions[0]
-        return choose_caption(captions, self.seed, view, key)
+            return self._text(read)[0]
+        weights = {"json:captions": 1.0} if self.captions == "all" else self.captions
+        names = [name.removeprefix("json:") for name in weights if name != "txt"]
+        data = read("json", self.caps.max_json, "json: too many bytes") if names else None
+        known = {} if data is None else decode_captions(data, self.caps, names)
+        fields = {f"json:{name}": captions for name, captions in known.items() if captions}
+        if "txt" in weights or not fields:
+            fields["txt"] = self._text(read)
+        return choose_caption(fields, weights, self.seed, view, key)
+
+    def _text(self, read) -> list[str]:
+        return decode_text(read("text", self.caps.max_caption, "caption: too long"), self.caps)
 
     def tokens(self, captions: list[str], keys: list[str], views: list[int]) -> list[Tensor]:
         """Per tokenizer, (B, context); one that masks at random draws from each sample's seed."""
@@ -196,11 +203,7 @@ class Reader:
                             break
                         row = substitute(i, attempt)
                 else:
-                    raise Failure(
-                        f"{MAX_ATTEMPTS} samples in a row cannot be used "
-                        f"({dict(assembly.skipped)}); "
-                        "run `python -m training.check_data --deep` on the data"
-                    )
+                    raise unusable(assembly.skipped)
             batch = assembly.finish()
         for fetcher in self.fetchers:
             batch.extras |= fetcher(batch.rows, batch.views)
@@ -227,6 +230,14 @@ class Reader:
         return record["key"], read
 
 
+def unusable(skipped: Counter) -> Failure:
+    """`MAX_ATTEMPTS` samples in a row were bad."""
+    return Failure(
+        f"{MAX_ATTEMPTS} samples in a row cannot be used ({dict(skipped)}); "
+        "run `python -m training.check_data --deep` on the data"
+    )
+
+
 class Loader:
     """The training stream as batches.
 
@@ -238,7 +249,8 @@ class Loader:
             not read.
         seed: of the augmentation and of the choice of captions.
         views: V: a sample's view is its pass modulo V; None or 0: each pass is a new view.
-        captions: ``first``: key.txt; ``all``: one of key.json's "captions" (key.txt without them).
+        captions: ``first``: key.txt; ``all``: one of key.json's "captions"; or weights of fields,
+            ``txt`` and ``json:NAME``. Key.txt where there is none of them.
         caps: limits of one sample.
         global_batch: samples per step over all ranks (and micro-batches).
         rank, world_size: this rank reads rows [rank * local, (rank + 1) * local) of each global
@@ -263,7 +275,7 @@ class Loader:
         seed: int,
         global_batch: int,
         views: int | None = None,
-        captions: str = "first",
+        captions: Captions = "first",
         caps: Caps | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -285,7 +297,7 @@ class Loader:
             check_limits(recipe.sample_bytes() * rows, workers, prefetch)
         reader = Reader(sources, recipe, fetchers, Memory(memory))
         self._sources, self._numbers, self._batches = sources, _Numbers(), None
-        chunks = _Chunks(reader, order, seed, views or 0, rows, local, rank, world_size)
+        chunks = Parts(reader, order, seed, views or 0, rows, local, rank, world_size)
         self._loader = data_loader(
             chunks, self._numbers, workers, start_method, pin_memory, prefetch, True
         )
@@ -322,7 +334,7 @@ def sequential(
     batch_size: int,
     spans: Sequence[tuple[Sequence[int], int]] | None = None,
     seed: int = 0,
-    captions: str = "first",
+    captions: Captions = "first",
     caps: Caps | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -363,8 +375,8 @@ def sequential(
 
 
 @dataclass
-class _Chunks(Dataset):
-    """Number of a chunk, counted from this rank's first -> `Batch` of its ``size`` rows."""
+class Parts(Dataset):
+    """Number of a part, counted from this rank's first -> `Batch` of its ``size`` rows."""
 
     reader: Reader
     order: Order

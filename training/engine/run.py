@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +75,31 @@ class RunDirectory:
         digests = {str(f.relative_to(self.path)): file_hash(f) for f in sorted(files)}
         self.write("finished.json", {**state, "files": digests})
 
-    def open(self) -> None:
-        """Write config and environment and start logging to ``out.log`` (rank 0)."""
+    def open(self, contents: Mapping[str, Any] | None = None) -> None:
+        """Write config and environment and start logging to ``out.log`` (rank 0).
+
+        Args:
+            contents: of flags that name files and folders, as JSON values: a resumed run must find
+                there what it began with, wherever they lie. Their hashes are written.
+
+        Raises:
+            UsageError: it finds something else.
+        """
+        contents = {
+            flag: content and sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+            for flag, content in (contents or {}).items()
+        }
+        _check_same(self.path, self.read("contents.json", contents), contents, set())
         make_folder(self.path)
+        self.write("contents.json", contents)
         (self.path / "finished.json").unlink(missing_ok=True)
         self.write("config.json", self.config)
         starts = self.read("environment.json", {}).get("starts", [])
         self.write("environment.json", {"starts": [*starts, environment()]})
-        handler = logging.FileHandler(self.path / "out.log")
+        # a name may be no UTF-8
+        handler = logging.FileHandler(
+            self.path / "out.log", encoding="utf-8", errors="backslashreplace"
+        )
         handler.setFormatter(MaskingFormatter("%(asctime)s | %(levelname)s | %(message)s"))
         logging.getLogger().addHandler(handler)
 
