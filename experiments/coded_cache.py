@@ -15,35 +15,35 @@ from experiments.every_method import MODELS
 from experiments.seeds import paired, shown, summarise
 from experiments.study import STOPPED, Run, Study, command_line
 from training.clip.cache import MODALITIES, read_embeddings
-from training.engine.environment import cores, environment
+from training.engine.environment import environment
 from training.engine.run import read_metrics
 from training.errors import cli
 
 CODES = {"float16": (), "coded": ("--code-with={bank}",)}
+HELD = "--val-fraction=0.1"
 
 
-def plan(data: str, epochs: int, seeds: int, method: str) -> list[Run]:
+def plan(data: str, epochs: int, seeds: int) -> list[Run]:
     """Teacher, bank, caches and students."""
     where = ("--logs={logs}", "--name={name}", "--resume=latest", "--workers=1")
-    common = (
-        f"--train-data={data}", "--captions=all", "--force-image-size=64", "--batch-size=128",
-        "--force-context-length=32", "--lr=2e-3", "--model-config", f"{MODELS}/teacher.json",
-        f"{MODELS}/student.json",
-    )  # fmt: skip
+    common = (f"--train-data={data}", "--captions=all", "--force-image-size=64", "--lr=2e-3",
+              "--force-context-length=32", "--batch-size=128",
+              "--model-config", f"{MODELS}/teacher.json", f"{MODELS}/student.json")  # fmt: skip
     taught = (*common, "--distill-model={teacher}")
-    bank = ("--distill=rdm", "--rates", "3000", "300", f"--epochs={epochs}")
-    runs = {
-        "teacher": (*common, "--model=teacher", f"--epochs={2 * epochs}"),
-        "bank": (*taught, *bank),
-    }
-    runs = [Run(n, "training.main", (*f, "--val-fraction=0.1"), where) for n, f in runs.items()]
+    teacher = (*common, HELD, "--model=teacher", f"--epochs={2 * epochs}")
+    bank = (*taught, HELD, "--distill=rdm", "--rates", "3000", "300", f"--epochs={epochs}")
+    runs = [
+        Run("teacher", "training.main", teacher, where),
+        Run("bank", "training.main", bank, where),
+    ]
     for kind, code in CODES.items():
         cache = (*taught, "--views=4", "--teacher-cache={here}/cache", *code)
         runs.append(Run(kind, "training.cache_teacher", cache, ("--workers=1",)))
+        student = (*common, HELD, "--model=student", "--distill=fd", f"--epochs={epochs}")
+        student += (f"--teacher-cache={{{kind}}}/cache",)
         for seed in range(seeds):
-            own = (f"--distill={method}", f"--seed={seed}", f"--epochs={epochs}", "--model=student")
-            own += (f"--teacher-cache={{{kind}}}/cache", "--val-fraction=0.1")
-            runs.append(Run(f"{kind}-{seed}", "training.main", (*common, *own), where))
+            flags = (*student, f"--seed={seed}")
+            runs.append(Run(f"{kind}-{seed}", "training.main", flags, where))
     return runs
 
 
@@ -54,20 +54,20 @@ def recall(run: Path) -> float:
 
 
 def code(logs: Path) -> dict[str, float]:
-    """Bits an embedding, rows read a second by one core, and 1 − cosine to the teacher's."""
+    """Bits an embedding, rows that one core reads a second, and 1 − cosine to the teacher's."""
     torch.set_num_threads(1)
-    count, seconds, away, size = 0, 0.0, 0.0, 0
+    count = bits = seconds = away = 0.0
     for path in (logs / "coded/cache").glob("*-*.safetensors"):
         stored, coded = (read_embeddings(logs / kind / "cache" / path.name) for kind in CODES)
-        size += path.stat().st_size
+        bits += 8 * path.stat().st_size
         for modality in MODALITIES:
             start = time.perf_counter()
             rows = coded[modality][:, :]
             seconds += time.perf_counter() - start
             away += float((1 - (rows.astype(float) * stored[modality]).sum(-1)).sum())
             count += rows[..., 0].size
-    of = {"bits": 8 * size / count, "float16_bits": 16 * rows.shape[-1]}
-    return of | {"rows_per_s": count / seconds, "1_minus_cosine_to_teacher": away / count}
+    sizes = {"bits": bits / count, "float16_bits": 16 * rows.shape[-1]}
+    return sizes | {"rows_per_s": count / seconds, "1_minus_cosine_to_teacher": away / count}
 
 
 def main(argv: list[str]) -> int:
@@ -76,23 +76,19 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("--train-data", required=True, metavar="SHARDS", help="of images and captions")
     add("--logs", type=Path, default=Path("logs/coded_cache"), metavar="DIR", help="of the runs")
-    add("--epochs", type=int, default=20, help="of bank and students, the teacher's are twice that")
+    add("--epochs", type=int, default=20, help="of bank and students; twice that of the teacher")
     add("--seeds", type=int, default=3, help="of students")
-    add("--method", default="fd", help="of the students")
-    add("--jobs", type=int, default=1, help="runs at a time")
     add("--json", type=Path, default=Path("results/coded_cache.json"), metavar="FILE")
     args = parser.parse_args(argv)
-    study = Study(plan(args.train_data, args.epochs, args.seeds, args.method), args.logs)
-    if not study.execute(args.jobs, max(1, cores() // args.jobs), show=args.jobs == 1):
+    study = Study(plan(args.train_data, args.epochs, args.seeds), args.logs)
+    if not study.execute(1, show=True):
         return STOPPED
     recalls = {k: {s: recall(args.logs / f"{k}-{s}") for s in range(args.seeds)} for k in CODES}
-    figures = {kind: summarise(of_seeds.values()) for kind, of_seeds in recalls.items()}
+    figures = {kind: summarise(own.values()) for kind, own in recalls.items()}
     figures["coded - float16"] = paired(recalls["coded"], recalls["float16"])
-    taken = code(args.logs)
-    commands = {run.name: study.spelled(run) for run in study.runs.values()}
-    content = {"environment": environment(), "recall": recalls, "figures": figures, "code": taken}
-    write_json(args.json, content | {"commands": commands})
-    print(*(f"{name}: {shown(own)}" for name, own in figures.items()), taken, sep="\n")
+    content = {"recall": recalls, "figures": figures, "code": code(args.logs)}
+    write_json(args.json, {"environment": environment(), **content})
+    print(*(f"{name}: {shown(own)}" for name, own in figures.items()), content["code"], sep="\n")
     return 0
 
 
