@@ -12,12 +12,13 @@ import torch
 
 from cifd_clip.files import write_json
 from experiments.every_method import MODELS
-from experiments.seeds import paired, shown, summarise
+from experiments.seeds import spread
 from experiments.study import STOPPED, Run, Study, command_line
 from training.clip.cache import MODALITIES, read_embeddings
 from training.engine.environment import environment
 from training.engine.run import read_metrics
 from training.errors import cli
+from training.intervals import paired
 
 CODES = {"float16": (), "coded": ("--code-with={bank}",)}
 HELD = "--val-fraction=0.1"
@@ -84,11 +85,11 @@ def main(argv: list[str]) -> int:
     if not study.execute(1, show=True):
         return STOPPED
     recalls = {k: {s: recall(args.logs / f"{k}-{s}") for s in range(args.seeds)} for k in CODES}
-    figures = {kind: summarise(own.values()) for kind, own in recalls.items()}
-    figures["coded - float16"] = paired(recalls["coded"], recalls["float16"])
-    content = {"recall": recalls, "figures": figures, "code": code(args.logs)}
+    difference = paired(recalls["coded"], recalls["float16"])
+    content = {"recall": recalls, "coded - float16": difference, "code": code(args.logs)}
     write_json(args.json, {"environment": environment(), **content})
-    print(*(f"{name}: {shown(own)}" for name, own in figures.items()), content["code"], sep="\n")
+    shown = {kind: spread(own.values()) for kind, own in recalls.items()}
+    print(shown, f"coded - float16: {difference}", content["code"], sep="\n")
     return 0
 
 
