@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import shutil
+import subprocess
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -386,6 +388,37 @@ def test_a_table_that_is_wider_than_a_page_is_several_of_whole_data_sets():
     assert groups == [f"set {n}" for n in range(7)], "each in one part, whole"
     assert [str(c) for c in parts[0].columns[:2]] == ["model", "image tower"]
     assert "image tower" not in map(str, parts[1].columns)
+
+
+OVERFLOW = """<script>document.title = Math.max(...[...document.querySelectorAll(".scroll")]
+    .map(table => table.scrollWidth - table.clientWidth))</script>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium: widths are a browser's")
+def test_no_table_is_wider_than_a_page_of_1300_pixels(tmp_path):
+    """The paper's widest tables and our own, of three seeds each."""
+    for seed in range(3):
+        run = reported.clip_run(tmp_path, f"ViT-S-16-{seed}", "clipkd", model="ViT-S-16", seed=seed)
+        for name in ("mscoco_captions", "flickr30k"):
+            keys = (f"{w}_retrieval_recall@{k}" for w in ("image", "text") for k in (1, 5, 10))
+            recalls = dict.fromkeys(keys, 0.3 + 0.1 * seed)
+            result.write(
+                run / "results" / f"{name}.json", zero_shot(run.name, name, recalls, "retrieval")
+            )
+        for name in ("imagenet1k", "imagenetv2", "imagenet-r", "imagenet-a", "objectnet"):
+            accuracy = {"acc1": 0.3 + 0.1 * seed, "acc5": 0.6 + 0.1 * seed}
+            result.write(run / "results" / f"{name}.json", zero_shot(run.name, name, accuracy))
+    page = make([tmp_path], tmp_path / "r.html")
+    assert "Table 13" in page and "Table 14" in page
+    (tmp_path / "r.html").write_text(page.replace("</body>", f"{OVERFLOW}</body>"))
+    browser = "chromium --headless --no-sandbox --disable-gpu --window-size=1300,900 --dump-dom"
+    words = [
+        *browser.split(),
+        f"--user-data-dir={tmp_path / 'chromium'}",
+        f"file://{tmp_path}/r.html",
+    ]
+    dom = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert re.search(r"<title>(-?\d+)", dom)[1] == "0", "pixels"
 
 
 FALLING = np.array([[300.0, 10.0], [200.0, 60.0], [120.0, 110.0], [20.0, 180.0]])

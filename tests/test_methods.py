@@ -121,7 +121,7 @@ def test_none_is_openclips_sigmoid_loss_and_gradient_with_siglip():
     losses, _ = run(task("none", model, [], siglip=True), batch, [])
     expected = SigLipLoss()(*stock(model, batch), model.logit_bias)
     close(total(losses), expected)
-    same_gradient(total(losses), expected, model, atol=1e-6)
+    same_gradient(total(losses), expected, model, atol=1e-5)  # torch 2.6 sums in another order
 
 
 def test_kd_is_openclips_distill_loss_and_gradient():

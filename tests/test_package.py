@@ -52,10 +52,11 @@ def installed(tmp_path_factory) -> Path:
 HELP = """
 import contextlib, io, runpy, sys
 for module in {modules}:
-    sys.argv, out = [module, "--help"], io.StringIO()
+    sys.argv, out = [module, "--help"], io.TextIOWrapper(io.BytesIO(), write_through=True)
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-    assert "usage:" in out.getvalue(), f"{{module}} --help says {{out.getvalue()!r}}"
+    said = out.buffer.getvalue()
+    assert b"usage:" in said, f"{{module}} --help says {{said!r}}"
     assert "torch" not in sys.modules, f"{{module}} imports torch before it has read its flags"
 """
 
