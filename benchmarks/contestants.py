@@ -106,8 +106,7 @@ class Contestant:
         world, config = world or World(), configuration(flags)
         add_model_configs(config.model_config)
         device = torch.device(config.device)
-        bank = Path(config.rdm_bank) if config.rdm_bank else None
-        self.stage = StudentStage(config, device, world, bank, source)
+        self.stage = StudentStage(config, device, world, config.banks, source)
         self.stage.task.train()
         self.trainer = Trainer(self.stage, config, 1000, world, device, config.precision)
         seed = config.seed + world.rank

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifd_clip.files import BadFile, read_json, read_tensors, write_json, write_tensors
+from cifd_clip.names import nearby
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,7 +116,7 @@ def read_config(
     """
     for name in ("config.json", weights):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {what} ({name} is missing)")
+            raise FileNotFoundError(f"{folder} holds no {what} ({name} is missing){nearby(folder)}")
     config = read_json(file := folder / "config.json", FORMAT)
     if config.keys() != checks.keys():
         raise BadFile(f"{file} is damaged: expected {', '.join(checks)}, got {', '.join(config)}")

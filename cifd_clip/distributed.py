@@ -60,14 +60,17 @@ class World:
         rows = len(features.image)
         return torch.arange(rows, device=features.image.device) + rows * self.rank
 
-    def contrastive(self, features: Features, columns: Features | None = None) -> Tensor:
-        """`contrastive_loss` of this rank's rows; see `over_rows`."""
-        (loss,) = self.over_rows(
-            lambda labels, logits: (contrastive_loss(logits, labels),),
-            [features],
-            columns and [columns],
+    def contrastive(
+        self,
+        features: Features,
+        columns: Features | None = None,
+        loss: Callable[[Logits, Tensor], Tensor] = contrastive_loss,
+    ) -> Tensor:
+        """A contrastive loss of this rank's rows; see `over_rows`."""
+        (value,) = self.over_rows(
+            lambda labels, logits: (loss(logits, labels),), [features], columns and [columns]
         )
-        return loss
+        return value
 
     def over_rows(
         self,

@@ -27,6 +27,8 @@ class Features(NamedTuple):
     space: int = 0
     """Which teacher's embedding space these live in; an assistant shares its teacher's, unless
     each of them gets a projector of its own."""
+    teacher: int = 0
+    """Its number among the teachers; an assistant has its teacher's."""
     weight: float = 1.0
     """λ_n of eq. (8) and (12): how much this teacher or assistant counts among the others."""
 
@@ -70,6 +72,24 @@ def relational_kl(student: Logits, teacher: Logits) -> Tensor:
         F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="batchmean", log_target=True)
         for s, t in zip(student, teacher)
     )
+
+
+def sigmoid_loss(logits: Logits, labels: Tensor) -> Tensor:
+    """SigLIP's loss (Zhai et al. 2023, eq. 1), the *sum* of both directions.
+
+    Each pair of the global batch is a decision of its own. OpenCLIP's ``SigLipLoss`` is half of it.
+    """
+    return sum(F.softplus(x).sum(-1).mean() - x.gather(1, labels[:, None]).mean() for x in logits)
+
+
+def soft_sigmoid_loss(student: Logits, teacher: Logits) -> Tensor:
+    """`soft_contrastive_loss` of decisions: cross-entropy to the teacher's probability of each."""
+    return sum((F.softplus(s) - t.sigmoid() * s).sum(-1).mean() for s, t in zip(student, teacher))
+
+
+def sigmoid_kl(student: Logits, teacher: Logits) -> Tensor:
+    """`relational_kl` of decisions: KL(teacher ‖ student) of pairs, the mean of both directions."""
+    return 0.5 * (soft_sigmoid_loss(student, teacher) - soft_sigmoid_loss(teacher, teacher))
 
 
 def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -292,9 +292,10 @@ class RDMBank(nn.Module):
             report[f"{modality}/distortion"] = distortion.detach()
         return losses, report
 
-    def draws(self, noise: Noise, modality: str, features: Tensor) -> Tensor:
-        """(B, K·C) of a step's noise for the modules of a modality."""
+    def draws(self, noise: Noise, modality: str, features: Tensor, teacher: int = 0) -> Tensor:
+        """(B, K·C) of a step's noise for the modules of a modality; each teacher's are others."""
         site = f"rdm/{modality}" if self.task == "clip" else "rdm"
+        site += f"/{teacher}" if teacher else ""
         width = len(self.rates) * getattr(self, modality).channels
         return noise.uniform(site, len(features), width, features.device)
 

@@ -80,6 +80,7 @@ class Teacher:
             self.model.logit_scale.exp().float(),
             None if bias is None else bias.float(),
             self.space,
+            self.space,
         )
 
 
@@ -101,39 +102,41 @@ def with_assistants(
     noise: Noise | None = None,
     output: str = "rounded",
     first_space: int | None = None,
+    of: int = 0,
 ) -> list[Features]:
-    """Teachers and, after them, the first one's assistants: its reconstructions, one for each rate.
+    """Teachers and, after them, one's assistants: its reconstructions, one for each rate.
 
     Args:
-        bank: a frozen bank of the first teacher.
-        teachers: features of a batch.
+        bank: a frozen bank of the teacher.
+        teachers: features of a batch; more assistants may follow the teachers.
         weights: λ_n of eq. (12), one for all assistants or one for each.
         noise: of this step, for noisy reconstructions; None (evaluation) rounds instead.
         output: what an assistant teaches: its ``rounded`` or its ``noisy`` reconstruction at unit
             norm, or the rounded one as it is (``raw``).
         first_space: space of the first assistant, each having one of its own; None: all of them
             share their teacher's.
+        of: the teacher's number.
 
     Raises:
         ValueError: there are several weights, and not as many as assistants.
     """
-    first, count = teachers[0], len(bank.rates)
+    teacher, count = teachers[of], len(bank.rates)
     if len(weights) not in (1, count):
         raise ValueError(f"there are {len(weights)} weights for {count} assistants")
     images, texts = (
         getattr(bank, modality).reconstruct(
             features,
-            bank.draws(noise, modality, features) if noise and output == "noisy" else None,
+            bank.draws(noise, modality, features, of) if noise and output == "noisy" else None,
             unit_norm=output != "raw",
         )
-        for modality, features in zip(MODALITIES, (first.image, first.text))
+        for modality, features in zip(MODALITIES, (teacher.image, teacher.text))
     )
     assistants = [
-        first._replace(
+        teacher._replace(
             image=image,
             text=text,
             weight=weights[n % len(weights)],
-            space=first.space if first_space is None else first_space + n,
+            space=teacher.space if first_space is None else first_space + n,
         )
         for n, (image, text) in enumerate(zip(images, texts))
     ]

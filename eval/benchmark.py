@@ -40,12 +40,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     of = "a run, a checkpoint, a model folder, or NAME[:PRETRAINED] of OpenCLIP"
     add("models", nargs="+", metavar="MODEL", help=of)
     add_data_flags(parser, "data", required=True)
+    images = "images of each data set at most, drawn by a fixed seed [all]"
+    add("--samples", type=_positive, metavar="N", help=images)
     add_forward_flags(parser)
     add = parser.add_argument_group("models and results").add_argument
     add("--model-config", nargs="+", default=[], metavar="FILE", help="of NAMEs OpenCLIP lacks")
     add("--out", metavar="DIR", help="folder of results [RUN/results, or results]")
     add("--part", type=_part, default="1/1", metavar="I/N", help="only the I-th of N equal parts")
+    add("--dry-run", action="store_true", help="only open the data sets: which can be evaluated?")
     return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"'{text}': expected a whole number from 1")
+    return int(text)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -87,8 +96,9 @@ def run(args: argparse.Namespace, place: Place) -> int:
     models.add_configs(args.model_config)
     forward, root = forward_of(args, place.local_rank), datasets.check_root(Path(args.data_root))
     # Opened and fingerprinted once for all models.
-    opened = cache(lambda name: datasets.open_folder(root, name, args.split))
-    pairs = list(product(dict.fromkeys(args.models), datasets.names(args.datasets)))
+    opened = cache(lambda name: datasets.open_folder(root, name, args.split, args.samples))
+    wanted = datasets.wanted(args.datasets, root)
+    pairs = list(product(dict.fromkeys(args.models), wanted))
     pairs = share(share(pairs, *args.part), place.rank + 1, place.size)
     gaps = 0
     for spec, of_model in groupby(pairs, key=lambda pair: pair[0]):
@@ -99,6 +109,19 @@ def run(args: argparse.Namespace, place: Place) -> int:
             gap = GapRecord(dataset=name, model=model.name, weights=model.weights)
             evaluate = partial(evaluate_once, out, partial(opened, name), classifiers)
             gaps += not attempt(out, args.split, gap, evaluate)
+    return gaps
+
+
+def check(args: argparse.Namespace) -> int:
+    """Open the data sets, without a model; how many can't be evaluated."""
+    root, gaps = datasets.check_root(Path(args.data_root)), 0
+    for name in datasets.names(args.datasets):
+        try:
+            folder = datasets.open_folder(root, name, args.split, args.samples)
+            print(f"{name}: {len(folder.samples)} images")
+        except datasets.Gap as gap:
+            print(f"{name}: {gap}", file=sys.stderr)
+            gaps += 1
     return gaps
 
 
@@ -130,6 +153,8 @@ def evaluate_once(
 def main(argv: list[str]) -> int:
     """Entry point of ``python -m eval.benchmark``; 1 when a data set could not be evaluated."""
     args, place = parse(argv), Place.of_process()
+    if args.dry_run:
+        return 1 if check(args) else 0
 
     import torch.distributed as dist
 

@@ -22,10 +22,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from cifd_clip.names import did_you_mean, nearby
 from eval import builders
-from training.errors import UsageError, did_you_mean
+from training.errors import UsageError
 
 IMAGES = ("webp", "png", "jpg", "jpeg")
 LABELS = {"zeroshot_classification": "cls", "zeroshot_retrieval": "txt"}
@@ -74,6 +76,13 @@ class Sample:
     """File, offset and size in bytes; size -1 is the rest of the file."""
     target: int | list[str]
 
+    def read(self) -> bytes:
+        """The encoded image."""
+        path, offset, size = self.image
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
 
 @dataclass
 class Folder:
@@ -108,6 +117,18 @@ class Folder:
         return [sample.target for sample in self.samples]
 
 
+class Part(Folder):
+    """Some samples of a data set."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over what its figures depend on; of the files no more is read."""
+        digest = hashlib.sha256(repr((self.classnames, self.templates)).encode())
+        for sample in self.samples:
+            digest.update(repr((sample.key, sample.target)).encode() + sample.read())
+        return digest.hexdigest()
+
+
 @dataclass
 class Images:
     """The images of samples, decoded and transformed one by one: a data set for torch's loader."""
@@ -124,11 +145,8 @@ class Images:
 
 def picture(sample: Sample) -> Image.Image:
     """The sample's image in RGB, its size looked at before its pixels; raises nothing but `Gap`."""
-    path, offset, size = sample.image
     try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            image = Image.open(io.BytesIO(file.read(size)), formats=("PNG", "JPEG", "WEBP"))
+        image = Image.open(io.BytesIO(sample.read()), formats=("PNG", "JPEG", "WEBP"))
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels")
         return image.convert("RGB")
@@ -142,8 +160,29 @@ def names(given: list[str]) -> list[str]:
     return list(dict.fromkeys(name for names in spelled for name in names))
 
 
-def open_folder(root: Path, name: str, split: str) -> Folder:
+def wanted(given: list[str], root: Path) -> list[str]:
+    """The `names` that a command line gives, each of them known or a folder under root.
+
+    Raises:
+        UsageError: one is neither: no gap, but a typo.
+    """
+    known = {*SUITES, *PROTOCOLS, *builders.NEEDS}
+    known |= {p.name.removeprefix("wds_") for f in (root, root / "wds") for p in f.glob("*")}
+    for name in (spelled := names(given)):
+        if not known & {name, name.replace("/", "-")} and not (root / name).exists():
+            raise UsageError(
+                f"--datasets '{name}': no data set of that name is known or under --data-root"
+                f"{did_you_mean(name, known)}"
+            )
+    return spelled
+
+
+def open_folder(root: Path, name: str, split: str, samples: int | None = None) -> Folder:
     """A data set under root: WebDataset (NAME, wds/NAME, wds_NAME), else as its builder reads it.
+
+    Args:
+        root, name, split: where it lies.
+        samples: images at most, the same ones each time; None: all.
 
     Raises:
         Gap: it is missing, damaged or does not keep the protocol known for its name.
@@ -158,14 +197,17 @@ def open_folder(root: Path, name: str, split: str) -> Folder:
     except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
         raise Gap(" ".join(str(error).split())) from error
     _check(folder)
-    return folder
+    count = len(folder.samples)
+    if samples is None or samples >= count:
+        return folder
+    rows = np.sort(np.random.default_rng(0).permutation(count)[:samples])
+    return Part(**{**vars(folder), "samples": [folder.samples[row] for row in rows]})
 
 
 def _built(name: str, path: Path, split: str) -> Folder:
     missing = f"no folder '{name}/{split}' with nshards.txt under the data root"
     if not builders.knows(name, split):
-        known = {*PROTOCOLS, *(p.name.removeprefix("wds_") for p in path.parent.iterdir())}
-        raise Gap(f"{missing}{did_you_mean(name, known)}")
+        raise Gap(missing)
     if absent := builders.missing(path, name, split):
         raise Gap(f"{missing}, nor '{name}/{absent}'")
     local = builders.build(path, name, split)
@@ -276,5 +318,7 @@ def _packaged(kind: str, name: str) -> list[str]:
 def check_root(root: Path) -> Path:
     """The data root, if it is a folder."""
     if not root.is_dir():
-        raise UsageError(f"--data-root '{root}': no such folder; give the folder of the data sets")
+        raise UsageError(
+            f"--data-root '{root}': no such folder; give the folder of the data sets{nearby(root)}"
+        )
     return root

@@ -12,11 +12,12 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cifd_clip.names import did_you_mean, nearby
 from cifd_clip.teacher import weights_hash
 from training.clip.config import MODEL_CONFIG, model_folder, recorded
 from training.clip.models import add_model_configs, check_here, check_weights, forced, images_of
 from training.engine.run import read_run
-from training.errors import UsageError, did_you_mean
+from training.errors import UsageError
 
 
 @dataclass
@@ -76,7 +77,9 @@ def add_configs(paths: Iterable[str], run: str = "") -> None:
     where = "; run from the directory where it was trained" if run else ""
     for path in paths:
         if not Path(path).is_file():
-            raise UsageError(f"{what} '{path}': no such file; expected an OpenCLIP JSON{where}")
+            raise UsageError(
+                f"{what} '{path}': no such file; expected an OpenCLIP JSON{where}{nearby(path)}"
+            )
     add_model_configs(paths)
 
 
@@ -156,7 +159,7 @@ def _from_openclip(spec: str, device) -> Evaluated:
         raise UsageError(
             f"'{spec}': neither a run directory, a checkpoint, a model folder nor an OpenCLIP "
             "model (open_clip.list_models()), nor the stem of a --model-config file"
-            f"{did_you_mean(name, open_clip.list_models())}"
+            f"{did_you_mean(name, open_clip.list_models()) or nearby(spec)}"
         )
     if pretrained:  # OpenCLIP only warns of the other activation, and the figures are wrong
         check_weights(name, pretrained, f"'{spec}':")

@@ -19,6 +19,7 @@ from torchvision.datasets import CIFAR100
 
 from cifd_clip import RDMBank
 from cifd_clip.artefact import read_bank_config
+from cifd_clip.names import nearby
 from cifd_clip.teacher import weights_hash
 from eval import datasets, metrics, models, zeroshot
 from eval.datasets import Folder
@@ -49,7 +50,7 @@ def load(path: Path, args: Namespace, forward: Forward) -> "Bank":
     if not holds_bank(folder):
         raise UsageError(
             f"'{path}': expected a bank (bank.safetensors) or a run directory with bank/ or "
-            "rdm/bank/; train one with --distill rdm or --method rdm"
+            f"rdm/bank/; train one with --distill rdm or --method rdm{nearby(path)}"
         )
     kind = ClipBank if read_bank_config(folder)["task"] == "clip" else ClassifierBank
     return kind(folder.absolute(), args, forward)
@@ -135,7 +136,7 @@ class ClipBank(Bank):
         self.root = datasets.check_root(Path(args.data_root))
         self.model = models.load(args.teacher or _teacher_of(folder, run), forward.device)
         self.source, self.teacher_weights = self.model.source, self.model.weights
-        self.datasets, self.forward = datasets.names(args.datasets), forward
+        self.datasets, self.forward = datasets.wanted(args.datasets, self.root), forward
         identity = {"model": self.model.name, "weights": self.model.weights}
         try:
             rdms = RDMBank.load(folder, identity).to(forward.device)

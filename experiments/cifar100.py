@@ -12,7 +12,7 @@ from statistics import mean
 
 from cifd_clip.files import write_text
 from experiments.classifiers import BF16, classifier
-from experiments.seeds import paired, shown, summarise, table
+from experiments.seeds import spread, table
 from experiments.study import (
     STOPPED,
     Run,
@@ -24,6 +24,7 @@ from experiments.study import (
     write_result,
 )
 from training.errors import cli
+from training.intervals import paired
 
 TEACHER, STUDENT = "cnn10", "cnn2"
 #: The RDMs of a student with one, three and five of them; the bank has all of these rates. At
@@ -122,7 +123,7 @@ def keep_results(study: Study, run: Run) -> None:
     directory = study.logs / run.name
     for file, kept in study.kept(run).items():
         if not kept.is_file():
-            added = {"flags": run.depends, "curve": curve(directory, ("step", "loss", "acc1"))}
+            added = {"flags": list(run.flags), "curve": curve(directory, ("step", "loss", "acc1"))}
             write_result(kept, read_result(directory / file) | added)
     if run.name.startswith("rdm") and not any((study.results / "bank").glob(f"*{run.name}*")):
         from eval import bank  # takes seconds to import
@@ -155,15 +156,15 @@ def to_markdown(results: Path) -> str:
     )
 
     def over(name: str, other: str | None) -> str:
-        return shown(paired(test[name], test[other])) if other in test else ""
+        return str(paired(test[name], test[other]) or "") if other in test else ""
 
     rows = []
     for row, name in ROWS.items():
         if name in groups:
-            spread, seen = shown(summarise([*test[name].values()])), mean(train[name].values())
+            top1, seen = spread(test[name].values()), mean(train[name].values())
             over_kd = over(name, None if name in ("teacher", "kd") else "kd")
             ibm = over(name, "kd" if name == "ibm" else f"{name}_noibm")
-            rows.append([row, str(len(test[name])), spread, over_kd, ibm, f"{seen:.1f}"])
+            rows.append([row, str(len(test[name])), top1, over_kd, ibm, f"{seen:.1f}"])
     heads = ["", "n", "test top-1", "− KD", "− the same without IBM", "on training images"]
     return table(heads, rows)
 
@@ -238,7 +239,7 @@ def main(argv: list[str]) -> int:
     write_text(
         results / "table.md",
         "CIFAR-100: percent, mean ± standard deviation over n seeds; −: the mean of the "
-        "differences seed by seed ± its standard error.\n\n" + by_seed,
+        "differences seed by seed ± half of its 95 % t-interval.\n\n" + by_seed,
     )
     if not args.few:  # whose assistants are trained on more images than they are
         times_kd = costs(results)

@@ -62,10 +62,10 @@ def measure(run: Path, batches: int) -> dict[str, dict[str, dict[str, float]]]:
     add_model_configs(config.model_config)
     world, cpu = World(), torch.device("cpu")
     sources = open_data(config, world)
-    bank = Path(config.rdm_bank) if config.rdm_bank else bank_folder(run)
+    banks = config.banks or [folder for folder in [bank_folder(run)] if holds_bank(folder)]
     by_moment = {}
     for moment in ("start", "end"):
-        stage = StudentStage(config, cpu, world, bank if holds_bank(bank) else None)
+        stage = StudentStage(config, cpu, world, banks)
         trainer = Trainer(stage, config, epoch_steps(config, sources))
         if moment == "end":
             trainer.load(trained[1])

@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,6 @@ class Run:
         results: of each result that it leaves, what its file's name ends in: ``resultX.json`` in
             its directory is kept as ``NAMEX.json``.
         cost: about how many minutes of a core it takes.
-        settings: what its result depends on, if that is more than its flags.
-        about: what it is a run of, for who reads its result.
     """
 
     name: str
@@ -61,18 +59,11 @@ class Run:
     where: tuple[str, ...] = ()
     results: tuple[str, ...] = ()
     cost: float = 1.0
-    settings: tuple[str, ...] = ()
-    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The names of the runs whose files it reads."""
         return tuple(dict.fromkeys(re.findall(r"\{([\w.-]+)\}", " ".join(self.flags))))
-
-    @property
-    def depends(self) -> list[str]:
-        """What makes its result another one."""
-        return list(self.settings or self.flags)
 
 
 def priorities(runs: Iterable[Run]) -> dict[str, float]:
@@ -156,7 +147,7 @@ class Study:
             versions = {path: None for path in self.kept(run).values()}
             versions[self.logs / run.name / "study.json"] = FORMAT
             for path, version in versions.items():
-                if path.is_file() and read_json(path, version)["flags"] != run.depends:
+                if path.is_file() and read_json(path, version)["flags"] != list(run.flags):
                     stale.append(str(path))
         if stale:
             raise UsageError(
@@ -213,7 +204,7 @@ class Study:
         return execution.side_by_side() if jobs else execution.here()
 
     def begin(self, run: Run, commit: str | None) -> None:
-        content = {"command": self.spelled(run), "commit": commit, "flags": run.depends}
+        content = {"command": self.spelled(run), "commit": commit, "flags": list(run.flags)}
         write_json(self.logs / run.name / "study.json", content, FORMAT)
 
     def origin(self, run: Run) -> dict[str, Any]:

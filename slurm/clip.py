@@ -42,12 +42,12 @@ def read_grid(path: Path, site: Site, extra: list[str]) -> list[Line]:
     trained = [run.path for run in runs if run.config.distill == "rdm"]
     banks = {*trained, *(run / "bank" for run in trained)}
     for run in runs:
-        bank = run.config.rdm_bank
-        if bank and Path(bank) not in banks and not Path(bank).is_dir():
-            raise UsageError(
-                f"{path}: --rdm-bank '{bank}' of {run.config.name} neither exists nor is trained "
-                "by a line with --distill rdm"
-            )
+        for bank in run.config.banks:
+            if bank not in banks and not bank.is_dir():
+                raise UsageError(
+                    f"{path}: --rdm-bank '{bank}' of {run.config.name} neither exists nor is "
+                    "trained by a line with --distill rdm"
+                )
     return runs
 
 

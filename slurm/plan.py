@@ -9,6 +9,7 @@ another run. Submitting a study again goes on with it: what is finished ends at 
 from pathlib import Path
 from types import ModuleType
 
+from cifd_clip.names import did_you_mean
 from experiments.study import command_line
 from slurm.jobs import Job, Line, Site, running, submit
 from training.errors import UsageError, cli
@@ -56,8 +57,11 @@ def grid_path(study: str) -> Path:
     path = Path(study) if study.endswith(".grid") else GRIDS / f"{study}.grid"
     if not path.is_file():
         grids = (p.relative_to(GRIDS).with_suffix("") for p in GRIDS.rglob("*.grid"))
-        known = ", ".join(sorted(map(str, grids)))
-        raise UsageError(f"STUDY '{study}': no such grid; expected a FILE.grid or one of {known}")
+        known = sorted(map(str, grids))
+        raise UsageError(
+            f"STUDY '{study}': no such grid; expected a FILE.grid or one of {', '.join(known)}"
+            f"{did_you_mean(study, known)}"
+        )
     return path
 
 

@@ -74,8 +74,9 @@ def on_fake_cuda(made: Trainer, precision: str, mode: FakeTensorMode) -> Trainer
         task._apply(moved)
         if hasattr(task, "student"):  # cut anew: the halves hold parameters
             task.student = Student(task.student.model, task.student.site)
-    if stage.bank is not None and stage.bank is not getattr(stage.task, "bank", None):
-        stage.bank._apply(moved)
+    for bank in stage.banks.values():
+        if bank is not getattr(stage.task, "bank", None):
+            bank._apply(moved)
     return Trainer(stage, made.config, 100, World(), device, precision)
 
 

@@ -23,8 +23,8 @@ def clip_run(logs: Path, name: str, method: str, **given) -> Path:
     config = clip_config.resolve({**flags, **given})
     write_json(run / "config.json", record(config), FORMAT)
     rates = list(config.rates)
-    bank = {"rates": rates, "hidden": [8] * 3, "teacher": {}} if rates else None
-    write_json(run / "teachers.json", {"teachers": [], "bank": bank}, FORMAT)
+    banks = [{"rates": rates, "hidden": [8] * 3, "teacher": {}}] if rates else []
+    write_json(run / "teachers.json", {"teachers": [], "banks": banks}, FORMAT)
     write_json(run / "finished.json", {"samples": 96_000_000, "seconds": 12.3}, FORMAT)
     write_json(run / "data.json", {"usable": 3_000_000}, FORMAT)
     return run

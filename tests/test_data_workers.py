@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -110,6 +111,26 @@ def test_a_stopped_worker_does_not_keep_its_process(tmp_path):
     start = time.monotonic()
     reading.close()
     assert gone(worker.pid) and time.monotonic() - start < 12
+
+
+@pytest.mark.parametrize("why", ["a stop", "the time limit"])
+def test_a_batch_that_a_stopped_worker_hands_over_is_waited_for_no_longer_than_others(
+    why, tmp_path
+):
+    reading = loader(index_shards(write_shards(tmp_path, [8])), workers=1)
+    start = time.monotonic()
+    stop = {"stopping": lambda: time.monotonic() > start + 3} if why == "a stop" else {"timeout": 3}
+    batches = reading.batches(0, 4, **stop)
+    next(batches)
+    (worker,) = reading._loader._iterator._workers
+    assert until(reading._loader._iterator._data_queue._reader.poll, 10), "one is on its way"
+    os.kill(worker.pid, signal.SIGSTOP)
+    waiting = threading.Thread(target=list, args=(batches,), daemon=True)
+    waiting.start()
+    waiting.join(12)
+    os.kill(worker.pid, signal.SIGCONT)
+    assert time.monotonic() - start < 12
+    reading.close()
 
 
 def test_a_worker_that_was_killed_is_told_in_a_sentence(tmp_path):

@@ -40,10 +40,11 @@ STEPS |= {
         ["--lambda-cl", "0"],
     )
 }
+STEPS["none × 2 ranks, sigmoid"] = ("none", ["--batch-size", "4", "--siglip"], "=")
 TRIPLE = ["--batch-size", "4", "--grad-checkpointing", "--torchcompile"]
 STEPS["cifd × 2 ranks, checkpointed, compiled"] = ("cifd", TRIPLE, "=")
 #: Flags that the single rank needs too, because they change what is computed.
-MEANING = ("--ibm-site", "--ibm-branch", "--no-ibm", "--lambda-cl")
+MEANING = ("--ibm-site", "--ibm-branch", "--no-ibm", "--lambda-cl", "--siglip")
 
 
 def compare(name: str, home: Path, world: World) -> dict:
@@ -97,7 +98,7 @@ def communication(case: str, flags: list[str], home: Path, world: World) -> dict
     said = messages(parameters, ROWS, columns, "gloo")[:-1]
     trains = {id(p) for p in task.parameters()}
     frozen = [p for t in made.stage.source.teachers for p in t.model.parameters()]
-    frozen += list(made.stage.bank.parameters()) if method == "cifd" else []
+    frozen += list(made.stage.banks[0].parameters()) if method == "cifd" else []
     return {
         "counted": dict(counted.bytes),
         "formula": total(said),

@@ -117,10 +117,10 @@ def test_a_repeated_measurement_is_skipped_and_a_fresh_one_is_the_same(
 
 def test_a_missing_set_is_a_named_gap_and_the_others_are_measured(measured, tmp_path, capsys):
     _, _, command = measured
-    assert bank.main([*command, "nowhere", "digit_scenes", "--out", str(tmp_path)]) == 1
-    assert "bank on nowhere: not evaluated: no folder" in capsys.readouterr().err
+    assert bank.main([*command, "objectnet", "digit_scenes", "--out", str(tmp_path)]) == 1
+    assert "bank on objectnet: not evaluated: no folder" in capsys.readouterr().err
     (gap,) = (tmp_path / "gaps").glob("*.json")
-    assert json.loads(gap.read_text())["dataset"] == "nowhere"
+    assert json.loads(gap.read_text())["dataset"] == "objectnet"
     assert len(list((tmp_path / "bank").glob("*.json"))) == 1
 
 

@@ -207,12 +207,12 @@ def test_two_runs_of_one_name_have_a_gap_each_and_lose_their_own_only(root, tmp_
     for seed, parent in enumerate("ab"):
         model_folder(tmp_path / parent / "run" / "student", seed=seed)
     data, out = tmp_path / "data", tmp_path / "out"
-    data.mkdir()
+    (data / "digits").mkdir(parents=True)
     runs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
     wanted = ("--data-root", data, "--datasets", "digits", "--out", out)
     assert evaluate(*runs, *wanted) == 1
     assert len({gap["weights"] for gap in results(out / "gaps")}) == 2
-    shutil.copytree(root / "digits", data / "digits")
+    shutil.copytree(root / "digits", data / "digits", dirs_exist_ok=True)
     assert evaluate(runs[0], *wanted) == 0
     (left,) = results(out / "gaps")
     (found,) = results(out)
@@ -359,10 +359,16 @@ def test_members_outside_the_allow_list_are_never_decoded(student, tmp_path):
     assert results(out)[0]["metrics"]["acc5"] is None
 
 
-def test_a_set_whose_name_is_mistyped_is_a_gap_that_says_what_is_near(root):
-    for name, near in (("digit_scens", "digit_scenes"), ("imagnet1k", "imagenet1k")):
-        with pytest.raises(datasets.Gap, match=f"did you mean {near}"):
-            datasets.open_folder(root, name, "test")
+@pytest.mark.parametrize(
+    ("name", "near"), [("digit_scens", "digit_scenes"), ("imagnet1k", "imagenet1k")]
+)
+def test_a_set_whose_name_is_mistyped_is_refused_and_leaves_no_gap(
+    name, near, student, root, tmp_path
+):
+    wanted = (student, "--data-root", root, "--out", tmp_path / "out", "--datasets", "digits", name)
+    with pytest.raises(UsageError, match=f"--datasets '{name}'.*did you mean {near}"):
+        evaluate(*wanted)
+    assert not list((tmp_path / "out").rglob("*"))
 
 
 def test_a_missing_set_is_a_named_gap_until_it_is_there(student, root, tmp_path, capsys):

@@ -98,7 +98,7 @@ def test_a_run_of_another_setting_is_in_no_row(tmp_path, other):
 def test_the_number_of_rdms_is_the_banks_and_not_that_of_an_unused_flag(tmp_path):
     table5 = {"student": "ViT-S-16", "distill_model": "ViT-B-16", "distill_pretrained": "a"}
     run = clip_run(tmp_path, "run", "cifd", 0.5, rates=(1.0,), **table5)
-    change(run / "teachers.json", bank={"rates": [1.0, 2.0, 3.0]})
+    change(run / "teachers.json", banks=[{"rates": [1.0, 2.0, 3.0]}])
     found = tables(run)
     assert ours(found["5"], "CIFD (3 RDM)") and not ours(found["5"], "CIFD (1 RDM)")
 
@@ -150,7 +150,7 @@ def test_a_method_with_a_part_of_cifd_is_not_the_printed_method(given, setting, 
     rdms = given.pop("rdms", 0)
     run = clip_run(tmp_path, "run", "clipkd", 0.46, **given)
     if rdms:
-        change(run / "teachers.json", bank={"rates": [1.0] * rdms})
+        change(run / "teachers.json", banks=[{"rates": [1.0] * rdms}])
     (row,) = rows_of(read_sources([run]))
     assert row.method == setting and not tables(run)
 

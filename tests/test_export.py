@@ -7,7 +7,6 @@ import re
 import shutil
 
 import numpy as np
-import onnxruntime
 import open_clip
 import pytest
 import torch
@@ -25,6 +24,8 @@ from runs import word_tokenizer
 from training.clip.models import save_student
 from training.engine.config import FORMAT
 from training.main import main
+
+onnxruntime = pytest.importorskip("onnxruntime")  # of an extra
 
 SMALL_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 SMALL_VIT = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}

@@ -137,6 +137,32 @@ def test_torchrun_trains_the_bank_and_the_student_in_one_go(flags, teacher, tmp_
     assert (tmp_path / "run" / "student" / "open_clip_model.safetensors").is_file()
 
 
+def workers(rank: subprocess.Popen) -> list[int]:
+    children = Path(f"/proc/{rank.pid}/task/{rank.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"resource_tracker" not in
+            Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
+
+
+def test_ranks_of_which_one_has_a_stopped_worker_leave_within_a_minute_of_a_signal(flags, tmp_path):
+    command = [*flags, "--batch-size", "12", "--workers", "1", "--epochs", "9999"]
+    command += ["--logs", str(tmp_path), "--name", "run", "--save-every-n-steps", "1"]
+    ranks = launch(command, tmp_path / "log")
+    try:
+        while not (tmp_path / "run" / "checkpoints.json").is_file():
+            assert all(rank.poll() is None for rank in ranks), (tmp_path / "log.0").read_text()
+            time.sleep(0.02)
+        for worker in workers(ranks[1]):
+            os.kill(worker, signal.SIGSTOP)
+        time.sleep(5)
+        for rank in ranks:
+            rank.terminate()
+        assert [rank.wait(timeout=60) for rank in ranks] == [STOPPED_EXIT] * 2
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert Checkpoints(tmp_path / "run" / "checkpoints").newest()
+
+
 @pytest.mark.parametrize("signalled", [True, False])
 def test_a_process_whose_data_do_not_come_is_left_by_all_with_the_last_checkpoint_whole(
     signalled, flags, scenes, tmp_path

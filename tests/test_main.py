@@ -75,6 +75,21 @@ def test_every_method_leaves_a_checkpoint_that_stock_open_clip_loads_strictly(
     assert steps[-1]["loss"] == pytest.approx(total, rel=1e-5), "the total is the terms' sum"
 
 
+def test_help_shows_what_is_commonly_set_and_help_all_every_flag(capsys):
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            parser().given([flag])
+        shown[flag] = capsys.readouterr().out
+    named = {
+        name: set(re.findall(r"^  (--[a-z0-9-]+)", text, re.M)) for name, text in shown.items()
+    }
+    every = {action.option_strings[0] for action in parser()._actions} - {"-h"}
+    assert named["--help-all"] == every and named["--help"] < every
+    assert {"--train-data", "--distill", "--lr"} < named["--help"]
+    assert len(shown["--help"].splitlines()) <= 80
+
+
 def test_a_run_directory_explains_itself(flags, teacher, bank, tmp_path, scenes):
     command = [*flags, *method_flags("cifd", teacher, bank), "--logs", str(tmp_path)]
     command += ["--val-data", str(scenes / "val"), "--report-to", "tensorboard"]
@@ -410,13 +425,30 @@ def test_a_run_goes_on_with_data_a_teacher_and_a_bank_that_have_moved_but_with_n
     rdm = [*flags, "--distill", "rdm", "--distill-model", teacher, "--rates", "300", "30"]
     assert main([*rdm, "--seed", "1", "--logs", str(tmp_path), "--name", "rdm"]) == 0
     before = (tmp_path / "run" / "config.json").read_bytes()
-    with pytest.raises(UsageError, match="was trained with other weights: of the teachers and"):
+    with pytest.raises(UsageError, match="--rdm-bank was"):
         main(command(*places[:2], tmp_path / "rdm" / "bank"))
-    with pytest.raises(UsageError, match="was trained on other data"):
+    with pytest.raises(UsageError, match="--train-data was"):
         main(command(scenes / "val", *places[1:]))
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     with pytest.raises(UsageError, match="--rdm-bank was"):
         main([*command(*places), "--rdm-bank", ""])
+
+
+def test_held_out_data_and_model_configs_may_move_too_but_not_change(flags, scenes, tmp_path):
+    command = [*flags, "--logs", str(tmp_path), "--name", "run", "--resume", "latest"]
+    assert main([*command, "--val-data", str(scenes / "val")]) == 0
+    held_out = shutil.copytree(scenes / "val", tmp_path / "held out")
+    configs = [shutil.copy(path, tmp_path) for path in CONFIGS]
+    moved = ["--val-data", str(held_out), "--model-config", *configs]
+    (tmp_path / "run" / "finished.json").unlink()
+    assert main([*command, *moved]) == 0
+    (tmp_path / "run" / "finished.json").unlink()
+    with pytest.raises(UsageError, match="--val-data was"):
+        main([*command, *moved, "--val-data", str(scenes / "train")])
+    content = json.loads(Path(configs[0]).read_text())
+    Path(configs[0]).write_text(json.dumps(content | {"quick_gelu": True}))
+    with pytest.raises(UsageError, match=r"--model-config was \{'tiny-student': "):
+        main([*command, *moved])
 
 
 def test_a_student_that_cannot_run_is_refused_before_its_bank_is_trained(flags, teacher, tmp_path):
@@ -464,6 +496,15 @@ def test_a_second_ctrl_c_ends_with_one_line_and_code_130(flags, tmp_path):
     told = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 130 and told[-1] == "interrupted"
     assert not any("Traceback" in line for line in told), told
+
+
+def test_a_sigmoid_student_ships_its_bias(flags, tmp_path):
+    command = [*flags, "--siglip", "--loss-dist-impl", "shift", "--logs", str(tmp_path)]
+    assert main([*command, "--name", "run"]) == 0
+    shipped = open_clip.create_model(f"local-dir:{tmp_path / 'run' / 'student'}")
+    assert abs(shipped.logit_bias.item() + 10) < 0.1, "begins as OpenCLIP's does"
+    assert abs(shipped.logit_scale.exp().item() - 10) < 0.5
+    assert torch.equal(final(tmp_path / "run")["state_dict"]["logit_bias"], shipped.logit_bias)
 
 
 def test_a_missing_bank_and_a_foreign_bank_are_refused(flags, bank, teacher, tmp_path):

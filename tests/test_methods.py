@@ -5,6 +5,7 @@ import math
 import open_clip
 import pytest
 import torch
+from open_clip.loss import SigLipLoss
 
 from cifd_clip import METHODS, Features, Noise, World, distributed, with_assistants
 from cifd_clip.losses import Logits, embedding_loss, relational_kl
@@ -115,6 +116,14 @@ def test_none_is_openclips_loss_and_gradient():
     same_gradient(total(losses), expected, model)
 
 
+def test_none_is_openclips_sigmoid_loss_and_gradient_with_siglip():
+    batch, model = pairs(ROWS), clip(SIGLIP)
+    losses, _ = run(task("none", model, [], siglip=True), batch, [])
+    expected = SigLipLoss()(*stock(model, batch), model.logit_bias)
+    close(total(losses), expected)
+    same_gradient(total(losses), expected, model, atol=1e-6)
+
+
 def test_kd_is_openclips_distill_loss_and_gradient():
     batch, model, other = pairs(ROWS), clip("tiny-student"), teacher()
     losses, _ = run(task("kd", model, [48]), batch, [other(*batch)])
@@ -127,12 +136,48 @@ def test_kd_is_openclips_distill_loss_and_gradient():
     same_gradient(total(losses), sum(expected.values()), model)
 
 
-def same_gradient(found, expected, model):
+def same_gradient(found, expected, model, atol=1e-7):
     parameters = dict(model.named_parameters())
     a = torch.autograd.grad(found, parameters.values())
     b = torch.autograd.grad(expected, parameters.values())
     for name, mine, theirs in zip(parameters, a, b):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7, msg=f"gradient of {name}")
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=atol, msg=f"gradient of {name}")
+
+
+def decisions(logits, taught):
+    """Σ over pairs of the cross-entropy of two Bernoulli variables, a mean over rows."""
+    p, q = torch.stack([*map(torch.stack, logits)]), torch.stack([*map(torch.stack, taught)])
+    cross = -(q.sigmoid() * p.sigmoid().log() + (1 - q.sigmoid()) * (1 - p.sigmoid()).log())
+    return cross.sum() / len(p)
+
+
+@pytest.mark.parametrize("method", ["kd", "tinyclip", "mobileclip", "clipkd"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_sigmoid_students_mimic_the_decisions_of_teachers_that_have_a_bias(method, biased):
+    batch, model, other = pairs(ROWS), clip(SIGLIP), teacher(SIGLIP, seed=5)
+    taught = other(*batch)
+    if not biased:
+        taught = taught._replace(logit_bias=None)
+    losses, _ = run(task(method, model, [40], siglip=True), batch, [taught])
+    scale = {"kd": 0.5, "tinyclip": 1.0}.get(method)
+    name = {"kd": "distill", "tinyclip": "affinity", "clipkd": "relational"}.get(method, "distill")
+    student, theirs = student_features(model, batch), lesson(taught)
+    if not biased:
+        terms = soft_cross_entropy if scale else kl
+        close(losses[f"{name}_loss"], (scale or 0.5) * sum(terms(student, theirs)))
+        return
+    biases = model.logit_bias.double(), taught.logit_bias.double()
+    ours, of_teacher = (
+        [
+            [[x + bias for x in row] for row in cosines(rows, columns, scale_of)]
+            for rows, columns in ((image, text), (text, image))
+        ]
+        for (image, text, scale_of), bias in zip((student, theirs), biases)
+    )
+    cross = sum(map(decisions, ours, of_teacher))
+    if not scale:  # a divergence
+        cross = (cross - sum(map(decisions, of_teacher, of_teacher))) / 2
+    close(losses[f"{name}_loss"], (scale or 1.0) * cross, rtol=1e-4)
 
 
 # -- the peers, by their papers' equations -----------------------------------------------------

@@ -120,7 +120,7 @@ def test_a_run_with_a_result_is_executed_again_only_for_what_it_left_in_the_logs
     whole = study(tmp_path, *runs, results=tmp_path)
     for run in runs:
         for path in whole.kept(run).values():
-            write_result(path, {"flags": run.depends})
+            write_result(path, {"flags": list(run.flags)})
     assert [path.name for path in results_of(whole)] == [
         "teacher.json", "bank_R1.json", "bank_R2.json", "student.json",
     ]  # fmt: skip

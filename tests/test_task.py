@@ -188,7 +188,7 @@ def test_the_flag_decides_what_an_assistant_teaches(form, home):
     made, noise, rows = trainer("cifd", home, "--rdm-output", form), Noise(5, 0), batch(ROWS)
     stage = made.stage
     teachers = stage.targets(rows)
-    wanted = with_assistants(stage.bank, teachers, [1.0], noise, form)
+    wanted = with_assistants(stage.banks[0], teachers, [1.0], noise, form)
     for a, b in zip(stage.with_assistants(teachers, noise), wanted, strict=True):
         assert torch.equal(a.image, b.image) and torch.equal(a.text, b.text)
 

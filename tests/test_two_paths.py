@@ -33,7 +33,7 @@ def test_cifd_of_clip_models(flags, teacher, bank, scenes, tmp_path):
     config = resolve(values, **named_files(values))
     add_model_configs(config.model_config)
     sources = open_data(config, World())
-    stage = StudentStage(config, CPU, World(), bank)
+    stage = StudentStage(config, CPU, World(), config.banks)
     trainer = Trainer(stage, config, sources.num_samples // config.global_batch)
     loader = make_loader(config, sources, trainer)
     assert train(trainer, loader, config)

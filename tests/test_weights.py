@@ -153,14 +153,14 @@ def test_rates_of_a_mean_are_those_of_equation_4_over_the_teachers_width(tmp_pat
     prepare(tmp_path)
     flags = ["--rates", "48000", "1440", "--rdm-reduction", "mean"]
     stage = trainer("rdm", tmp_path, *flags).stage
-    assert stage.bank.rates == [1000.0, 30.0]
+    assert stage.banks[0].rates == [1000.0, 30.0]
     x = embeddings(ROWS)
-    output = stage.bank.image(x, torch.zeros(ROWS, 2 * 48))
-    losses, _ = rate_distortion_loss(x, output, stage.bank.rates)
+    output = stage.banks[0].image(x, torch.zeros(ROWS, 2 * 48))
+    losses, _ = rate_distortion_loss(x, output, stage.banks[0].rates)
     for rate, loss, other, nats in zip((48000, 1440), losses, output.embedding, output.nats):
         expected = rate * torch.nn.functional.mse_loss(other, x) + nats.mean()
         torch.testing.assert_close(loss, expected)
     # A bank's own rates are compared in the same terms.
-    assert trainer("cifd", tmp_path, *flags).stage.bank.rates == [1000.0, 30.0]
+    assert trainer("cifd", tmp_path, *flags).stage.banks[0].rates == [1000.0, 30.0]
     with pytest.raises(UsageError, match=r"--rates \[48000.0, 1440.0\]: the bank"):
         trainer("cifd", tmp_path, *flags[:3])

@@ -73,8 +73,8 @@ def trainer(case: str, directory: Path, *flags: str, world: World | None = None)
     given = parse([*argv, *flags])
     config = resolve(given, world.size, **named_files(given))
     add_model_configs(config.model_config)
-    bank = Path(config.rdm_bank) if config.rdm_bank else None
-    stage = RDMStage(config, CPU) if method == "rdm" else StudentStage(config, CPU, world, bank)
+    rdm = method == "rdm"
+    stage = RDMStage(config, CPU) if rdm else StudentStage(config, CPU, world, config.banks)
     stage.task.train()
     return Trainer(stage, config, 100, world, CPU, config.precision)
 

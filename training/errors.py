@@ -1,11 +1,10 @@
 """Failure is loud: one clear sentence on stderr and a non-zero exit."""
 
-import difflib
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NoReturn
 
 from cifd_clip.files import BadFile
@@ -47,12 +46,6 @@ class NonFinite(Failure):
     """Training diverged. The message names the loss term; the last good weights are on disk."""
 
     exit_code = 3
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: which known ones are near, if any."""
-    close = difflib.get_close_matches(word, known, n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def sentence(error: Exception) -> str:

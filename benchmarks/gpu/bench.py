@@ -20,7 +20,7 @@ from training.clip.live import LiveTeachers, Transforms
 from training.clip.models import add_model_configs, model_config, quiet
 
 METHODS = ("none", "fd", "clipkd", "cifd")  # of the table of a step
-LITTLE = Path("experiments/clip_small/models")  # small-gap10-vit teaches tiny-gap10-vit
+LITTLE = Path("experiments/map/models")  # small-gap10-vit teaches tiny-gap10-vit
 
 
 class Bench:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cifd_clip.files import BadFile, read_json
+from cifd_clip.names import nearby
 
 CONFIG = "open_clip_config.json"
 #: Of weights that were cut short safetensors and pickle say it in classes of their own.
@@ -87,7 +88,7 @@ def load(spec: str) -> Source:
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"'{spec}': expected a finished run directory (with student/{CONFIG}) or an OpenCLIP "
-            f"model folder (with {CONFIG})"
+            f"model folder (with {CONFIG}){nearby(path)}"
         )
     of_run = folder.name == "student" and (folder.parent / "config.json").is_file()
     run = folder.parent if of_run else None

@@ -1,7 +1,7 @@
 """What methods share: the contract, the projectors to the teachers' spaces, the bottlenecks."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from cifd_clip.bottleneck import InformationBottleneck
 from cifd_clip.distributed import World
-from cifd_clip.losses import Features
+from cifd_clip.losses import (
+    Features,
+    Logits,
+    contrastive_loss,
+    relational_kl,
+    sigmoid_kl,
+    sigmoid_loss,
+    soft_contrastive_loss,
+    soft_sigmoid_loss,
+)
 from cifd_clip.methods.options import Declaration
 from cifd_clip.noise import Noise
 from cifd_clip.student import Pooled, Student, StudentEmbeddings
@@ -171,17 +180,33 @@ class Method(nn.Module):
             contrastive = student.embed(pooled)
         return Embedded(compared, contrastive, losses, report)
 
+    @property
+    def contrastive(self) -> Callable[[Logits, Tensor], Tensor]:
+        """The contrastive loss of logits and labels, the sum of both directions."""
+        return sigmoid_loss if self.options["siglip"] else contrastive_loss
+
+    def mimicking(self, teacher: Features) -> Callable[[Logits, Logits], Tensor]:
+        """Cross-entropy of the student's logits to this teacher's, the sum of both directions."""
+        return soft_sigmoid_loss if self._decides(teacher) else soft_contrastive_loss
+
+    def relational(self, teacher: Features) -> Callable[[Logits, Logits], Tensor]:
+        """KL(teacher ‖ student) of logits, the mean of both directions."""
+        return sigmoid_kl if self._decides(teacher) else relational_kl
+
+    def _decides(self, teacher: Features) -> bool:
+        """Whether student and teacher say of each pair by itself how likely it belongs together."""
+        return self.options["siglip"] and teacher.logit_bias is not None
+
     def rescaled(self, teachers: list[Features]) -> list[Features]:
         """The teachers at the temperatures that ``distill_logit_scale`` gives, if it does.
 
-        Assistants, which follow the teachers, have the first one's.
+        Assistants have their teacher's.
         """
         if not (scales := self.options["distill_logit_scale"]):
             return teachers
-        scales = [*scales, *scales[:1] * (len(teachers) - len(scales))]
         return [
-            teacher._replace(logit_scale=teacher.logit_scale.new_full((), scale))
-            for teacher, scale in zip(teachers, scales)
+            teacher._replace(logit_scale=teacher.logit_scale.new_full((), scales[teacher.teacher]))
+            for teacher in teachers
         ]
 
     def forward(

@@ -8,7 +8,7 @@ DECLARATION = {
     "summary": "the paper's: match teacher and assistants through a bottleneck (eq. 13)",
     "options": {"lambda_cl": (0.0005, "λ_CL of eq. 13: weight of both directions' sum (eq. 11)")},
     "spans": {"lambda_cl": (1e-5, 1e-2)},
-    "uses": ["projector", "reduction", "ibm", "ibm_branch"],
+    "uses": ["projector", "reduction", "ibm", "ibm_branch", "contrastive"],
     "defaults": {"ibm": True},
 }
 
@@ -30,9 +30,12 @@ class CIFD(FeatureDistillation):
 
     def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         embedded = self.embed(student, pooled, noise)
-        losses = {**self.embedding_losses(embedded.compared, teachers), **embedded.losses}
+        losses, pulls = self.embedding_losses(embedded.compared, teachers)
+        losses |= embedded.losses
+        embedded.report.update(pulls)
         if self.uses_logit_scale:
-            contrastive = world.contrastive(embedded.contrastive.features())
+            features = embedded.contrastive.features()
+            contrastive = world.contrastive(features, loss=self.contrastive)
             losses["contrastive_loss"] = self.options["lambda_cl"] * contrastive
             embedded.report["contrastive"] = contrastive.detach()  # before λ_CL
         return losses, embedded.report

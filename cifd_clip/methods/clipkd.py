@@ -5,13 +5,7 @@ import math
 import torch
 from torch import nn
 
-from cifd_clip.losses import (
-    Features,
-    contrastive_loss,
-    element_weight,
-    embedding_loss,
-    relational_kl,
-)
+from cifd_clip.losses import Features, contrastive_loss, element_weight, embedding_loss
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report, total_weight
 
@@ -29,7 +23,7 @@ DECLARATION = {
         ),
     },
     "spans": {"lambda_crd": (0.1, 10.0), "lambda_icl": (0.1, 10.0), "lambda_fd": (100.0, 10000.0)},
-    "uses": ["projector", "reduction", "ibm", "ibm_branch", "similarities"],
+    "uses": ["projector", "reduction", "ibm", "ibm_branch", "contrastive", "similarities"],
 }
 
 
@@ -39,7 +33,8 @@ class CLIPKD(Method):
     Two repairs to the published code: the interactive term's temperature is exponentiated
     (``interactive_scale`` raw: as published), and what trains (projectors, temperature) sits in
     this module, so that the optimizer, the checkpoint and every rank agree on it. Its scripts have
-    a projector for each modality (``projector`` separate). With several teachers, the weighted
+    a projector for each modality (``projector`` separate). The interactive term has a temperature
+    of its own and no bias: with ``siglip`` it stays a softmax. With several teachers, the weighted
     mean of their terms.
     """
 
@@ -75,9 +70,11 @@ class CLIPKD(Method):
             compared, others = logits[own - 1], logits[own:]
             relational = interactive = 0.0
             for teacher, cross, taught in zip(teachers, others[::2], others[1::2]):
-                relational = relational + teacher.weight * relational_kl(compared, taught)
+                relational = relational + teacher.weight * self.relational(teacher)(
+                    compared, taught
+                )
                 interactive = interactive + teacher.weight * contrastive_loss(cross, labels) / 2
-            return contrastive_loss(logits[0], labels) / 2, relational, interactive
+            return self.contrastive(logits[0], labels) / 2, relational, interactive
 
         contrastive, relational, interactive = world.over_rows(terms, rows, columns)
         options, total = self.options, total_weight(teachers)

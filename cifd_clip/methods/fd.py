@@ -22,18 +22,29 @@ class FeatureDistillation(Method):
 
     def forward(self, student, pooled, teachers, world, noise) -> tuple[Losses, Report]:
         embedded = self.embed(student, pooled, noise)
-        losses = self.embedding_losses(embedded.compared, teachers)
-        return {**losses, **embedded.losses}, embedded.report
+        losses, pulls = self.embedding_losses(embedded.compared, teachers)
+        return {**losses, **embedded.losses}, {**embedded.report, **pulls}
 
-    def embedding_losses(self, student: StudentEmbeddings, teachers: list[Features]) -> Losses:
-        """Σ_n λ_n‖Û − X_n‖² of each modality, over teachers and assistants alike (eq. 8, 12)."""
+    def embedding_losses(
+        self, student: StudentEmbeddings, teachers: list[Features]
+    ) -> tuple[Losses, Report]:
+        """Σ_n λ_n‖Û − X_n‖² of each modality, over teachers and assistants alike (eq. 8, 12).
+
+        Of several teachers it reports how much each pulls: its part of both sums, its assistants'
+        with it.
+        """
         image_loss = text_loss = 0.0
+        pulls: Report = {}
         projected = self.projectors(student, teachers)
         reduction = self.options["loss_reduction"]
         whole = total_weight(teachers) if reduction == "relative" else 1.0
         for teacher in teachers:
             image, text = projected[teacher.space]
             weight = teacher.weight * element_weight(reduction, image.shape[-1]) / whole
-            image_loss = image_loss + weight * embedding_loss(image, teacher.image)
-            text_loss = text_loss + weight * embedding_loss(text, teacher.text)
-        return {"image_embedding_loss": image_loss, "text_embedding_loss": text_loss}
+            of_image = weight * embedding_loss(image, teacher.image)
+            of_text = weight * embedding_loss(text, teacher.text)
+            image_loss, text_loss = image_loss + of_image, text_loss + of_text
+            name = f"teacher{teacher.teacher}"
+            pulls[name] = pulls.get(name, 0.0) + (of_image + of_text).detach()
+        losses = {"image_embedding_loss": image_loss, "text_embedding_loss": text_loss}
+        return losses, pulls if len(pulls) > 1 else {}

@@ -1,12 +1,11 @@
 """Knowledge distillation of the similarity matrix, as OpenCLIP does it."""
 
-from cifd_clip.losses import contrastive_loss, soft_contrastive_loss
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report, total_weight
 
 DECLARATION = {
     "summary": "OpenCLIP's distillation: the teacher's similarities as soft targets",
-    "uses": ["similarities"],
+    "uses": ["contrastive", "similarities"],
 }
 
 
@@ -20,9 +19,9 @@ class KnowledgeDistillation(Method):
 
         def terms(labels, logits, *taught):
             distill = sum(
-                t.weight * soft_contrastive_loss(logits, of) for t, of in zip(teachers, taught)
+                t.weight * self.mimicking(t)(logits, of) for t, of in zip(teachers, taught)
             )
-            return contrastive_loss(logits, labels) / 2, distill / (2 * total_weight(teachers))
+            return self.contrastive(logits, labels) / 2, distill / (2 * total_weight(teachers))
 
         rows = [student.embed(pooled).features(), *teachers]
         contrastive, distill = world.over_rows(terms, rows)

@@ -1,13 +1,12 @@
 """MobileCLIP's ensemble distillation (Vasu et al. 2024, section 3), without stored captions."""
 
-from cifd_clip.losses import contrastive_loss, relational_kl
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report, total_weight
 
 DECLARATION = {
     "summary": "MobileCLIP's ensemble distillation: KL to the mean over teachers",
     "options": {"lambda_kd": (1.0, "share of distillation, beside 1 − that of the task loss")},
-    "uses": ["similarities"],
+    "uses": ["contrastive", "similarities"],
     "spans": {"lambda_kd": (0.3, 1.0)},
 }
 
@@ -25,8 +24,10 @@ class MobileCLIP(Method):
         share = self.options["lambda_kd"]
 
         def terms(labels, logits, *taught):
-            distill = sum(t.weight * relational_kl(logits, of) for t, of in zip(teachers, taught))
-            contrastive = (1 - share) * contrastive_loss(logits, labels) / 2
+            distill = sum(
+                t.weight * self.relational(t)(logits, of) for t, of in zip(teachers, taught)
+            )
+            contrastive = (1 - share) * self.contrastive(logits, labels) / 2
             return contrastive, share * distill / total_weight(teachers)
 
         rows = [student.embed(pooled).features(), *teachers]

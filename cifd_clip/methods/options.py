@@ -89,11 +89,18 @@ GROUPS = {
             ("all", "distill"),
         ),
     },
+    "contrastive": {
+        "siglip": (
+            False,
+            "SigLIP's sigmoid loss as contrastive term, and its form of the similarity terms of "
+            "teachers that have a bias; the student gets one",
+        ),
+    },
     "similarities": {
         "distill_logit_scale": (
             [],
             "the factor 1/τ of each teacher's similarities, in place of its own (MobileCLIP 100, "
-            "MobileCLIP2 70 and 60, TinyCLIP 50); its assistants have the first's",
+            "MobileCLIP2 70 and 60, TinyCLIP 50); its assistants have the same",
         ),
     },
     "assistants": {

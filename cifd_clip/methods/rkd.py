@@ -13,6 +13,7 @@ from cifd_clip.methods.base import Losses, Method, Report, total_weight
 
 DECLARATION = {
     "summary": "relational KD: distances and angles within a batch; work grows as its cube",
+    "uses": ["contrastive"],
     "options": {
         "lambda_distance": (25.0, "weight of the distances between pairs"),
         "lambda_angle": (50.0, "weight of the angles of triplets"),
@@ -47,7 +48,7 @@ class RelationalDistillation(Method):
                 distance = distance + weight * distance_loss(ours, theirs, labels)
                 angle = angle + weight * angle_loss(ours, theirs, labels)
         losses = {
-            "contrastive_loss": world.contrastive(rows, columns) / 2,
+            "contrastive_loss": world.contrastive(rows, columns, self.contrastive) / 2,
             "distance_loss": self.options["lambda_distance"] * distance,
             "angle_loss": self.options["lambda_angle"] * angle,
         }

@@ -1,12 +1,11 @@
 """TinyCLIP's affinity mimicking (Wu et al. 2023, eq. 1) beside the contrastive loss."""
 
-from cifd_clip.losses import contrastive_loss, soft_contrastive_loss
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report, total_weight
 
 DECLARATION = {
-    "summary": "TinyCLIP's affinity mimicking, without its pruning",
-    "uses": ["similarities"],
+    "summary": "TinyCLIP's affinity mimicking; its weight inheritance is --init-from",
+    "uses": ["contrastive", "similarities"],
 }
 
 
@@ -23,9 +22,9 @@ class TinyCLIP(Method):
 
         def terms(labels, logits, *taught):
             mimicking = sum(
-                t.weight * soft_contrastive_loss(logits, of) for t, of in zip(teachers, taught)
+                t.weight * self.mimicking(t)(logits, of) for t, of in zip(teachers, taught)
             )
-            return contrastive_loss(logits, labels), mimicking / total_weight(teachers)
+            return self.contrastive(logits, labels), mimicking / total_weight(teachers)
 
         rows = [student.embed(pooled).features(), *teachers]
         contrastive, affinity = world.over_rows(terms, rows)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cifd_clip import METHODS, RDMBank, Student, World
 from cifd_clip.losses import Features
 from cifd_clip.student import Pooled, embedding_dim
-from training.clip.models import quiet
+from training.clip.models import model_config, quiet
 from training.errors import UsageError
 
 #: Rows of the batches that are counted.
@@ -68,6 +68,7 @@ def build_clip(name: str, flag: str = "--model", **options: Any) -> nn.Module:
     Raises:
         UsageError: there is no such model; names the ``flag``.
     """
+    model_config(name, flag)
     try:
         with quiet(), torch.device("meta"):  # OpenCLIP warns of missing weights
             return open_clip.create_model(name, device="meta", load_weights=False, **options)

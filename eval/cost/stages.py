@@ -82,7 +82,7 @@ def run_stages(config: CostConfig) -> list[Stage]:
     if config.distill == "rdm":
         return [*stages, rdm_stage(config, teachers[0], config.epochs)]
     if config.distill == "cifd" and config.rates and not config.rdm_bank:
-        stages.append(rdm_stage(config, teachers[0], config.rdm_epochs))
+        stages += [rdm_stage(config, teacher, config.rdm_epochs) for teacher in teachers]
     return [*stages, student_stage(config, config.model, teachers)]
 
 

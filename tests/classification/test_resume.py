@@ -81,6 +81,29 @@ def test_a_killed_run_goes_on_from_the_last_step_that_was_saved(straight, photos
     assert weights(run) == weights(whole)
 
 
+def test_teachers_and_what_helps_them_may_move_but_no_others_take_their_place(
+    photos, known, another, tmp_path
+):
+    (teacher, bank), logs = known, f"--logs={tmp_path}"
+    factors = ["--method=paraphraser", f"--teacher={teacher}", "--lr=0.001", logs]
+    paraphraser = run_photos(photos, "paraphraser", *factors)
+
+    def moved(run: Path) -> Path:
+        return Path(shutil.copytree(run, tmp_path / "moved" / run.name, dirs_exist_ok=True))
+
+    for method, helper in (("cifd", ("--rdm-bank", bank)), ("ft", ("--paraphraser", paraphraser))):
+        own = [f"--method={method}", "--model=cnn2", logs, "--resume=latest"]
+        for place in (lambda run: run), moved:
+            given = [f"--teacher={place(teacher)}", f"{helper[0]}={place(helper[1])}"]
+            run = run_photos(photos, method, *own, *given)
+            (run / "finished.json").unlink()
+    other = ["--method=kd", "--model=cnn2", logs, "--resume=latest"]
+    run = run_photos(photos, "kd", *other, f"--teacher={teacher}")
+    (run / "finished.json").unlink()
+    with pytest.raises(UsageError, match=r"--teacher was \['[0-9a-f]{64}'\], now \['[0-9a-f]{64}"):
+        run_photos(photos, "kd", *other, f"--teacher={another}")
+
+
 def test_the_average_of_weights_is_what_ships_and_changes_nothing_of_what_trains(straight, photos):
     averaged, flags = straight
     plain = run_photos(photos, "plain", *(f for f in flags if not f.startswith("--ema")))

@@ -92,8 +92,10 @@ class Table:
         rows = torch.from_numpy(rows)
         return Table(self.images[rows], self.labels[rows], self.hash, part)
 
-    def in_order(self, rows: Tensor, size: int, images: bool = True) -> Iterator[ImageBatch]:
-        """The plain views of some rows, ``size`` at a time."""
+    def in_order(
+        self, rows: Tensor, size: int, images: bool = True, stopping=None, timeout=None
+    ) -> Iterator[ImageBatch]:
+        """The plain views of some rows, ``size`` at a time; nothing is waited for."""
         for chunk in rows.split(size):
             yield self.batch(chunk, images)
 
@@ -133,7 +135,9 @@ class Batches:
             self.images = torch.nn.functional.pad(table.images, pad)
         self.per_epoch = len(rows) // size
 
-    def epoch(self, epoch: int, start: int, images: bool) -> Iterator[ImageBatch]:
+    def epoch(
+        self, epoch: int, start: int, images: bool, stopping=None, timeout=None
+    ) -> Iterator[ImageBatch]:
         """This process's part of each batch from batch ``start`` on, with or without images."""
         order = draws.permutation(len(self.rows), "classify/order", self.seed, epoch)
         shuffled = torch.from_numpy(self.rows[order]).to(self.device)

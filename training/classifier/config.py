@@ -42,6 +42,7 @@ class MethodConfig:
         "finished runs: the teacher, then its assistants from large to small (takd, dgkd); or "
         "NAME:FILE, torchvision's or timm's weights of resnet34, resnet50, ...",
         metavar="RUN[,RUN]",
+        moves=True,
     )
     teacher_cache: str = flag(
         "",
@@ -49,7 +50,9 @@ class MethodConfig:
         metavar="DIR",
         free=True,
     )
-    rdm_bank: str = flag("", "cifd: a finished run of --method rdm", metavar="RUN", **only("cifd"))
+    rdm_bank: str = flag(
+        "", "cifd: a finished run of --method rdm", metavar="RUN", moves=True, **only("cifd")
+    )
     rates: tuple[float, ...] = flag(
         (),
         "rdm: one assistant per rate [1 3 10 30 100]; cifd: which of the bank's teach [all]",
@@ -69,7 +72,7 @@ class MethodConfig:
         least=1,
         **only("rdm"),
     )
-    paraphraser: str = flag("", "ft: a run of --method paraphraser", metavar="RUN")
+    paraphraser: str = flag("", "ft: a run of --method paraphraser", metavar="RUN", moves=True)
     factors: int | None = flag(
         None, "paraphraser: width of the factors [half of T]", least=1, **only("paraphraser")
     )

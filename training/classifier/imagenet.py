@@ -23,7 +23,7 @@ from training.data import draws
 from training.data.decode import BadSample, Caps, decode_image
 from training.data.tar import open_regular
 from training.data.views import draw, private_randomness
-from training.data.workers import check_limits, data_loader, end, iterate
+from training.data.workers import check_limits, data_loader, end, iterate, reads
 from training.errors import UsageError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -73,14 +73,18 @@ class Photos:
         Raises:
             UsageError: it can't be read or decoded.
         """
-        path = self.files[self.file[row]]
+        reads(row)
         try:
-            with open_regular(path) as file:
+            with open_regular(self.files[self.file[row]]) as file:
                 file.seek(self.offset[row])
                 data = file.read(self.size[row])
             return decode_image(data, CAPS)
         except (BadSample, OSError) as problem:
-            raise UsageError(f"--data: '{self.names[row]}' in {path}: {problem}") from None
+            raise UsageError(f"--data: {self.place(row)}: {problem}") from None
+
+    def place(self, row: int) -> str:
+        """What one of them is called, and where it lies."""
+        return f"'{self.names[row]}' in {self.files[self.file[row]]}"
 
 
 @dataclass(frozen=True)
@@ -123,19 +127,30 @@ class PhotoTable:
         labels = self.labels[torch.from_numpy(rows)]
         return replace(self, photos=self.photos.take(rows), labels=labels)
 
-    def in_order(self, rows: Tensor, size: int, images: bool = True) -> Iterator[ImageBatch]:
+    def in_order(
+        self, rows: Tensor, size: int, images: bool = True, stopping=None, timeout=None
+    ) -> Iterator[ImageBatch]:
         """The plain views of some rows, ``size`` at a time."""
-        yield from self.decoded(rows.split(size), PLAIN)
+        yield from self.decoded(rows.split(size), PLAIN, stopping=stopping, timeout=timeout)
 
     def decoded(
-        self, chunks: Sequence[Tensor], view: Callable, seed: int = 0, epoch: int = 0
+        self,
+        chunks: Sequence[Tensor],
+        view: Callable,
+        seed: int = 0,
+        epoch: int = 0,
+        stopping: Callable[[], bool] | None = None,
+        timeout: float | None = None,
     ) -> Iterator[ImageBatch]:
-        """Batches of these rows; random views are functions of seed, epoch and the image's name."""
+        """Batches of these rows; random views are functions of seed, epoch and the image's name.
+
+        ``stopping`` and ``timeout`` as of `training.data.workers.iterate`.
+        """
         items = _Decoded(self.photos, [chunk.tolist() for chunk in chunks], view, seed, epoch)
         if self.workers and chunks:
             check_limits(3 * SIDE**2 * len(chunks[0]), self.workers)
         loader = data_loader(items, None, self.workers, None, self.device.type == "cuda", 2, False)
-        iterator = iterate(loader)
+        iterator = iterate(loader, stopping, timeout, self.photos.place)
         try:
             for rows, pixels in zip(chunks, iterator):
                 rows = rows.to(self.device)
@@ -190,13 +205,15 @@ class PhotoBatches:
         self.share = share(size, world or World())
         self.per_epoch = len(rows) // size
 
-    def epoch(self, epoch: int, start: int, images: bool) -> Iterator[ImageBatch]:
+    def epoch(
+        self, epoch: int, start: int, images: bool, stopping=None, timeout=None
+    ) -> Iterator[ImageBatch]:
         """This process's part of each batch of an epoch from batch ``start`` on."""
         order = draws.permutation(len(self.rows), "classify/order", self.seed, epoch)
         rows = torch.from_numpy(self.rows[order])
         batches = rows[: self.per_epoch * self.size].split(self.size)[start:]
         chunks = [batch[self.share] for batch in batches]
-        yield from self.table.decoded(chunks, AUGMENTED, self.seed, epoch)
+        yield from self.table.decoded(chunks, AUGMENTED, self.seed, epoch, stopping, timeout)
 
 
 def load_photos(directory: Path, split: str, workers: int) -> PhotoTable:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import numpy as np
 import torch
 
 from cifd_clip import World
+from cifd_clip.artefact import BANK_WEIGHTS
+from cifd_clip.classification.methods import PARAPHRASER_WEIGHTS
 from cifd_clip.classification.models import NAMES
 from cifd_clip.files import file_hash, write_tensors
+from cifd_clip.names import did_you_mean
 from training.classifier.cifar import Batches, Table, load_cifar100, split_rows
 from training.classifier.config import Config, resolve
 from training.classifier.imagenet import PhotoBatches, PhotoTable, check_classes, load_photos
@@ -40,13 +44,14 @@ from training.engine.control import (
     end_processes,
     start_logging,
     start_processes,
+    together,
 )
 from training.engine.environment import environment
 from training.engine.flags import Given, construct
 from training.engine.lease import Lease, held
 from training.engine.loop import train
 from training.engine.metrics import MetricWriter
-from training.engine.run import RunDirectory
+from training.engine.run import RunDirectory, bank_folder
 from training.engine.trainer import Trainer
 from training.errors import UsageError
 
@@ -84,7 +89,8 @@ def start(given: Given, bank: tuple[float, ...] = ()) -> int:
     start_logging(world)
     config = resolve(given, world.size, device.type, bank)
     if config.model and config.model not in NAMES:
-        raise UsageError(f"--model {config.model}: there are {', '.join(NAMES)}")
+        near = did_you_mean(config.model, NAMES)
+        raise UsageError(f"--model {config.model}: there are {', '.join(NAMES)}{near}")
     path = Path(config.logs) / config.name
     with held(path / "lease.json", world) as lease:
         directory = RunDirectory(config, path)
@@ -122,7 +128,6 @@ def run(
     images = open_images(config, device)
     check_teachers(config, teachers, images.table)
     epochs = training_batches(config, images, world)
-    data = describe(config, directory, images.table)
     # What trains. What teachers say of the views is computed here, and is part of the run's cost.
     clock = time.monotonic(), time.process_time()
     live, source, task = assemble(config, teachers, images.table)
@@ -137,11 +142,10 @@ def run(
         saved = source.saved if isinstance(source, TeacherTable) else 0.0  # by an earlier run
         trainer.progress.seconds = time.monotonic() - clock[0]
         trainer.progress.cpu_seconds = time.process_time() - clock[1] + saved
-    barrier(world)  # everyone has seen the directory as it was
     # Whatever may still be wrong with the command line is found before the directory is taken.
-    writer = None
-    if world.rank == 0:
-        writer = begin(config, directory, data, trainer, checkpoint and checkpoint[0])
+    goes_on = checkpoint and checkpoint[0]
+    take = partial(begin, config, directory, trainer, images.table, teachers, goes_on)
+    writer = together(world, take, only=0)
     stop = StopFlag(world)
     held_out = Rows(images.table, on(device, images.held_out), stage, world)
     try:
@@ -249,25 +253,31 @@ def check_teachers(config: Config, teachers: list[TeacherRun], table: Table | Ph
         check_unseen(f"--teacher {place}", teacher.holdout, config.holdout)
 
 
-def describe(config: Config, directory: RunDirectory, table: Table | PhotoTable) -> dict[str, Any]:
-    """Which images these are, for ``data.json``; refuse others than a run began with."""
-    train_images = {"hash": table.hash, "samples": len(table), "classes": class_names(table)}
-    before = directory.read("data.json", {"train": train_images})["train"]
-    if before["hash"] != train_images["hash"]:
-        raise UsageError(f"{directory.path} was trained on other images than --data {config.data}")
-    return {"dataset": config.dataset, "train": train_images}
-
-
 def begin(
     config: Config,
     directory: RunDirectory,
-    data: dict[str, Any],
     trainer: Trainer,
+    table: Table | PhotoTable,
+    teachers: Sequence[TeacherRun],
     checkpoint: Path | None,
 ) -> MetricWriter:
-    """Take the run's directory and say what is about to happen (rank 0)."""
-    directory.open()
-    directory.write("data.json", data)
+    """Take the run's directory and say what is about to happen (rank 0).
+
+    Raises:
+        UsageError: other images, teachers or helpers of theirs than those that the run began with.
+    """
+    bank = bank_folder(Path(config.rdm_bank)) / BANK_WEIGHTS
+    paraphraser = Path(config.paraphraser) / "paraphraser" / PARAPHRASER_WEIGHTS
+    directory.open(
+        {
+            "data": table.hash,
+            "teacher": [teacher.hash for teacher in teachers],
+            "rdm_bank": config.rdm_bank and file_hash(bank),
+            "paraphraser": config.paraphraser and file_hash(paraphraser),
+        }
+    )
+    train_images = {"hash": table.hash, "samples": len(table), "classes": class_names(table)}
+    directory.write("data.json", {"dataset": config.dataset, "train": train_images})
     how = f"resumed from {checkpoint.name}" if checkpoint else "begins"
     log.info("%s %s at step %d", directory.path, how, trainer.progress.step)
     if config.method == "cifd" and not config.rdm_bank:

@@ -119,11 +119,11 @@ class EpochLoader:
     def batches(
         self, start_step: int, stop_step: int, stopping=None, timeout=None
     ) -> Iterator[ImageBatch]:
-        """This process's part of the batches of some steps; local images are not waited for."""
+        """This process's part of the batches of some steps."""
         per_epoch, step = self.epochs.per_epoch, start_step
-        while step < stop_step:
+        while step < stop_step and not (stopping and stopping()):
             epoch, first = divmod(step, per_epoch)
-            yield from self.epochs.epoch(epoch, first, self.images)
+            yield from self.epochs.epoch(epoch, first, self.images, stopping, timeout)
             step += per_epoch - first
 
 
@@ -144,7 +144,8 @@ class Rows:
         mine = self.rows[self.world.rank :: self.world.size]
         if not len(mine):  # fewer rows than processes
             return iter(())
-        return self.table.in_order(mine, EVALUATION_BATCH, self.stage.needs_images)
+        images = self.stage.needs_images
+        return self.table.in_order(mine, EVALUATION_BATCH, images, stopping, timeout)
 
 
 def assemble(

@@ -14,6 +14,7 @@ from cifd_clip import RDMBank
 from cifd_clip.classification.methods import Paraphraser, TeacherOutput
 from cifd_clip.classification.models import STOCK, Classifier, build, stock_state
 from cifd_clip.files import file_hash, write_tensors
+from cifd_clip.names import nearby
 from training.classifier import cifar, imagenet
 from training.classifier.cifar import VIEWS, ImageBatch, Table, mirrored
 from training.engine.run import bank_folder, read_run
@@ -73,7 +74,7 @@ def load_teacher(place: str, dataset: str) -> TeacherRun:
 
 def _stock_teacher(name: str, file: Path, dataset: str) -> TeacherRun:
     if not file.is_file():
-        raise UsageError(f"--teacher {name}:{file}: there is no such file")
+        raise UsageError(f"--teacher {name}:{file}: there is no such file{nearby(file)}")
     safe = file.suffix == ".safetensors"
     state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
     state = stock_state(name, state)
@@ -126,7 +127,7 @@ def load_paraphraser(run: Path, teacher: TeacherRun, holdout: int = 0) -> Paraph
 
 def _finished(flag: str, run: Path) -> dict[str, Any]:
     if not (run / "config.json").is_file():
-        raise UsageError(f"{flag} {run} is no run directory of training.classify")
+        raise UsageError(f"{flag} {run} is no run directory of training.classify{nearby(run)}")
     config = read_run(run)
     if "method" not in config:  # but --distill
         raise UsageError(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from cifd_clip.files import read_json
 from cifd_clip.methods import DECLARED
+from cifd_clip.names import nearby
 from training.engine.config import OptimConfig, ProcessConfig, RunConfig
 from training.engine.flags import KeyValues, construct, flag
 from training.errors import UsageError
@@ -25,7 +26,7 @@ OWN_WEIGHTS = ("local-dir:", "hf-hub:")  # models that bring their own
 
 
 class Bank(NamedTuple):
-    """The bank that ``--rdm-bank`` names."""
+    """A bank that ``--rdm-bank`` names."""
 
     folder: str
     rates: list[float]
@@ -73,6 +74,12 @@ class MethodConfig:
         metavar="TAG|PATH[,...]",
         moves=True,
     )
+    loss_dist_impl: str | None = flag(
+        None,
+        "taken as OpenCLIP's; features are always gathered, and logits made of some rows at a time",
+        choices=("bidir", "shift", "reduce", "gather"),
+        free=True,
+    )
     distill_precision: str = flag(
         "fp32",
         "of the teachers' weights [bf16 under --precision amp_bf16 on a GPU, else fp32]",
@@ -99,9 +106,9 @@ class MethodConfig:
     )
     rdm_bank: str = flag(
         "",
-        "the frozen bank whose RDMs assist the first teacher: its folder or its run; without it "
-        "cifd trains one first, in RUN/rdm",
-        metavar="DIR",
+        "the frozen bank whose RDMs assist a teacher, its folder or its run, or several teachers' "
+        "banks; without it cifd trains one for each first, in RUN/rdm, RUN/rdm1 …",
+        metavar="DIR[,DIR]",
         moves=True,
     )
     rdm_epochs: int = flag(7, "epochs of stage 1 when cifd trains its own bank", least=1)
@@ -112,6 +119,11 @@ class MethodConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """The method's own options by name, those that the command line leaves at their defaults too
     (`cifd_clip.methods.DECLARED`)."""
+
+    @property
+    def banks(self) -> list[Path]:
+        """The banks that the command line names."""
+        return [Path(folder) for folder in self.rdm_bank.split(",") if folder]
 
     @property
     def teachers(self) -> list[TeacherName]:
@@ -175,13 +187,12 @@ class DataConfig:
     verify_data: bool = flag(
         False, "compare every shard's bytes with what training.check_data found", free=True
     )
-    data_timeout: float = flag(
-        600.0, "seconds to wait for a batch before giving up; 0: for ever", least=0, free=True
-    )
     index_dir: str | None = flag(
         None, "where shard indexes go [beside the shards]", metavar="DIR", free=True
     )
-    val_data: str = flag("", "held-out shards: losses and recall every epoch", metavar="SHARDS")
+    val_data: str = flag(
+        "", "held-out shards: losses and recall every epoch", metavar="SHARDS", moves=True
+    )
     val_fraction: float = flag(
         0.0, "hold out this share of the training samples instead, by their keys", least=0, below=1
     )
@@ -199,13 +210,41 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ZeroShotConfig:
+    """Zero-shot evaluation of the student while it trains."""
+
+    data_root: str = flag(
+        "",
+        "evaluate checkpoints zero-shot, beside the training: folder of eval.benchmark's data sets",
+        metavar="DIR",
+        free=True,
+    )
+    zeroshot_datasets: tuple[str, ...] = flag((), "which of them", metavar="NAME", free=True)
+    zeroshot_frequency: int = flag(1, "epochs between evaluations", least=0, free=True)
+    zeroshot_samples: int = flag(
+        2000, "images of each data set at most, drawn by a fixed seed", least=1, free=True
+    )
+    zeroshot_device: str = flag("cpu", "where evaluations compute", free=True)
+
+
+@dataclass(frozen=True)
 class StudentConfig:
     """The student's architecture, its initial weights, and what of it trains."""
 
     model: str = flag("RN50", "any OpenCLIP architecture, or one of --model-config by its stem")
-    model_config: tuple[str, ...] = flag((), "OpenCLIP model configs to add", metavar="FILE.json")
+    model_config: tuple[str, ...] = flag(
+        (), "OpenCLIP model configs to add", metavar="FILE.json", moves=True
+    )
     pretrained: str = flag("", "tag or file of initial weights")
     pretrained_image: bool = flag(False, "ImageNet weights for a timm image tower")
+    pretrained_image_path: str = flag("", "the image tower's initial weights", metavar="FILE")
+    pretrained_text_path: str = flag("", "the text tower's initial weights", metavar="FILE")
+    init_from: str = flag(
+        "",
+        "a larger model: the student's transformers begin as its first channels and heads, in "
+        "evenly spaced layers (TinyCLIP's manual inheritance)",
+        metavar="RUN|NAME:TAG",
+    )
     force_quick_gelu: bool = flag(False, "QuickGELU in the student")
     force_custom_text: bool = flag(False, "a separate text tower (CustomTextCLIP)")
     force_image_size: tuple[int, ...] | None = flag(
@@ -240,7 +279,10 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
-class Config(MethodConfig, DataConfig, StudentConfig, OptimConfig, RunConfig, ProcessConfig):
+class Config(
+    *(MethodConfig, DataConfig, ZeroShotConfig, StudentConfig, OptimConfig),
+    *(RunConfig, ProcessConfig),
+):
     """Everything a run is told, resolved."""
 
 
@@ -301,7 +343,7 @@ def read_cache_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise UsageError(
             f"--teacher-cache '{folder}' holds no cache (config.json is missing); write one "
-            "with `python -m training.cache_teacher`"
+            f"with `python -m training.cache_teacher`{nearby(folder)}"
         )
     return read_json(folder / "config.json", CACHE_FORMAT, teacher=dict, views=int)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from cifd_clip.artefact import read_bank_config
 from cifd_clip.methods import DECLARED, Option
+from cifd_clip.names import nearby
 from training.clip.config import (
     OWN_WEIGHTS,
     RATES,
@@ -21,6 +22,7 @@ from training.clip.config import (
     DataConfig,
     MethodConfig,
     StudentConfig,
+    ZeroShotConfig,
     model_folder,
     read_cache_config,
     summed_rates,
@@ -36,9 +38,7 @@ UNSUPPORTED = {
     "data are WebDataset tars; img2dataset converts a csv list": (
         "--csv-separator --csv-img-key --csv-caption-key"
     ),
-    "zero-shot evaluation is `python -m eval.benchmark`": (
-        "--imagenet-val --imagenet-v2 --zeroshot-frequency"
-    ),
+    "zero-shot evaluation is of --data-root": "--imagenet-val --imagenet-v2",
     "every sample of --val-data is used once": "--val-num-samples",
     "processes are launched with torchrun or srun": "--horovod",
     "a scripted model can't be cut at the bottleneck": "--torchscript",
@@ -49,8 +49,6 @@ UNSUPPORTED = {
     ),
     "CoCa students are not supported": "--coca-caption-loss-weight --coca-contrastive-loss-weight",
     "int8 layers change the student's state_dict": "--use-bnb-linear",
-    "the student trains with the softmax losses of the paper's methods": "--siglip",
-    "it belongs to SigLIP's loss": "--loss-dist-impl",
     "the newest checkpoint is always kept (see --keep)": "--save-most-recent",
     "use --keep 1": "--delete-previous-checkpoint",
     "use --lr-scheduler const --warmup 0": "--skip-scheduler",
@@ -65,11 +63,22 @@ ALWAYS_ON = ("--local-loss", "--gather-with-grad", "--lock-text-freeze-layer-nor
 GROUPS = (
     ("method", MethodConfig),
     ("data", DataConfig),
+    ("zero-shot evaluation while training", ZeroShotConfig),
     ("student", StudentConfig),
     ("optimisation", OptimConfig),
     ("run directory, checkpoints, logs", RunConfig),
     ("processes and precision", ProcessConfig),
 )
+#: What ``--help`` shows of the flags that training.main and its sisters share.
+COMMON = """
+distill distill_model distill_pretrained teacher_cache rates rdm_bank
+train_data train_num_samples captions views val_data val_fraction workers
+data_root zeroshot_datasets zeroshot_frequency
+model pretrained grad_checkpointing
+batch_size global_batch accum_freq epochs lr wd warmup grad_clip_norm seed
+logs name resume save_frequency log_every_n_steps report_to
+device precision lambda_cl
+"""
 
 
 def parser(
@@ -87,6 +96,7 @@ def parser(
     compatible.add_argument(
         "--dataset-type", choices=("webdataset", "auto"), help="always webdataset"
     )
+    p.shorten(COMMON)
     return p
 
 
@@ -179,10 +189,10 @@ def named_files(given: Given) -> dict[str, Any]:
         BadFile: a file is damaged.
     """
     said: dict[str, Any] = {}
-    folder = bank_folder(Path(given.get("rdm_bank", "")))
-    if given.get("rdm_bank") and holds_bank(folder):
-        bank = read_bank_config(folder)
-        said["bank"] = Bank(str(folder), bank["rates"], bank["dim"])
+    folders = [bank_folder(Path(f)) for f in given.get("rdm_bank", "").split(",") if f]
+    if folders and all(map(holds_bank, folders)):
+        read = [(folder, read_bank_config(folder)) for folder in folders]
+        said["banks"] = [Bank(str(folder), bank["rates"], bank["dim"]) for folder, bank in read]
     if given.get("teacher_cache"):
         said["cache"] = read_cache_config(Path(given["teacher_cache"].split(",")[0]))
     return said
@@ -192,7 +202,7 @@ def resolve(
     given: Given,
     world_size: int = 1,
     device_type: str = "cpu",
-    bank: Bank | None = None,
+    banks: Sequence[Bank] = (),
     cache: dict[str, Any] | None = None,
 ) -> Config:
     """The configuration that flags amount to.
@@ -201,12 +211,12 @@ def resolve(
         given: flags, see `parse`.
         world_size: number of processes.
         device_type: where they compute.
-        bank, cache: what files say, see `named_files`.
+        banks, cache: what files say, see `named_files`.
 
     Raises:
         UsageError: a flag is missing, out of range, or contradicts another.
     """
-    config = construct(Config, resolved(given, world_size, device_type, bank, cache))
+    config = construct(Config, resolved(given, world_size, device_type, banks, cache))
     _check(config)
     return config
 
@@ -215,14 +225,14 @@ def resolved(
     given: Given,
     world_size: int = 1,
     device_type: str = "cpu",
-    bank: Bank | None = None,
+    banks: Sequence[Bank] = (),
     cache: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Flags, and those that others, files or processes decide about where they are not given.
 
     Args:
         given, world_size, device_type: see `resolve`.
-        bank: the one that ``--rdm-bank`` names.
+        banks: those that ``--rdm-bank`` names.
         cache: ``config.json`` of the (first) cache that ``--teacher-cache`` names.
     """
     values = dict(given)
@@ -233,14 +243,16 @@ def resolved(
     values["options"] = method_options(distill, given)
     if not all(rate > 0 for rate in given.get("rates", ())):
         raise UsageError(f"--rates must be positive, got {given['rates']}")
-    if bank is not None:
-        reduction = given.get("rdm_reduction", Config.rdm_reduction)
+    reduction = given.get("rdm_reduction", Config.rdm_reduction)
+    for bank in banks:
         if "rates" in given and summed_rates(given["rates"], reduction, bank.dim) != bank.rates:
             raise UsageError(
                 f"--rates {list(given['rates'])}: the bank {bank.folder} has {bank.rates}, and all "
                 "of them teach; leave --rates out"
             )
-        values |= {"rdm_bank": bank.folder, "rates": bank.rates}
+    if banks:
+        values["rdm_bank"] = ",".join(bank.folder for bank in banks)
+        values["rates"] = [rate for bank in banks for rate in bank.rates]
     elif distill in ("rdm", "cifd"):
         values.setdefault("rates", RATES)
     else:  # recipes are shared among methods
@@ -363,6 +375,7 @@ def _check(config: Config) -> None:
         )
     if config.val_data and config.val_fraction:
         raise UsageError("--val-data and --val-fraction both say what is held out: give one")
+    _check_zeroshot(config)
     if config.use_bn_sync and config.accum_freq > 1:
         raise UsageError(
             "--use-bn-sync with --accum-freq > 1 is not supported: batch statistics of a "
@@ -375,16 +388,29 @@ def _check(config: Config) -> None:
             )
     for path in config.model_config:
         if not Path(path).is_file():
-            raise UsageError(f"--model-config '{path}': no such file; expected an OpenCLIP JSON")
+            raise UsageError(
+                f"--model-config '{path}': no such file; expected an OpenCLIP JSON{nearby(path)}"
+            )
+
+
+def _check_zeroshot(config: Config) -> None:
+    if bool(config.data_root) != bool(config.zeroshot_datasets):
+        raise UsageError("--data-root DIR and --zeroshot-datasets NAME [...] go together")
+    every, saved = config.zeroshot_frequency, config.save_frequency
+    if config.data_root and every and (not saved or every % saved):
+        raise UsageError(
+            f"--zeroshot-frequency {every} evaluates checkpoints, and --save-frequency {saved} "
+            "saves none at some of those epochs: make the one a multiple of the other"
+        )
 
 
 def _check_teachers(config: Config) -> None:
     names, weights = config.teachers, list(filter(None, config.distill_pretrained.split(",")))
     count = max(len(names), len(config.caches))
     if config.distill == "rdm" and count > 1:
-        raise UsageError(f"--distill rdm takes one teacher, got {count}")
-    if config.distill == "cifd" and count > 1:
-        raise UsageError(f"--distill cifd takes one teacher, got {count}")
+        raise UsageError(f"--distill rdm takes one teacher, got {count}: train a bank for each")
+    if len(config.banks) > max(count, 1):
+        raise UsageError(f"--rdm-bank names {len(config.banks)} banks for {count} teachers")
     scales = config.options.get("distill_logit_scale", ())
     if len(scales) not in (0, count):
         raise UsageError(f"--distill-logit-scale has {len(scales)} values for {count} teachers")
@@ -414,5 +440,6 @@ def check_teacher_weights(config: MethodConfig) -> None:
     if len(weights) != needed:
         raise UsageError(
             f"--distill-pretrained names {len(weights)} weights, but --distill-model "
-            f"'{config.distill_model}' needs {needed} (none for local-dir: models)"
+            f"'{config.distill_model}' needs {needed} (none for a run or a "
+            f"model folder){nearby(config.distill_model)}"
         )

@@ -23,10 +23,15 @@ VALIDATION_BATCH = 256
 
 @dataclass
 class HeldOut:
-    """Held-out batches, every some epochs; see `training.engine.loop.Validation`."""
+    """Held-out batches, every some epochs; see `training.engine.loop.Validation`.
+
+    Attributes:
+        hash: of ``--val-data``.
+    """
 
     every_epochs: int
     batches: partial
+    hash: str | None = None
 
     def __call__(self, stopping: Callable[[], bool], timeout: float | None) -> Iterable[Batch]:
         return self.batches(stopping=stopping, timeout=timeout)
@@ -60,6 +65,7 @@ def held_out(
 ) -> HeldOut | None:
     """The batches of ``--val-data``, or those of the training data's held-out rows; or None."""
     fetchers = ()  # of rows that are training data, a cache has no view without augmentation
+    digest = None
     if config.val_data:
         trained = {shard.digest for shard in sources.shards} if sources else set()
         sources = index_shards(config.val_data, cache_dir=config.index_dir, flag="--val-data")
@@ -71,6 +77,7 @@ def held_out(
             )
         rows = np.arange(sources.num_samples)
         fetchers = stage.source.fetchers(sources, held_out=True)
+        digest = sources.fingerprint()["hash"]
     # A bank has nothing to measure where no teacher answers.
     if rows is None or (config.distill == "rdm" and config.caches and not fetchers):
         return None
@@ -87,4 +94,4 @@ def held_out(
         workers=config.workers,
         start_method=config.worker_start,
     )
-    return HeldOut(config.val_frequency, batches)
+    return HeldOut(config.val_frequency, batches, digest)

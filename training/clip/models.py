@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,19 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import get_session
+from open_clip.factory import load_state_dict
 from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
 from cifd_clip.files import BadFile, make_folder, read_json, sync_tree, write_tensors
+from cifd_clip.inherit import inherit
+from cifd_clip.names import did_you_mean, nearby
 from cifd_clip.noise import derive_seed
 from cifd_clip.teacher import Teacher
 from cifd_clip.towers import use_custom_blocks
-from training.clip.config import OWN_WEIGHTS, Config, StudentConfig
-from training.errors import UsageError, did_you_mean
+from training.clip.config import OWN_WEIGHTS, Config, StudentConfig, model_folder
+from training.errors import UsageError
 
 TEACHER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --distill-precision
 
@@ -49,7 +53,7 @@ def model_config(name: str, flag: str) -> dict:
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
         if not path.is_file():
-            raise UsageError(f"{flag} '{name}': {path} does not exist")
+            raise UsageError(f"{flag} '{name}': {path} does not exist{nearby(path.parent)}")
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
             raise UsageError(f"{flag} '{name}': {path} is damaged: it has no 'model_cfg'")
@@ -63,7 +67,7 @@ def model_config(name: str, flag: str) -> dict:
     if config is None:
         raise UsageError(
             f"{flag} '{name}' is no OpenCLIP model and no --model-config file's stem"
-            f"{did_you_mean(name, open_clip.list_models())}"
+            f"{did_you_mean(name, open_clip.list_models()) or nearby(name)}"
         )
     return copy.deepcopy(config)
 
@@ -77,9 +81,10 @@ def check_weights(name: str, pretrained: str, flag: str, force_quick_gelu: bool 
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:
         if not Path(pretrained).is_file():
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            tags = open_clip.list_pretrained_tags_by_model(name)
             raise UsageError(
-                f"{flag} '{pretrained}' is neither a file nor a tag of {name} (its tags: {tags})"
+                f"{flag} '{pretrained}' is neither a file nor a tag of {name} (its tags: "
+                f"{', '.join(tags) or 'none'}){did_you_mean(pretrained, tags)}"
             )
         return
     quick = model_config(name, flag).get("quick_gelu", False) or force_quick_gelu
@@ -125,10 +130,15 @@ def unreachable() -> str | None:
     return None
 
 
-def forced(config: StudentConfig) -> dict[str, Any]:
+#: Where temperature and bias of a student begin that is to decide pair by pair: OpenCLIP's.
+SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+
+
+def forced(config: Config) -> dict[str, Any]:
     """What the student's architecture is changed by, as ``create_model`` takes it."""
     size = config.force_image_size
     return {
+        **(SIGLIP if config.options.get("siglip") else {}),
         "force_quick_gelu": config.force_quick_gelu,
         "force_custom_text": config.force_custom_text,
         "force_patch_dropout": config.force_patch_dropout,
@@ -138,7 +148,7 @@ def forced(config: StudentConfig) -> dict[str, Any]:
     }
 
 
-def build_student(config: StudentConfig, seed: int) -> nn.Module:
+def build_student(config: Config, seed: int) -> nn.Module:
     """The student, initialised from the seed or from ``--pretrained``."""
     if "multimodal_cfg" in student_config(config):
         raise UsageError(f"--model '{config.model}': CoCa students are not supported")
@@ -147,6 +157,8 @@ def build_student(config: StudentConfig, seed: int) -> nn.Module:
             f"--pretrained '{config.pretrained}' with --model '{config.model}', which brings its "
             "own weights: leave one of them out"
         )
+    if config.init_from and (config.pretrained or config.model.startswith(OWN_WEIGHTS)):
+        raise UsageError("--init-from and --pretrained both say where the student begins: give one")
     if config.pretrained:
         check_weights(config.model, config.pretrained, "--pretrained", config.force_quick_gelu)
     with torch.random.fork_rng(devices=[]):
@@ -166,6 +178,7 @@ def build_student(config: StudentConfig, seed: int) -> nn.Module:
             "tower whose position embedding was resized; give the size in a --model-config of its "
             "own"
         )
+    begin(model, config)
     if config.custom_blocks:
         use_custom_blocks(model)
     if config.lock_image:
@@ -175,6 +188,59 @@ def build_student(config: StudentConfig, seed: int) -> nn.Module:
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
+
+
+def begin(model: nn.Module, config: StudentConfig) -> None:
+    """Overwrite a student's initial weights by a larger model's, or by files of its towers.
+
+    Raises:
+        UsageError: they don't fit.
+    """
+    if config.init_from:
+        flag, (name, pretrained) = "--init-from", larger_model(config.init_from)
+        if pretrained:
+            check_weights(name, pretrained, flag)
+        larger = _create(
+            name, pretrained, flag, cache_dir=config.cache_dir, require_pretrained=True
+        )
+        try:
+            for sentence in inherit(model, larger):
+                logging.info("from %s, %s", config.init_from, sentence)
+        except ValueError as error:
+            raise UsageError(
+                f"{flag} '{config.init_from}' is no larger {config.model}: {error}"
+            ) from error
+    text = getattr(model, "text", None)
+    for modality, tower in (("image", model.visual), ("text", text)):
+        if not (path := getattr(config, f"pretrained_{modality}_path")):
+            continue
+        flag = f"--pretrained-{modality}-path '{path}'"
+        if tower is None:
+            raise UsageError(
+                f"{flag}: {config.model} has no tower of its own for texts: add --force-custom-text"
+            )
+        try:
+            tower.load_state_dict(load_state_dict(path))
+        except Exception as error:  # what is no weights ends in exceptions of every kind
+            raise UsageError(
+                f"{flag} is not the weights of {config.model}'s {modality} tower: {error}"
+            ) from error
+
+
+def larger_model(spec: str) -> tuple[str, str | None]:
+    """The architecture and the tag or file of its weights that ``--init-from`` names.
+
+    Raises:
+        UsageError: it names no weights.
+    """
+    if folder := model_folder(spec):
+        return f"local-dir:{folder}", None
+    if spec.startswith(OWN_WEIGHTS):
+        return spec, None
+    name, _, weights = spec.partition(":")
+    if not weights:
+        raise UsageError(f"--init-from '{spec}': expected a run, a model folder or NAME:TAG")
+    return name, weights
 
 
 def build_teachers(config: Config, device: torch.device) -> list[Teacher]:
@@ -215,7 +281,7 @@ def images_of(pretrained: str) -> dict:
     return {key: value for key, value in selected.items() if value is not None}
 
 
-def student_config(config: StudentConfig) -> dict:
+def student_config(config: Config) -> dict:
     """The student's OpenCLIP configuration, with the ``--force-*`` flags in it."""
     stock = model_config(config.model, "--model")
     if config.force_image_size:
@@ -229,6 +295,8 @@ def student_config(config: StudentConfig) -> dict:
         stock["quick_gelu"] = True
     if config.force_custom_text:
         stock["custom_text"] = True
+    if config.options.get("siglip"):
+        stock |= SIGLIP
     if config.force_patch_dropout is not None:
         stock["vision_cfg"]["patch_dropout"] = config.force_patch_dropout
     return stock

@@ -4,10 +4,10 @@
 """
 
 import contextlib
-import json
 import logging
 import operator
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,13 @@ import numpy as np
 import torch
 
 from cifd_clip import World
+from cifd_clip.files import file_hash
 from training.clip.config import Config, ProcessConfig
 from training.clip.flags import resolve
-from training.clip.heldout import held_out, split
+from training.clip.heldout import HeldOut, held_out, split
 from training.clip.models import add_model_configs
 from training.clip.stages import RDMStage, StudentStage, check_student
+from training.clip.zeroshot import ZeroShot, check_zeroshot
 from training.data.in_memory import MemoryLoader
 from training.data.index import (
     NotAShard,
@@ -71,6 +73,7 @@ def start(given: Given, files: dict[str, Any]) -> int:
     add_model_configs(config.model_config)
     if config.use_bn_sync and world.size > 1 and device.type != "cuda":
         raise UsageError("--use-bn-sync needs GPUs: torch has no synchronised batch norm on a CPU")
+    together(world, lambda: check_zeroshot(config), only=0)
     finished = run_stages(config, world, device)
     end_processes()
     return 0 if finished else STOPPED_EXIT
@@ -79,19 +82,21 @@ def start(given: Given, files: dict[str, Any]) -> int:
 def run_stages(config: Config, world: World, device: torch.device) -> bool:
     """The run, after the bank that it needs; whether it is finished (see `run`)."""
     path = Path(config.logs) / config.name
-    bank = Path(config.rdm_bank) if config.rdm_bank else None
-    if config.distill == "cifd" and bank is None and config.rates:
+    banks = config.banks
+    if config.distill == "cifd" and not banks and config.rates:
         # Refuse now what stage 2 would refuse after stage 1 has been trained.
         RunDirectory(config)
         check_student(config)
-        if not run(bank_config(config), path / "rdm", world, device):
-            return False
-        bank = path / "rdm" / "bank"
-    return run(config, path, world, device, bank)
+        for teacher in range(max(len(config.teachers), len(config.caches))):
+            folder = path / f"rdm{teacher or ''}"
+            if not run(bank_config(config, teacher), folder, world, device):
+                return False
+            banks.append(folder / "bank")
+    return run(config, path, world, device, banks)
 
 
-def bank_config(config: Config) -> Config:
-    """Stage 1 with the settings of stage 2 (appendix A.3), for ``--rdm-epochs``."""
+def bank_config(config: Config, teacher: int = 0) -> Config:
+    """Stage 1 of a teacher with the settings of stage 2 (appendix A.3), for ``--rdm-epochs``."""
 
     def scaled(value):
         """A number of steps or epochs as the same share of stage 1."""
@@ -100,10 +105,15 @@ def bank_config(config: Config) -> Config:
         divide = operator.floordiv if isinstance(value, int) else operator.truediv
         return divide(value * config.rdm_epochs, config.epochs)
 
+    names = config.teachers[teacher : teacher + 1]  # none where a cache knows its teacher
     return replace(
         config,
         distill="rdm",
+        distill_model="".join(name.model for name in names),
+        distill_pretrained="".join(name.weights or "" for name in names),
+        teacher_cache="".join(map(str, config.caches[teacher : teacher + 1])),
         options={},
+        data_root="",
         epochs=config.rdm_epochs,
         warmup=scaled(config.warmup),
         warmup_epochs=scaled(config.warmup_epochs),
@@ -116,7 +126,7 @@ def bank_config(config: Config) -> Config:
 
 
 def run(
-    config: Config, path: Path, world: World, device: torch.device, bank: Path | None = None
+    config: Config, path: Path, world: World, device: torch.device, banks: Sequence[Path] = ()
 ) -> bool:
     """One run directory from wherever it is to its end.
 
@@ -124,13 +134,13 @@ def run(
         config: of the run.
         path: its directory.
         world, device: of this process.
-        bank: the bank whose RDMs assist the first teacher.
+        banks: those whose RDMs assist the teachers.
 
     Returns:
         Whether it is finished; False when a signal stopped it with a checkpoint on disk.
     """
     with held(path / "lease.json", world) as lease:
-        return _run(config, path, world, device, bank, lease)
+        return _run(config, path, world, device, banks, lease)
 
 
 def _run(
@@ -138,7 +148,7 @@ def _run(
     path: Path,
     world: World,
     device: torch.device,
-    bank: Path | None,
+    banks: Sequence[Path],
     lease: Lease | None,
 ) -> bool:
     directory = RunDirectory(config, path)
@@ -152,7 +162,7 @@ def _run(
     )
     steps_per_epoch = epoch_steps(config, sources, kept)
     rdm = config.distill == "rdm"
-    stage = RDMStage(config, device) if rdm else StudentStage(config, device, world, bank)
+    stage = RDMStage(config, device) if rdm else StudentStage(config, device, world, banks)
     trainer = Trainer(stage, config, steps_per_epoch, world, device, config.precision, config.name)
     # Where it goes on.
     checkpoints = Checkpoints(directory.checkpoints, config.keep, lease)
@@ -162,14 +172,12 @@ def _run(
     # Whatever may still be wrong with the command line is found before the directory is taken.
     loader = make_loader(config, sources, trainer, kept)
     validation = held_out(config, stage, world, sources, held)
-    writer = None
-    if world.rank == 0:
-        data, teachers = identify(directory, config, trainer, sources)
-        directory.open()
-        directory.write("data.json", data)
-        directory.write("teachers.json", teachers)
-        describe(directory, config, trainer, data, checkpoint and checkpoint[0])
-        writer = MetricWriter(path, config, directory.config, trainer.progress.step)
+    goes_on = checkpoint and checkpoint[0]
+    take = partial(begin, config, directory, trainer, sources, validation, goes_on)
+    writer = together(world, take, only=0)
+    zeroshot = make_zeroshot(config, path, trainer, writer)
+    if zeroshot is not None:
+        checkpoints.saved = zeroshot.saved
     stop = StopFlag(world)
     try:
         with Peers(world, checkpoints.busy):
@@ -182,8 +190,9 @@ def _run(
                 stop,
                 validation,
                 partial(check_bad_fraction, config),
-                config.data_timeout or None,
             )
+            if finished and zeroshot is not None:
+                zeroshot.wait(stop.raised)
             if finished and world.rank == 0:
                 lease.check()
                 directory.finish(trainer.progress.state(), stage.finish(path))
@@ -192,6 +201,8 @@ def _run(
         stop.close()
         loader.close()
         checkpoints.join()
+        if zeroshot is not None:
+            zeroshot.close()
         if writer is not None:
             writer.close()
             directory.close()
@@ -277,6 +288,21 @@ def make_loader(
     return Loader(*read, **options)
 
 
+def make_zeroshot(
+    config: Config, path: Path, trainer: Trainer, writer: MetricWriter | None
+) -> ZeroShot | None:
+    """What evaluates checkpoints beside the training, on rank 0, where a student trains."""
+    wanted = config.data_root and config.zeroshot_frequency and config.distill != "rdm"
+    if writer is None or not wanted:
+        return None
+    every = config.zeroshot_frequency * trainer.steps_per_epoch
+
+    def due(step: int) -> bool:
+        return step % every == 0 or step == trainer.total_steps
+
+    return ZeroShot(config, path, writer, trainer.progress.step, due)
+
+
 def epoch_steps(config: Config, sources: Sources | None, kept: np.ndarray | None = None) -> int:
     """Optimizer steps of an epoch: its samples, in whole global batches."""
     if sources is None:
@@ -302,38 +328,34 @@ def epoch_steps(config: Config, sources: Sources | None, kept: np.ndarray | None
     return samples // config.global_batch
 
 
-def identify(
-    directory: RunDirectory, config: Config, trainer: Trainer, sources: Sources | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the run learns from, for ``data.json`` and ``teachers.json``.
+def begin(
+    config: Config,
+    directory: RunDirectory,
+    trainer: Trainer,
+    sources: Sources | None,
+    validation: HeldOut | None,
+    checkpoint: Path | None,
+) -> MetricWriter:
+    """Take the run's directory, and say what is about to happen (rank 0).
 
     Raises:
         UsageError: other data, teachers or another bank than those that the run began with.
     """
-    fingerprint = sources.fingerprint() if sources else stream_fingerprint(config.train_data)
-    before = directory.read("data.json", fingerprint)
-    if before["hash"] != fingerprint["hash"]:
-        raise UsageError(
-            f"{directory.path} was trained on other data: {before['samples']} samples with hash "
-            f"{before['hash'][:12]}, --train-data has {fingerprint['samples']} with "
-            f"{fingerprint['hash'][:12]}"
-        )
-    teachers = json.loads(json.dumps(trainer.stage.teacher_info()))
-    before = directory.read("teachers.json", teachers)
-
-    def known(info: dict[str, Any]) -> list:
-        return [info["bank_weights"], *((t["weights"], t["preprocess"]) for t in info["teachers"])]
-
-    if known(before) != known(teachers):
-        raise UsageError(
-            f"{directory.path} was trained with other weights: of the teachers and the bank "
-            f"{_hashes(before)}, now {_hashes(teachers)}"
-        )
-    return fingerprint, teachers
-
-
-def _hashes(info: dict[str, Any]) -> list[str]:
-    return [t["weights"][:12] for t in info["teachers"]] + [(info["bank_weights"] or "none")[:12]]
+    data = sources.fingerprint() if sources else stream_fingerprint(config.train_data)
+    teachers = trainer.stage.teacher_info()
+    directory.open(
+        {
+            "train_data": data["hash"],
+            "val_data": validation and validation.hash,
+            "distill_model": [[t["weights"], t["preprocess"]] for t in teachers["teachers"]],
+            "rdm_bank": teachers["bank_weights"],
+            "model_config": {Path(path).stem: file_hash(path) for path in config.model_config},
+        }
+    )
+    directory.write("data.json", data)
+    directory.write("teachers.json", teachers)
+    describe(directory, config, trainer, data, checkpoint)
+    return MetricWriter(directory.path, config, directory.config, trainer.progress.step)
 
 
 def describe(

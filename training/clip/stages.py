@@ -4,6 +4,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cifd_clip import (
     World,
     with_assistants,
 )
+from cifd_clip.artefact import read_bank_config
 from cifd_clip.losses import Features
 from cifd_clip.noise import Noise, derive_seed
 from cifd_clip.teacher import weights_hash
@@ -58,19 +60,22 @@ class ClipStage(Stage[Batch]):
     Attributes:
         transforms: the images and tokens that the loader must deliver.
         source: the teachers.
-        bank: the RDMs that train or assist.
+        banks: RDMs that train, or that assist the teachers of these numbers.
     """
 
     transforms: Transforms
     source: LiveTeachers | CachedTeachers
-    bank: RDMBank | None = None
+    banks: dict[int, RDMBank]
 
     def teacher_info(self) -> dict[str, Any]:
-        """Who the teachers are, and what the bank is: for the run directory."""
-        bank = None if self.bank is None else self.bank.config()
-        trained = self.bank is None or self.rates  # here: it is no one's teacher yet
-        weights = None if trained else weights_hash(self.bank)
-        return {"teachers": self.source.identities, "bank": bank, "bank_weights": weights}
+        """Who the teachers are, and what the banks are: for the run directory."""
+        banks = self.banks.values()
+        frozen = [] if self.rates else banks  # one that trains here is no one's teacher yet
+        return {
+            "teachers": self.source.identities,
+            "banks": [bank.config() for bank in banks],
+            "bank_weights": [weights_hash(bank) for bank in frozen],
+        }
 
     def optimizers(self, config: OptimConfig) -> list[Optimizer]:
         return one_adamw(config, self.task)
@@ -122,22 +127,22 @@ class RDMStage(ClipStage):
         self.source = make_teachers(config, device, self.transforms)
         teacher = self.source.identities[0]
         rates = summed_rates(config.rates, config.rdm_reduction, teacher["dim"])
-        self.bank = make_bank(config, teacher, rates, config.seed)
-        self.rates = self.bank.rates
-        self.task = RDMTask(self.bank).to(device)
+        self.banks = {0: make_bank(config, teacher, rates, config.seed)}
+        self.rates = self.banks[0].rates
+        self.task = RDMTask(self.banks[0]).to(device)
 
     def inputs(self, batch: Batch) -> tuple[None, None]:
         """Nothing: the bank reads the teacher's features."""
         return None, None
 
     def payload(self) -> dict[str, Any]:
-        return {"bank": self.bank.state_dict(), "bank_config": self.bank.config()}
+        return {"bank": self.banks[0].state_dict(), "bank_config": self.banks[0].config()}
 
     def load(self, payload: dict[str, Any]) -> None:
-        self.bank.load_state_dict(payload["bank"])
+        self.banks[0].load_state_dict(payload["bank"])
 
     def finish(self, directory: Path) -> Path:
-        self.bank.save(directory / "bank")
+        self.banks[0].save(directory / "bank")
         logging.info("wrote the bank %s", directory / "bank")
         return directory / "bank"
 
@@ -148,7 +153,7 @@ class StudentStage(ClipStage):
     Args:
         config: of the run.
         device, world: of this process.
-        bank: the folder of the bank whose RDMs assist the first teacher; None: no assistants.
+        banks: folders of the banks whose RDMs assist their teachers.
         source: the teachers [those that the configuration names].
     """
 
@@ -157,7 +162,7 @@ class StudentStage(ClipStage):
         config: Config,
         device: torch.device,
         world: World,
-        bank: Path | None = None,
+        banks: Sequence[Path] = (),
         source: LiveTeachers | CachedTeachers | None = None,
     ):
         self.transforms = Transforms(config.aug_cfg, config.image_backend)
@@ -173,13 +178,15 @@ class StudentStage(ClipStage):
             model = convert_sync_batchnorm(model)  # timm's keeps the activations of its own layers
         # Its teachers, and the embedding space of each teacher and assistant.
         self.source = source or make_teachers(config, device, self.transforms)
-        self.bank = None if bank is None else load_bank(bank, self.source).to(device)
+        self.banks = {n: bank.to(device) for n, bank in load_banks(banks, self.source).items()}
         self.options = config.options
+        self.lambdas = share_weights(config.options.get("lambda_n", ()), self.banks)
         dims = list(self.source.dims)
-        self.first_space = None  # of the assistants, where each has a projector of its own
-        if self.bank is not None and self.options.get("projector") == "each":
-            self.first_space = len(dims)
-            dims += dims[:1] * len(self.bank.rates)
+        self.first_space = {}  # of a teacher's assistants, where each has a projector of its own
+        for teacher, bank in self.banks.items():
+            if self.options.get("projector") == "each":
+                self.first_space[teacher] = len(dims)
+                dims += [dims[teacher]] * len(bank.rates)
         # What trains, and the average of its weights.
         self.rates = []
         self.task = make_task(config, model, dims, world, config.seed)
@@ -204,10 +211,11 @@ class StudentStage(ClipStage):
         return normalise(batch.images[self.images], self.spec), batch.texts[self.texts]
 
     def with_assistants(self, targets: list[Features], noise: Noise | None) -> list[Features]:
-        if self.bank is None:
-            return targets
-        weights, output = self.options["lambda_n"], self.options.get("rdm_output", "rounded")
-        return with_assistants(self.bank, targets, weights, noise, output, self.first_space)
+        output = self.options.get("rdm_output", "rounded")
+        for teacher, bank in self.banks.items():
+            weights, space = self.lambdas[teacher], self.first_space.get(teacher)
+            targets = with_assistants(bank, targets, weights, noise, output, space, teacher)
+        return targets
 
     def measure(self, batch: Batch) -> dict[str, Tensor]:
         """How well the batch's pairs find each other, and losses where the teachers answer."""
@@ -327,14 +335,37 @@ def make_teachers(
     return LiveTeachers(build_teachers(config, device), configs, transforms)
 
 
-def load_bank(folder: Path, source: LiveTeachers | CachedTeachers) -> RDMBank:
-    """A frozen bank.
+def share_weights(weights: Sequence[float], banks: dict[int, RDMBank]) -> dict[int, list[float]]:
+    """λ_n of every bank's assistants, from one for all of them, or one for each in order.
 
     Raises:
-        UsageError: it is missing, or another teacher's.
+        UsageError: there are neither.
     """
+    count = sum(len(bank.rates) for bank in banks.values())
+    if banks and len(weights) not in (1, count):
+        raise UsageError(f"--lambda-n has {len(weights)} values for {count} assistants")
+    left = iter(list(weights) * (count if len(weights) == 1 else 1))
+    return {teacher: list(islice(left, len(bank.rates))) for teacher, bank in banks.items()}
+
+
+def load_banks(
+    folders: Sequence[Path], source: LiveTeachers | CachedTeachers
+) -> dict[int, RDMBank]:
+    """Frozen banks, by the numbers of their teachers.
+
+    Raises:
+        UsageError: one is missing, or another teacher's.
+    """
+    banks: dict[int, RDMBank] = {}
     try:
-        return RDMBank.load(folder, source.identities[0])
+        for folder in folders:
+            owner = read_bank_config(folder)["teacher"].get("weights")
+            known = [n for n, t in enumerate(source.identities) if t["weights"] == owner]
+            teacher = next((n for n in known if n not in banks), 0)
+            if teacher in banks:
+                raise ValueError(f"{folder} is a second bank of teacher {teacher}")
+            banks[teacher] = RDMBank.load(folder, source.identities[teacher])
+        return dict(sorted(banks.items()))
     except FileNotFoundError as error:
         raise UsageError(
             f"--rdm-bank: {error}; train one with --distill rdm, or leave --rdm-bank out"

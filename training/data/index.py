@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from braceexpand import braceexpand
 
+from cifd_clip.names import nearby
 from training.data.shard import LOST, SUFFIX, NotAShard, Shard, index_shard
 from training.errors import UsageError
 
@@ -178,7 +179,7 @@ def index_shards(
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         why = "not a regular file" if os.path.exists(missing[0]) else "no such file"
-        raise UsageError(f"{flag}: {missing[0]}{more}: {why}")
+        raise UsageError(f"{flag}: {missing[0]}{more}: {why}{nearby(missing[0])}")
     factors = _factors(weights, len(sources))
     try:
         shards = [index_shard(path, cache_dir) for path in paths]

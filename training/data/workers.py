@@ -11,6 +11,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from multiprocessing import forkserver
 from typing import Any
@@ -123,14 +124,16 @@ class Batches:
 
     def __init__(self, loader: DataLoader, stopping, timeout, name):
         self.stopping, self.timeout, self.name = stopping, timeout, name
-        self.exhausted = False
+        self.exhausted, self._begun = False, time.monotonic()
         self._loader, self._iterator = loader, _start(loader)
+        if loader.num_workers:
+            threading.Thread(target=_wake, args=(weakref.ref(self),), daemon=True).start()
 
     def __iter__(self) -> Iterator:
         return self
 
     def __next__(self) -> Any:
-        start = time.monotonic()
+        self._begun = time.monotonic()
         while True:
             try:
                 return next(self._iterator)
@@ -144,10 +147,21 @@ class Batches:
                     raise death from error
                 if not str(error).startswith("DataLoader timed out"):
                     raise
-            if self.stopping is not None and self.stopping():
+            if self._stopped():
                 raise StopIteration
-            if self.timeout is not None and time.monotonic() - start > self.timeout:
+            if self._late():
                 raise self._stall()
+
+    def wake(self) -> None:
+        """Let stopped workers go on when no one is to wait longer."""
+        if self._stopped() or self._late():
+            _continue(self._iterator)
+
+    def _stopped(self) -> bool:
+        return self.stopping is not None and self.stopping()
+
+    def _late(self) -> bool:
+        return self.timeout is not None and time.monotonic() - self._begun > self.timeout
 
     def _death(self) -> Failure | None:
         for worker in getattr(self._iterator, "_workers", ()):
@@ -172,6 +186,23 @@ class Batches:
             f"no batch for {self.timeout:.0f} seconds: data worker {worker.pid} {what}; does its "
             "file system or server answer? (--data-timeout)"
         )
+
+
+def _wake(reference: weakref.ref[Batches]) -> None:
+    """What a thread does: of a batch that a worker is handing over, no timeout of torch's looks."""
+    while True:
+        time.sleep(SLICE)
+        batches = reference()
+        if batches is None or batches.exhausted:
+            return
+        batches.wake()
+        del batches  # whoever iterates may drop it
+
+
+def _continue(iterator: Iterator) -> None:
+    for worker in iterator._workers:
+        with suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGCONT)
 
 
 def _start(loader: DataLoader) -> Iterator:
@@ -208,9 +239,7 @@ def _end(iterator: Iterator) -> None:
     if iterator not in _running:
         return
     _running.pop(iterator)[0] = 0
-    for worker in iterator._workers:
-        if worker.is_alive():
-            os.kill(worker.pid, signal.SIGCONT)  # a stopped one can't end
+    _continue(iterator)  # a stopped one can't end
     iterator._shutdown_workers()
     for worker in iterator._workers:
         if worker.is_alive():  # stuck where only this helps

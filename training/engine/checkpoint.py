@@ -8,6 +8,7 @@ copy to host memory only.
 
 import logging
 import threading
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,16 @@ class Checkpoints:
         keep: how many of the newest stay; 0 keeps all.
         lease: of the run; nothing is saved once it is another process's.
 
+    Attributes:
+        saved: called with the step and the file of each checkpoint that is on disk, by the thread
+            that wrote it.
+
     Beside the directory, ``checkpoints.json`` says that one was written, whatever becomes of it.
     """
 
     def __init__(self, directory: Path, keep: int = 0, lease: Lease | None = None):
         self.directory, self.keep, self.lease = directory, keep, lease
+        self.saved: Callable[[int, Path], None] = lambda step, path: None
         self.record = directory.with_suffix(".json")
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -186,6 +192,7 @@ class Checkpoints:
             write_json(path.with_suffix(".json"), manifest, FORMAT)
             write_json(self.directory / "latest.json", manifest, FORMAT)
             write_json(self.record, {"step": step}, FORMAT)
+            self.saved(step, path)
             self._prune(path.with_suffix(".json"))
             self._failure = None
         except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk

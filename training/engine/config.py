@@ -66,7 +66,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run directory, its checkpoints and logs. None of it changes what is computed."""
+    """The run directory, its checkpoints and logs, and patience: nothing that changes a result."""
 
     logs: str = flag("./logs", "parent of the run directory")
     name: str = flag("", "the run directory's name [from method, model and seed]")
@@ -84,6 +84,9 @@ class RunConfig:
     keep: int = flag(3, "newest checkpoints kept; 0: all", least=0)
     log_every_n_steps: int = flag(
         50, "steps between log lines; 0: at the ends of epochs", metavar="N", least=0
+    )
+    data_timeout: float = flag(
+        600.0, "seconds to wait for a batch before giving up; 0: for ever", least=0
     )
     report_to: str = flag("", "more places for metrics", metavar="tensorboard,wandb")
     wandb_project_name: str = flag("open-clip", "as OpenCLIP")

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
-from training.errors import UsageError, did_you_mean
+from cifd_clip.names import did_you_mean, nearby, unknown_flag
+from training.errors import UsageError
 
 INSTALLED = Path(__file__).parents[2]  # where the packages are
 ARGPARSE = ("choices", "metavar", "nargs", "action")  # what goes to it from a field's metadata
@@ -86,6 +87,15 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} [{' '.join(map(str, values))}]".strip().replace("%", "%%")
 
 
+class HelpAll(argparse.Action):
+    """``--help`` of every flag of a `Parser`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.rare = set()
+        parser.print_help()
+        parser.exit()
+
+
 class CommandLine(argparse.ArgumentParser):
     """A command line in this project's style, whose errors are `UsageError`.
 
@@ -107,14 +117,13 @@ class CommandLine(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """As argparse's; an unknown flag is answered with those it may stand for."""
-        namespace, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            hint = did_you_mean(unknown[0].partition("=")[0], known)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return namespace
+        if unknown := unknown_flag(args, self._option_string_actions):
+            self.error(f"unrecognized arguments: {unknown}")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str):
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += did_you_mean(choice[1], re.findall(r"[\w.-]+", choice[2]))
         raise UsageError(f"{message} (see --help)")
 
 
@@ -137,9 +146,28 @@ class Parser(CommandLine):
         unsupported: Mapping[str, str] | None = None,
     ):
         super().__init__(module, description, usage, argument_default=argparse.SUPPRESS)
-        self.unsupported = unsupported or {}
+        self.unsupported, self.rare = unsupported or {}, set()
         for title, cls in groups:
             add_flags(self.add_argument_group(title), cls)
+
+    def shorten(self, common: str) -> None:
+        """Show these alone of the flags so far under ``--help``, and all under ``--help-all``.
+
+        Args:
+            common: flags' names, between blanks.
+        """
+        self.rare = {id(a) for a in self._actions if a.dest not in ["help", *common.split()]}
+        self.add_argument("--help-all", action=HelpAll, nargs=0, help="show every flag")
+
+    def format_help(self) -> str:
+        rare = [action for action in self._actions if id(action) in self.rare]
+        texts = [action.help for action in rare]
+        for action in rare:
+            action.help = argparse.SUPPRESS
+        text = super().format_help()
+        for action, full in zip(rare, texts):
+            action.help = full
+        return text
 
     def given(self, argv: Sequence[str]) -> Given:
         """The flags that a command line gives; of one given twice, the last.
@@ -266,7 +294,8 @@ def expand_files(words: Sequence[str], folder: Path | None = None) -> list[str]:
         folders = [*([folder] if folder else []), Path(), INSTALLED]
         path = next((p for f in folders if (p := f / word[1:]).is_file()), None)
         if path is None:
-            raise UsageError(f"{word}: no such flag file")
+            near = filter(None, (nearby(f / word[1:]) for f in folders))
+            raise UsageError(f"{word}: no such flag file{next(near, '')}")
         try:
             lines = path.read_text().splitlines()
             for line in lines:

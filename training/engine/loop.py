@@ -60,19 +60,17 @@ def train(
     stop: StopFlag | None = None,
     validation: Validation | None = None,
     check_samples: Callable[[Progress], None] = lambda progress: None,
-    data_timeout: float | None = None,
 ) -> bool:
     """Run a trainer to its last step, or until it is told to stop.
 
     Args:
         trainer: what trains, at the step it starts from.
         loader: gives this rank's part of each global batch.
-        config: when to log and to save.
+        config: when to log and to save, and how long to wait for a batch.
         checkpoints, writer: where rank 0 writes; None on the others.
         stop: asked at every step boundary, if there is one.
         validation: looked at when an epoch ends.
         check_samples: raises when too many samples could not be used; called at log lines.
-        data_timeout: seconds after which waiting for a batch is given up; None: never.
 
     Returns:
         Whether all steps are done and nobody asked to stop; after a stop the checkpoint is on disk.
@@ -100,7 +98,8 @@ def train(
         return asked_to_stop() and clock.waiting() > PATIENCE
 
     stopping_early = asked_to_stop if alone else hangs
-    batches = loader.batches(progress.step, trainer.total_steps, stopping_early, data_timeout)
+    timeout = config.data_timeout or None
+    batches = loader.batches(progress.step, trainer.total_steps, stopping_early, timeout)
     begun = progress.step
 
     def delivered() -> Iterator[Batch]:
@@ -132,7 +131,7 @@ def train(
                 raise
             # Held-out data.
             if epoch_end and validation and _due(trainer, validation.every_epochs):
-                rows = clock.timed(iter(validation(hangs, data_timeout)))
+                rows = clock.timed(iter(validation(hangs, timeout)))
                 held_out = trainer.flat(trainer.validate(rows))
                 if hangs():
                     raise Stopped(f"{stop.name}: held-out data don't come, after step {step}")

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import secrets
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -96,6 +97,7 @@ class MetricWriter:
         path = directory / "metrics.jsonl"
         _forget_after(path, step)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115
+        self._lock = threading.Lock()  # an evaluation beside the training writes too
         self._sinks: dict[str, Sink] = {}
         makers = {
             "tensorboard": partial(_tensorboard, directory, step),
@@ -108,11 +110,12 @@ class MetricWriter:
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One line: ``{"kind": kind, "step": step, **values}``; not a number becomes null."""
         line = {"kind": kind, "step": step, **{k: _finite(v) for k, v in values.items()}}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         scalars = {k: v for k, v in values.items() if isinstance(v, (int, float))}
         named = {f"{kind}/{name}": value for name, value in scalars.items()}
-        for name, sink in list(self._sinks.items()):
-            self._try(name, partial(sink.log, named, step))
+        with self._lock:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            for name, sink in list(self._sinks.items()):
+                self._try(name, partial(sink.log, named, step))
 
     def _try(self, name: str, act: Callable[[], T]) -> T | None:
         """Go on without a sink that fails: metrics.jsonl has everything."""
@@ -159,7 +162,9 @@ def _wandb(directory: Path, config: RunConfig, recorded: dict[str, Any] | None) 
         resume="allow",
         dir=str(directory),
     )
-    return Sink(lambda values, step: run.log(values, step=step), run.finish)
+    # W&B's own step only grows, and an evaluation comes late: the curves are drawn over ours.
+    run.define_metric("*", step_metric="step")
+    return Sink(lambda values, step: run.log({**values, "step": step}), run.finish)
 
 
 def _wandb_name(directory: Path) -> str:

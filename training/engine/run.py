@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,20 @@ class RunDirectory:
         digests = {str(f.relative_to(self.path)): file_hash(f) for f in sorted(files)}
         self.write("finished.json", {**state, "files": digests})
 
-    def open(self) -> None:
-        """Write config and environment and start logging to ``out.log`` (rank 0)."""
+    def open(self, contents: Mapping[str, Any] | None = None) -> None:
+        """Write config and environment and start logging to ``out.log`` (rank 0).
+
+        Args:
+            contents: of flags that name files and folders, by hashes: a resumed run must find there
+                what it began with, wherever they lie.
+
+        Raises:
+            UsageError: it finds something else.
+        """
+        contents = json.loads(json.dumps(contents or {}))
+        _check_same(self.path, self.read("contents.json", contents), contents, set())
         make_folder(self.path)
+        self.write("contents.json", contents)
         (self.path / "finished.json").unlink(missing_ok=True)
         self.write("config.json", self.config)
         starts = self.read("environment.json", {}).get("starts", [])

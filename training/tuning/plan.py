@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cifd_clip.methods import DECLARED
+from cifd_clip.names import did_you_mean
 from training.engine.config import check_place
 from training.engine.flags import CommandLine, Given, expand_files, spelled
 from training.errors import UsageError
@@ -270,7 +271,9 @@ def plan(args: argparse.Namespace, flags: list[str]) -> Plan:
         raise UsageError(f"--methods has a row twice: {' '.join(names)}")
     against = args.against or names[0]
     if against not in names:
-        raise UsageError(f"--against {against}: expected one of {', '.join(names)}")
+        raise UsageError(
+            f"--against {against}: expected one of {', '.join(names)}{did_you_mean(against, names)}"
+        )
     if args.command == "classify" and args.data_root:
         raise UsageError("--data-root is of training.main's runs; classifiers have --final")
     evaluation = ("--data-root", args.data_root, "--datasets", *args.datasets)

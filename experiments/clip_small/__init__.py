@@ -1,1 +1,0 @@
-"""Every method on real image-text data that fits two cores: CIFAR-100 and Flickr8k."""
