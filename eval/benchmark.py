@@ -115,7 +115,7 @@ def run(args: argparse.Namespace, place: Place) -> int:
 def check(args: argparse.Namespace) -> int:
     """Open the data sets, without a model; how many can't be evaluated."""
     root, gaps = datasets.check_root(Path(args.data_root)), 0
-    for name in datasets.names(args.datasets):
+    for name in datasets.wanted(args.datasets, root):
         try:
             folder = datasets.open_folder(root, name, args.split, args.samples)
             print(f"{name}: {len(folder.samples)} images")

@@ -3,20 +3,31 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import open_clip
 import torch
 from open_clip import CLIP, CustomTextCLIP
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cifd_clip.export.graphs import read_graphs
+from cifd_clip.export.source import Towers
+from cifd_clip.files import file_hash, read_json
 from cifd_clip.names import did_you_mean, nearby
 from cifd_clip.teacher import weights_hash
 from training.clip.config import MODEL_CONFIG, model_folder, recorded
-from training.clip.models import add_model_configs, check_here, check_weights, forced, images_of
-from training.engine.run import read_run
+from training.clip.models import (
+    add_model_configs,
+    check_here,
+    check_weights,
+    forced,
+    images_of,
+    model_config,
+)
 from training.errors import UsageError
 
 
@@ -48,6 +59,25 @@ class Evaluated:
         """Unit text embeddings (len(texts), D), float32."""
         tokens = self.tokenizer(texts).to(device)
         return nn.functional.normalize(encode_tokens(self.model, tokens).float(), dim=-1)
+
+
+@dataclass
+class Graphs(Evaluated):
+    """Towers that `cifd_clip.export` wrote as graphs, with what lies beside them; on the CPU."""
+
+    model: Towers
+
+    def __post_init__(self):
+        about = read_json(Path(self.source) / "preprocess.json")
+        files = [file_hash(Path(self.source) / about[part]["file"]) for part in ("image", "text")]
+        self.weights = sha256("".join(files).encode()).hexdigest()
+        self.preprocessing, self.parameters = about["image"]["preprocess"], {}
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.model.image(images.cpu()).to(images.device)
+
+    def encode_text(self, texts: list[str], device: torch.device) -> Tensor:
+        return self.model.text(self.model.tokenizer(texts)).to(device)
 
 
 def encode_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -89,12 +119,15 @@ def load(spec: str, device: torch.device) -> Evaluated:
     - a run directory: the student it ended with (``RUN/student``), named after the run;
     - ``RUN/checkpoints/X.pt``: that step's student, named ``RUN@X``;
     - a folder with ``open_clip_config.json``, with or without ``local-dir:``;
+    - a folder that `cifd_clip.export` wrote as ``onnx`` or ``torch_export``;
     - ``NAME`` or ``NAME:PRETRAINED`` of OpenCLIP or `add_configs`, where PRETRAINED is a tag or a
       file; ``hf-hub:`` names too.
     """
     path = Path(spec.removeprefix("local-dir:"))
     if folder := model_folder(spec):
         return _from_folder(spec, folder, device)
+    if (path / "preprocess.json").is_file():
+        return _from_graphs(spec, path)
     if path.is_dir():
         raise UsageError(
             f"'{spec}': expected a run directory with student/{MODEL_CONFIG} or a model folder; "
@@ -125,10 +158,19 @@ def _loading(spec: str) -> Iterator[None]:
 
 def _from_folder(spec: str, folder: Path, device: torch.device) -> Evaluated:
     local, run = f"local-dir:{folder}", folder.parent if folder.name == "student" else None
+    model_config(local, "model")  # is it one?
     with _loading(spec):
         model, transform = open_clip.create_model_from_pretrained(local, device=device)
         tokenizer = open_clip.get_tokenizer(local)
     return Evaluated(spec, (run or folder).resolve().name, run, model, transform, tokenizer)
+
+
+def _from_graphs(spec: str, path: Path) -> Graphs:
+    with _loading(spec):
+        towers = read_graphs(path)
+        about = read_json(path / "preprocess.json")["image"]["preprocess"]
+        transform = image_transform_v2(PreprocessCfg(**about), is_train=False)
+    return Graphs(str(path), path.resolve().name, None, towers, transform, towers.tokenizer)
 
 
 def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
@@ -138,7 +180,7 @@ def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
             f"'{spec}': a checkpoint outside a run directory does not say its architecture; "
             f"write NAME:{spec} with an OpenCLIP model name"
         )
-    config = recorded(read_run(run))
+    config = recorded(run)
     add_configs(config.model_config, spec)
     images = {f"image_{key}": value for key, value in images_of(str(path)).items()}
     # What it began with is not loaded: OpenCLIP would prefer a local-dir: model's own weights.

@@ -214,14 +214,15 @@ def test_unusual_images_have_stock_open_clips_pixels(tmp_path, name):
         (b"[" * 100_000, "json: broken"),
         (b"\xff\xfe", "json: broken"),
         (b'"' + b"x" * (1 << 20) + b'"', "json: too many bytes"),
-        (json.dumps({"captions": "one"}).encode(), "json: captions are not a list of strings"),
+        (json.dumps({"captions": 1}).encode(), "json: captions are not a list of strings"),
+        (json.dumps({"captions": "one"}).encode(), USED),
         (json.dumps({"captions": [1, None]}).encode(), "json: captions are not a list of strings"),
         (json.dumps({"captions": ["x" * 20_000]}).encode(), "caption: too long"),
         (json.dumps({"captions": []}).encode(), USED),
         (json.dumps(["no object"]).encode(), USED),
         (b"", "json: broken"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_bad_json_counts_only_where_captions_come_from_it(tmp_path, document, reason):
     write_tar(tmp_path / "0.tar", sample("a") | bad_sample(json=document))

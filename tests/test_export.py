@@ -17,15 +17,18 @@ from cifd_clip.export import checked
 from cifd_clip.export.__main__ import main as command
 from cifd_clip.export.card import RUN_FORMAT
 from cifd_clip.export.checked import export
+from cifd_clip.export.int8 import COMPARED, Cost, read_pairs
 from cifd_clip.export.source import Towers, load
 from cifd_clip.teacher import weights_hash
 from eval.benchmark import main as benchmark
 from runs import word_tokenizer
+from shards import write_shards
 from training.clip.models import save_student
 from training.engine.config import FORMAT
 from training.main import main
 
-onnxruntime = pytest.importorskip("onnxruntime")  # of an extra
+onnx = pytest.importorskip("onnx")  # of an extra
+onnxruntime = pytest.importorskip("onnxruntime")
 
 SMALL_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 SMALL_VIT = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
@@ -161,6 +164,95 @@ def test_onnx_towers_compute_the_students_unit_features_at_any_batch(name, stude
     assert about["logit_scale"] == pytest.approx(model.logit_scale.exp().item())
 
 
+@pytest.mark.parametrize("name", ["ViT-S-16, 1 layer", "RN50"])
+def test_torch_export_programs_compute_the_students_unit_features_at_any_batch(
+    name, student, tmp_path
+):
+    folder = student(name)
+    out, difference = export(folder, "torch_export", tmp_path / "out")
+    assert difference < 1e-4
+    images, image_features, text_features = expected(folder, 7)
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS)
+    inputs = {"image.pt2": (images, image_features), "text.pt2": (tokens, text_features)}
+    for file, (rows, features) in inputs.items():
+        program = torch.export.load(out / file).module()
+        for batch in (1, 3, 7):
+            torch.testing.assert_close(program(rows[:batch]), features[:batch], atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("pairs"), [100, 100])
+
+
+def sizes(folder) -> int:
+    return sum((folder / f"{tower}.onnx").stat().st_size for tower in ("image", "text"))
+
+
+def test_int8_graphs_hold_int8_and_the_card_says_what_they_cost(
+    student, pairs, scenes, tmp_path, capsys
+):
+    folder, out = student("ViT-S-16, 1 layer"), tmp_path / "out"
+    data = ["--data-root", str(scenes / "benchmark"), "--datasets", "digits"]
+    words = [folder, "--format=onnx", "--quantize=int8", "--calibration-data", pairs, *data]
+    assert command([*words, "-o", str(out)]) == 0
+    line, card = capsys.readouterr().out, (out / "README.md").read_text()
+    assert line.partition(": ")[2].strip() in card
+    plain, _ = export(folder, "onnx", tmp_path / "plain")
+    share = sizes(out) / sizes(plain)
+    assert share < 0.3 and f"{share:.2f} × the bytes" in line
+    large = [
+        weights.data_type
+        for tower in ("image", "text")
+        for weights in onnx.load(out / f"{tower}.onnx").graph.initializer
+        if np.prod(weights.dims) > 50_000
+    ]
+    assert len(large) >= 6 and set(large) <= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+    # In stock onnxruntime features point where stock OpenCLIP's do, as far as the card says.
+    images, captions = read_pairs(pairs)
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    pixels = torch.stack([transform(image) for image in images[-COMPARED:]])
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(captions[-COMPARED:])
+    with torch.no_grad():
+        features = model.eval().encode_image(pixels), model.encode_text(tokens)
+    cosines = re.findall(r"(\d\.\d{4}) \(", line)
+    for tower, rows, own, said in zip(("image", "text"), (pixels, tokens), features, cosines):
+        session = onnxruntime.InferenceSession(out / f"{tower}.onnx")
+        (given,) = session.get_inputs()
+        found = torch.from_numpy(session.run(None, {given.name: rows.numpy()})[0])
+        cosine = torch.cosine_similarity(found, own).mean().item()
+        assert cosine == pytest.approx(float(said), abs=1e-3) and cosine > 0.99
+    # The drop is that between eval.benchmark's figures of the two.
+    scores = []
+    for spec in (folder, str(out), str(plain)):
+        results = tmp_path / "results" / str(len(scores))
+        assert benchmark([spec, *data, "--out", str(results), "--workers=0", "--device=cpu"]) == 0
+        (path,) = results.glob("*.json")
+        scores.append(json.loads(path.read_text())["metrics"]["acc1"])
+    assert f"- digits: {100 * scores[0]:.2f} → {100 * scores[1]:.2f} (" in card
+    assert scores[2] == pytest.approx(scores[0], abs=0.005), "float32 graphs are the student"
+
+
+def test_what_int8_should_not_cost_is_said():
+    assert "more than int8 should" not in Cost(128, 0.27, 1.0, 1.0, {"a": (0.5, 0.496)}).sentence
+    for cost in (Cost(128, 0.31, 1.0, 1.0), Cost(128, 0.27, 1.0, 1.0, {"a": (0.5, 0.494)})):
+        assert "That is more than int8 should cost: 0.5 points, 0.3 × the bytes" in cost.sentence
+
+
+def test_int8_without_pairs_to_calibrate_with_is_refused(student, tmp_path, capsys):
+    few = write_shards(tmp_path / "few", [20])
+    folder, plain = student("QuickGELU"), ["--format=onnx", "-o", str(tmp_path / "out")]
+    for arguments, expected in (
+        ([*plain, "--quantize=int8"], "needs --calibration-data SHARDS: there is no run here"),
+        ([*plain, "--quantize=int8", "--calibration-data", few], "20 image-text pairs in 1 tars"),
+        (["--format=open_clip", "--quantize=int8"], "--quantize is for --format onnx"),
+        ([*plain, "--data-root=x", "--datasets=y"], "--data-root DIR, --datasets NAME"),
+    ):
+        assert command([folder, *arguments]) == 2
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["ViT-S-16", "ViT-B-16", "custom text", "QuickGELU"])
 def test_transformers_clip_computes_the_students_features_from_text_and_pixels(
     name, student, tmp_path
@@ -233,20 +325,23 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_the_code_in_an_onnx_card_gives_the_students_features(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "format"), [*((name, "onnx") for name in TEXTS), ("causal", "torch_export")]
+)
+def test_the_code_in_a_graphs_card_gives_the_students_features(name, format, tmp_path, monkeypatch):
     clean = "canonicalize" if name == "canonicalize" else "lower"
     folder = save(small(text=TEXTS[name], custom_text=True), tmp_path / "in" / "model")
-    out, _ = export(folder, "onnx", tmp_path / "out")
+    out, _ = export(folder, format, tmp_path / "out")
     images = noise(folder, 2)
     image_features, text_features = stock(folder, images, CAPTIONS + WILD)
-    found = card_code(out, monkeypatch, captions=CAPTIONS + WILD, images=images.numpy())
+    given = images.numpy() if format == "onnx" else images
+    found = card_code(out, monkeypatch, captions=CAPTIONS + WILD, images=given)
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS + WILD)
     np.testing.assert_array_equal(found["ids"], tokens)
     about = json.loads((out / "preprocess.json").read_text())["text"]
     assert (about["padding"], about["clean"]) == (0, clean)
-    np.testing.assert_allclose(found["text_features"], text_features, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(found["image_features"], image_features, atol=1e-4, rtol=0)
+    for features, own in (("text_features", text_features), ("image_features", image_features)):
+        np.testing.assert_allclose(found[features].tolist(), own, atol=1e-4, rtol=0)
 
 
 def test_the_code_in_a_transformers_card_gives_the_students_features(

@@ -13,7 +13,7 @@ from eval import bank, benchmark, cost, report
 from runs import CONFIGS
 from slurm.plan import grid_path
 from test_layers import ROOT
-from training import check_data, prefetch
+from training import check_data, pack, prefetch
 from training.classifier import config as classifier
 from training.clip import flags
 from training.commands import COMMANDS
@@ -27,6 +27,7 @@ PARSERS: dict[str, Callable] = {
     "training.classify": lambda words: classifier.resolve(classifier.parse(words)),
     "training.check_data": lambda words: check_data._parser().parse_args(words),
     "training.prefetch": lambda words: prefetch._parser().parse_args(words),
+    "training.pack": pack.parse,
     "training.tune": plan.parse,
     "eval.benchmark": benchmark.parse,
     "eval.bank": bank.parse,
@@ -84,6 +85,12 @@ def test_every_command_is_shown():
     assert {module for module, _ in EVERY} >= set(COMMANDS.values())
 
 
+def test_its_pictures_are_there_and_light():
+    (picture,) = re.findall(r"!\[[^]]+\]\((\S+)\)", PAGE)
+    assert (ROOT / picture).stat().st_size <= 200_000
+    assert f"{picture}" in (ROOT / "Makefile").read_text(), "the command that makes it"
+
+
 def test_its_files_are_there():
     folder = None
     for line in TREE.splitlines():
@@ -112,7 +119,7 @@ def test_your_own_data_are_a_student_and_its_report(scenes, teacher, tmp_path, m
         block = block.replace(said, here)
     monkeypatch.chdir(tmp_path)
     for module, words in commands(block):
-        if module != "training.prefetch":  # the teacher is here
+        if module not in ("training.prefetch", "training.pack"):  # teacher and shards are here
             assert not import_module(module).main(words), module
     assert (tmp_path / "logs" / "mine" / "student" / "open_clip_model.safetensors").is_file()
     assert "digits" in (tmp_path / "report.md").read_text()

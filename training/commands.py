@@ -17,6 +17,7 @@ COMMANDS = {
     "cifd-cost": "eval.cost",
     "cifd-eval": "eval.benchmark",
     "cifd-export": "cifd_clip.export",
+    "cifd-pack": "training.pack",
     "cifd-prefetch": "training.prefetch",
     "cifd-report": "eval.report",
     "cifd-train": "training.main",

@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cifd_clip.export.captions import CLEAN
+from cifd_clip.export.int8 import Cost
 from cifd_clip.export.source import Source
 from cifd_clip.export.tokenizer import clean_name, pads_with_zeros
 from cifd_clip.files import read_json
@@ -15,13 +16,14 @@ from cifd_clip.teacher import weights_hash
 RUN_FORMAT = 1  # of a run's files, which training writes
 
 
-def model_card(source: Source, format: str, difference: float) -> str:
+def model_card(source: Source, format: str, difference: float, int8: Cost | None = None) -> str:
     """The ``README.md`` of an exported folder.
 
     Args:
         source: the student; its run's files are read where it has a run.
         format: what it was exported to.
         difference: largest difference of a unit-norm feature's component after export.
+        int8: what quantising cost, where the graphs were quantised after that.
     """
     weights = weights_hash(source.model)
     clean = CLEAN[clean_name(source)]
@@ -37,6 +39,7 @@ def model_card(source: Source, format: str, difference: float) -> str:
         source=source,
         format=format,
         difference=difference,
+        int8=int8,
         weights=weights,
         image_parameters=image_parameters,
         other_parameters=parameters - image_parameters,

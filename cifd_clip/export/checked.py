@@ -6,13 +6,15 @@ through the student's, and lets the folder appear only when they agree.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cifd_clip.export.card import model_card
-from cifd_clip.export.onnx_towers import write_onnx
+from cifd_clip.export.graphs import write_onnx, write_torch_export
+from cifd_clip.export.int8 import Cost, ZeroShot, quantise, read_pairs, trained_on
 from cifd_clip.export.source import Source, Towers, load
 from cifd_clip.export.stock import write_open_clip
 from cifd_clip.export.transformers_clip import write_transformers
@@ -23,11 +25,12 @@ from cifd_clip.noise import Noise
 WRITERS: dict[str, Callable[[Source, Path], Towers]] = {
     "open_clip": write_open_clip,
     "onnx": write_onnx,
+    "torch_export": write_torch_export,
     "transformers": write_transformers,
 }
 #: Largest accepted difference of a unit-norm feature's component. OpenCLIP's folder holds the same
 #: weights for the same code: it has no excuse.
-TOLERANCE = {"open_clip": 0.0, "onnx": 1e-4, "transformers": 1e-4}
+TOLERANCE = {"open_clip": 0.0, "onnx": 1e-4, "torch_export": 1e-4, "transformers": 1e-4}
 BATCHES = (1, 7)
 CAPTIONS = (
     "a photo of a dog",
@@ -70,21 +73,60 @@ def export(spec: str, format: str, out: Path | None = None) -> tuple[Path, float
             tokenizer the format has no place for, a missing package, or features that differ.
     """
     source = load(spec)
+    with appearing(source, format, out) as folder:
+        largest = write_checked(source, format, folder)
+        write_text(folder / "README.md", model_card(source, format, largest))
+    return out or source.default_out(format), largest
+
+
+def export_int8(
+    spec: str,
+    out: Path | None = None,
+    shards: str | None = None,
+    evaluate: Callable[[Source, Path], ZeroShot] = lambda source, folder: {},
+) -> tuple[Path, Cost]:
+    """Write a student as ONNX, as `export` does, and quantise its weights and activations.
+
+    Args:
+        spec, out: as of `export`; the default folder is called ``onnx-int8``.
+        shards: image-text pairs to calibrate with [those that its run was trained on].
+        evaluate: given the student and the quantised folder, zero-shot figures of both by data set.
+
+    Returns:
+        The folder, and what int8 costs; the model card says it too.
+
+    Raises:
+        BadFile, ValueError: as `export`, or there are too few pairs in the shards.
+    """
+    source = load(spec)
+    pairs = read_pairs(shards or trained_on(source))
+    with appearing(source, "onnx-int8", out) as folder:
+        largest = write_checked(source, "onnx", folder)
+        cost = quantise(source, folder, *pairs)._replace(zeroshot=evaluate(source, folder))
+        write_text(folder / "README.md", model_card(source, "onnx", largest, cost))
+    return out or source.default_out("onnx-int8"), cost
+
+
+def appearing(source: Source, format: str, out: Path | None) -> AbstractContextManager[Path]:
+    """The folder to write an export in; it appears when the block ends well."""
     out = out or source.default_out(format)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already: nothing is overwritten; choose another -o")
-    with writing_folder(out) as folder:
-        written = WRITERS[format](source, folder)
-        largest = difference(source.towers(), written, *probe(source))
-        if not largest <= TOLERANCE[format]:
-            raise ValueError(
-                f"--format {format}: the features of {source.name} differ by {largest:.1e} after "
-                f"export, {TOLERANCE[format]:.0e} is allowed; nothing was written"
-            )
-        if written.tokenizer:
-            largest = max(largest, _check_captions(source, written, format))
-        write_text(folder / "README.md", model_card(source, format, largest))
-    return out, largest
+    return writing_folder(out)
+
+
+def write_checked(source: Source, format: str, folder: Path) -> float:
+    """Write a student's files; the largest difference of what they compute, see `export`."""
+    written = WRITERS[format](source, folder)
+    largest = difference(source.towers(), written, *probe(source))
+    if not largest <= TOLERANCE[format]:
+        raise ValueError(
+            f"--format {format}: the features of {source.name} differ by {largest:.1e} after "
+            f"export, {TOLERANCE[format]:.0e} is allowed; nothing was written"
+        )
+    if written.tokenizer:
+        largest = max(largest, _check_captions(source, written, format))
+    return largest
 
 
 def _check_captions(source: Source, written: Towers, format: str) -> float:

@@ -29,22 +29,21 @@ def save_tokenizer(source: Source, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def read_tokenizer(
-    source: Source, folder: Path, zeros: bool = False
-) -> Callable[[list[str]], Tensor]:
+def read_tokenizer(folder: Path, clean: str, zeros: bool = False) -> Callable[[list[str]], Tensor]:
     """The tokenizer that was written to ``folder``, called as the model card's code calls it.
 
-    With ``zeros`` it multiplies by the attention mask, as the card does where `pads_with_zeros`.
+    Args:
+        folder: with its files.
+        clean: which of `captions.CLEAN` goes before it, see `clean_name`.
+        zeros: whether it multiplies by the attention mask, as the card does for `pads_with_zeros`.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    clean = CLEAN[clean_name(source)]
-
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
 
     def tokenize(captions: list[str]) -> Tensor:
-        tokens = tokenizer([clean(caption) for caption in captions], **options)
+        tokens = tokenizer([CLEAN[clean](caption) for caption in captions], **options)
         ids = tokens["input_ids"]
         return ids * tokens["attention_mask"] if zeros else ids
 

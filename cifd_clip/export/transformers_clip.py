@@ -20,7 +20,7 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 
 from cifd_clip.export.source import Source, Towers
-from cifd_clip.export.tokenizer import read_tokenizer, save_tokenizer
+from cifd_clip.export.tokenizer import clean_name, read_tokenizer, save_tokenizer
 from cifd_clip.files import write_tensors
 
 
@@ -52,7 +52,8 @@ def write_transformers(source: Source, folder: Path) -> Towers:
         features = model.text_projection(model.text_model(tokens).pooler_output)
         return nn.functional.normalize(features, dim=-1)
 
-    return Towers(torch.no_grad()(image), torch.no_grad()(text), read_tokenizer(source, folder))
+    tokenizer = read_tokenizer(folder, clean_name(source))
+    return Towers(torch.no_grad()(image), torch.no_grad()(text), tokenizer)
 
 
 def misfits(source: Source) -> Iterator[str]:

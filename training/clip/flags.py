@@ -5,6 +5,7 @@ of what the files it names say.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ GROUPS = (
 #: What ``--help`` shows of the flags that training.main and its sisters share.
 COMMON = """
 distill distill_model distill_pretrained teacher_cache rates rdm_bank
-train_data train_num_samples captions views val_data val_fraction workers
+train_data train_num_samples captions caption_keys views val_data val_fraction workers
 data_root zeroshot_datasets zeroshot_frequency
 model pretrained grad_checkpointing
 batch_size global_batch accum_freq epochs lr wd warmup grad_clip_norm seed
@@ -262,6 +263,8 @@ def resolved(
         for name in ("view_seed", "image_backend"):
             values.setdefault(name, cache[name])
     values.setdefault("view_seed", seed)
+    if given.get("caption_keys"):
+        values["captions"] = given["caption_keys"]
     # The optimizer.
     values |= engine.share_batch(given, Config.batch_size, world_size)
     values["precision"] = engine.default_precision(given, device_type)
@@ -315,6 +318,7 @@ def cache_config(given: Given, device_type: str = "cuda") -> CacheConfig:
     check_teacher_weights(config)
     if config.views < 1:
         raise UsageError("--views must be at least 1: how many augmentations of an image to store")
+    check_captions(config)
     engine.check(config)
     _ = config.parts
     return config
@@ -376,6 +380,7 @@ def _check(config: Config) -> None:
     if config.val_data and config.val_fraction:
         raise UsageError("--val-data and --val-fraction both say what is held out: give one")
     _check_zeroshot(config)
+    check_captions(config)
     if config.use_bn_sync and config.accum_freq > 1:
         raise UsageError(
             "--use-bn-sync with --accum-freq > 1 is not supported: batch statistics of a "
@@ -390,6 +395,18 @@ def _check(config: Config) -> None:
         if not Path(path).is_file():
             raise UsageError(
                 f"--model-config '{path}': no such file; expected an OpenCLIP JSON{nearby(path)}"
+            )
+
+
+def check_captions(config: Config) -> None:
+    """Refuse caption fields that are none."""
+    for name, share in config.caption_keys.items():
+        known = name == "txt" or (name.startswith("json:") and name != "json:")
+        number = isinstance(share, int | float) and 0 < share < math.inf
+        if not known or not number:
+            raise UsageError(
+                f"--caption-keys {name}={share}: expected txt (key.txt) or json:NAME (a field of "
+                "key.json) with a positive share, such as txt=0.4 json:syn=0.6"
             )
 
 

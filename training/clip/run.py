@@ -59,6 +59,9 @@ from training.errors import UsageError
 
 log = logging.getLogger(__name__)
 
+#: What a resumed run must find of its teachers.
+KNOWN_BY = ("weights", "preprocess", "code")
+
 
 def start(given: Given, files: dict[str, Any]) -> int:
     """Run what a command line gives; the exit code is 0 only when all of it is finished.
@@ -347,7 +350,7 @@ def begin(
         {
             "train_data": data["hash"],
             "val_data": validation and validation.hash,
-            "distill_model": [[t["weights"], t["preprocess"]] for t in teachers["teachers"]],
+            "distill_model": [[t.get(name) for name in KNOWN_BY] for t in teachers["teachers"]],
             "rdm_bank": teachers["bank_weights"],
             "model_config": {Path(path).stem: file_hash(path) for path in config.model_config},
         }

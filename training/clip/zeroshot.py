@@ -37,7 +37,8 @@ def check_zeroshot(config: Config) -> None:
         command = [sys.executable, *_command(config, "any"), "--dry-run"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise UsageError(f"zero-shot evaluation: {done.stderr.strip()}")
+            why = done.stderr.strip().removeprefix("error: ")
+            raise UsageError(why.replace("--datasets", "--zeroshot-datasets"))
 
 
 def _command(config: Config, model: str) -> list[str]:

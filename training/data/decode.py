@@ -8,7 +8,11 @@ import contextlib
 import io
 import json
 import re
+from bisect import bisect
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 from PIL import Image
 
@@ -17,6 +21,8 @@ from training.data.draws import seed_of
 FORMATS = ("JPEG", "PNG", "WEBP")
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # in a JPEG, not counting restarts
 _MOST_MARKERS = 2000
+#: Multiples of the golden ratio fill [0, 1) more evenly than those of any other number.
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class BadSample(Exception):
@@ -117,8 +123,10 @@ def decode_text(data: bytes, caps: Caps) -> list[str]:
     return captions
 
 
-def decode_captions(data: bytes, caps: Caps) -> list[str]:
-    """The bytes of ``key.json`` -> its ``"captions"`` (empty list when it has none).
+def decode_captions(
+    data: bytes, caps: Caps, names: Iterable[str] = ("captions",)
+) -> dict[str, list[str]]:
+    """The bytes of ``key.json`` -> the captions of each of its fields (none where it lacks it).
 
     Raises:
         BadSample: not JSON, or captions that are no usable strings.
@@ -129,19 +137,37 @@ def decode_captions(data: bytes, caps: Caps) -> list[str]:
         document = json.loads(data)
     except (ValueError, RecursionError):
         raise BadSample("json: broken") from None
-    captions = document.get("captions") if isinstance(document, dict) else None
-    if captions is None:
-        return []
+    fields = document if isinstance(document, dict) else {}
+    return {name: _captions(name, fields.get(name), caps) for name in names}
+
+
+def _captions(name: str, value: Any, caps: Caps) -> list[str]:
+    captions = [value] if isinstance(value, str) else value or []
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-        raise BadSample("json: captions are not a list of strings")
+        raise BadSample(f"json: {name} are not a list of strings")
     captions = [caption.strip() for caption in captions if caption.strip()]
     if any(len(caption) > caps.max_caption for caption in captions):
         raise BadSample("caption: too long")
     return captions
 
 
-def choose_caption(captions: list[str], seed: int, view: int, key: bytes) -> str:
-    """One of several captions, a pure function of (seed, view, key)."""
+def choose_caption(
+    fields: Mapping[str, list[str]],
+    weights: Mapping[str, float],
+    seed: int,
+    view: int,
+    key: bytes,
+) -> str:
+    """One of the captions of one of several fields, a pure function of (seed, view, key).
+
+    A field comes with its weight among those that are there. Over a sample's views the fields come
+    as evenly as they can: V views hold each that has a share of about 1/V.
+    """
+    captions = next(iter(fields.values()))
+    if len(fields) > 1:
+        bounds = list(accumulate(weights[name] for name in fields))
+        place = (seed_of(seed, "field", key) / 2**64 + GOLDEN * view) % 1
+        captions = list(fields.values())[bisect(bounds, place * bounds[-1], hi=len(bounds) - 1)]
     return captions[seed_of(seed, "caption", view, key) % len(captions)]
 
 

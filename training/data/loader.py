@@ -43,6 +43,10 @@ class Fetcher:
         raise NotImplementedError
 
 
+#: Which captions: see `Loader`.
+Captions = str | dict[str, float]
+
+
 @dataclass
 class Recipe:
     """How a sample's members become tensors; arguments as of `Loader`."""
@@ -50,7 +54,7 @@ class Recipe:
     image_transforms: Sequence[View]
     tokenizers: Sequence[Callable[[list[str]], Tensor]]
     seed: int = 0
-    captions: str = "first"
+    captions: Captions = "first"
     caps: Caps = field(default_factory=Caps)
 
     def sample(
@@ -74,16 +78,19 @@ class Recipe:
         return caption, images
 
     def _caption(self, key: bytes, view: int, read) -> str:
-        captions = []
-        if self.captions == "all":
-            data = read("json", self.caps.max_json, "json: too many bytes")
-            captions = [] if data is None else decode_captions(data, self.caps)
-        if not captions:
-            text = read("text", self.caps.max_caption, "caption: too long")
-            captions = decode_text(text, self.caps)
         if self.captions == "first":
-            return captions[0]
-        return choose_caption(captions, self.seed, view, key)
+            return self._text(read)[0]
+        weights = {"json:captions": 1.0} if self.captions == "all" else self.captions
+        names = [name.removeprefix("json:") for name in weights if name != "txt"]
+        data = read("json", self.caps.max_json, "json: too many bytes") if names else None
+        known = {} if data is None else decode_captions(data, self.caps, names)
+        fields = {f"json:{name}": captions for name, captions in known.items() if captions}
+        if "txt" in weights or not fields:
+            fields["txt"] = self._text(read)
+        return choose_caption(fields, weights, self.seed, view, key)
+
+    def _text(self, read) -> list[str]:
+        return decode_text(read("text", self.caps.max_caption, "caption: too long"), self.caps)
 
     def tokens(self, captions: list[str], keys: list[str], views: list[int]) -> list[Tensor]:
         """Per tokenizer, (B, context); one that masks at random draws from each sample's seed."""
@@ -242,7 +249,8 @@ class Loader:
             not read.
         seed: of the augmentation and of the choice of captions.
         views: V: a sample's view is its pass modulo V; None or 0: each pass is a new view.
-        captions: ``first``: key.txt; ``all``: one of key.json's "captions" (key.txt without them).
+        captions: ``first``: key.txt; ``all``: one of key.json's "captions"; or weights of fields,
+            ``txt`` and ``json:NAME``. Key.txt where there is none of them.
         caps: limits of one sample.
         global_batch: samples per step over all ranks (and micro-batches).
         rank, world_size: this rank reads rows [rank * local, (rank + 1) * local) of each global
@@ -267,7 +275,7 @@ class Loader:
         seed: int,
         global_batch: int,
         views: int | None = None,
-        captions: str = "first",
+        captions: Captions = "first",
         caps: Caps | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -326,7 +334,7 @@ def sequential(
     batch_size: int,
     spans: Sequence[tuple[Sequence[int], int]] | None = None,
     seed: int = 0,
-    captions: str = "first",
+    captions: Captions = "first",
     caps: Caps | None = None,
     rank: int = 0,
     world_size: int = 1,

@@ -20,7 +20,7 @@ from training.data.batch import Batch, assembled, chunk_rows
 from training.data.decode import BadSample, Caps
 from training.data.draws import permutation, words
 from training.data.index import expand_braces, is_remote
-from training.data.loader import Assembly, Recipe
+from training.data.loader import Assembly, Captions, Recipe
 from training.data.shard import REQUIRED, STRAY, fault_of, split_name
 from training.data.tar import BadTar, members, open_regular
 from training.data.views import View, private_randomness
@@ -92,7 +92,7 @@ class StreamLoader:
         global_batch: int,
         shards_consumed: int = 0,
         views: int | None = None,
-        captions: str = "first",
+        captions: Captions = "first",
         caps: Caps | None = None,
         rank: int = 0,
         world_size: int = 1,

@@ -1,0 +1,166 @@
+"""int8: static quantisation of a student's ONNX towers, and what it costs."""
+
+import glob
+import io
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from braceexpand import braceexpand
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor
+
+from cifd_clip.export.graphs import read_graphs
+from cifd_clip.export.source import Source
+from cifd_clip.files import read_json
+
+#: Pairs that ranges of activations are taken from, and others that features are compared on.
+CALIBRATED, COMPARED = 128, 64
+IMAGES = ("jpg", "jpeg", "png", "webp")
+#: What int8 should not cost more than: zero-shot points, and share of the bytes.
+POINTS, BYTES = 0.5, 0.3
+#: Data set → zero-shot top-1, or mean recall, before and after.
+ZeroShot = dict[str, tuple[float, float]]
+
+
+class Cost(NamedTuple):
+    """What quantising did to a student.
+
+    Attributes:
+        calibrated: image-text pairs that it was calibrated on.
+        bytes: of both graphs, as a share of those before.
+        image, text: mean cosine of features before and after, of pairs that did not calibrate.
+        zeroshot: see `ZeroShot`.
+    """
+
+    calibrated: int
+    bytes: float
+    image: float
+    text: float
+    zeroshot: ZeroShot = {}
+
+    @property
+    def sentence(self) -> str:
+        """The figures in a line, and whether they are what int8 should cost."""
+        drop = max((100 * (before - after) for before, after in self.zeroshot.values()), default=0)
+        cosines = f"cosine to the student {self.image:.4f} (images) and {self.text:.4f} (texts)"
+        line = f"{self.bytes:.2f} × the bytes, {cosines}"
+        if self.zeroshot:
+            line += f", zero-shot {-drop:+.2f} points at worst"
+        if drop > POINTS or self.bytes > BYTES:
+            line += f". That is more than int8 should cost: {POINTS} points, {BYTES} × the bytes"
+        return f"{line}."
+
+
+def trained_on(source: Source) -> str:
+    """The shards that a run was trained on.
+
+    Raises:
+        ValueError: the student is no run's.
+    """
+    shards = read_json(source.run / "config.json").get("train_data") if source.run else None
+    if not shards:
+        raise ValueError("--quantize int8 needs --calibration-data SHARDS: there is no run here")
+    return shards
+
+
+def read_pairs(shards: str) -> tuple[list[Image.Image], list[str]]:
+    """Images and captions of the first pairs of WebDataset tars.
+
+    Args:
+        shards: a directory, a brace or glob pattern; ``::`` joins sources.
+
+    Raises:
+        ValueError: there are fewer than `CALIBRATED` and `COMPARED`.
+    """
+    paths = []
+    for name in (name for source in shards.split("::") for name in braceexpand(source)):
+        folder = Path(name).is_dir()
+        paths += sorted(glob.glob(f"{glob.escape(name)}/*.tar" if folder else name))
+    pairs = list(islice((p for path in paths for p in _pairs(path)), CALIBRATED + COMPARED))
+    if len(pairs) < CALIBRATED + COMPARED:
+        raise ValueError(
+            f"--calibration-data '{shards}': {len(pairs)} image-text pairs in {len(paths)} tars, "
+            f"expected {CALIBRATED} to calibrate with and {COMPARED} to compare features on"
+        )
+    images, captions = zip(*pairs)
+    return list(images), list(captions)
+
+
+def _pairs(path: str) -> Iterator[tuple[Image.Image, str]]:
+    parts: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(path, "r:") as tar:
+        for member in filter(tarfile.TarInfo.isreg, tar):
+            key, _, extension = member.name.rpartition(".")
+            kind = "image" if extension in IMAGES else extension
+            if kind not in ("image", "txt"):
+                continue
+            pair = parts.setdefault(key, {})
+            pair[kind] = tar.extractfile(member).read()
+            if len(pair) == 2:
+                image = Image.open(io.BytesIO(pair["image"]), formats=("JPEG", "PNG", "WEBP"))
+                yield image.convert("RGB"), parts.pop(key)["txt"].decode()
+
+
+def quantise(source: Source, folder: Path, images: list[Image.Image], captions: list[str]) -> Cost:
+    """Quantise ``image.onnx`` and ``text.onnx`` of a folder in place, and read them back.
+
+    Weights per channel; what multiplies two activations (attention) stays in float32.
+    """
+    transform = image_transform_v2(PreprocessCfg(**source.preprocess), is_train=False)
+    pixels = torch.stack([transform(image) for image in images])
+    tokens = read_graphs(folder).tokenizer(captions)
+    inputs = {"image": ("images", pixels), "text": ("tokens", tokens)}
+    before = sum((folder / f"{tower}.onnx").stat().st_size for tower in inputs)
+    for tower, (name, rows) in inputs.items():
+        _quantise(folder / f"{tower}.onnx", name, rows[:CALIBRATED])
+    after = sum((folder / f"{tower}.onnx").stat().st_size for tower in inputs)
+    student, written = source.towers(), read_graphs(folder)
+
+    def cosine(tower: str) -> float:
+        rows = inputs[tower][1][CALIBRATED:]
+        pair = getattr(student, tower)(rows), getattr(written, tower)(rows)
+        return torch.cosine_similarity(*pair).mean().item()
+
+    return Cost(CALIBRATED, after / before, cosine("image"), cosine("text"))
+
+
+def _quantise(path: Path, name: str, rows: Tensor) -> None:
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Rows(quantization.CalibrationDataReader):
+        """Eight rows at a time; ranges are updated after each, or all activations would be kept."""
+
+        def __len__(self):
+            return len(rows) // 8
+
+        def set_range(self, start_index, end_index):
+            self.batches = iter(rows.split(8)[start_index:end_index])
+
+        def get_next(self):
+            batch = next(self.batches, None)
+            return None if batch is None else {name: batch.numpy()}
+
+    talk = redirect_stdout(io.StringIO())  # a line for each batch
+    with tempfile.TemporaryDirectory() as scratch, talk:
+        prepared = Path(scratch) / path.name
+        quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        quantization.quantize_static(
+            prepared,
+            path,
+            Rows(),
+            op_types_to_quantize=["MatMul", "Gemm", "Conv", "Gather"],
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            # A few outliers would stretch the range of all: a hundredth of a percent is cut off.
+            calibrate_method=quantization.CalibrationMethod.Percentile,
+            extra_options={"MatMulConstBOnly": True, "CalibStridedMinMax": 1},
+        )
