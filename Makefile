@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/requirements-$(shell cksum setup.cfg | cut -d' ' -f1)
 
-.PHONY: demo test quick lint env clean
+.PHONY: demo picture test quick lint env clean
 
 env: $(STAMP)
 
@@ -20,6 +20,15 @@ $(STAMP): setup.cfg
 
 demo: env
 	$(RUN) -m demo $(DEMO)
+
+# README's picture: of a report on results that are here, the section with plots, by a headless Chromium.
+picture: env
+	$(RUN) -m eval.report results/cifar100 -o build/report.html
+	sed -i 's|</style>|main > :not(:has(.plot)) { display: none; } main { padding-top: 0; }</style>|' build/report.html
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1180,880 \
+		--screenshot=docs/report.png file://$(CURDIR)/build/report.html
+	$(RUN) -c 'from PIL import Image; \
+		Image.open("docs/report.png").convert("RGB").quantize(64).save("docs/report.png", optimize=True)'
 
 test: env lint
 	$(RUN) -m pytest

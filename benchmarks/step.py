@@ -3,6 +3,9 @@
 Step time (forward, backward, update, through the real Trainer) and peak memory of every method with
 one student and teacher, and of cifd with K = 1 and 3 assistants. Methods are also timed without the
 teacher's forward pass (as with a teacher cache), where their own cost is not hidden behind it.
+
+--simulate h100 -- FLAGS OF training.main: what a step of any recipe would take on that card, part
+by part, without it.
 """
 
 import argparse
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import simulate
 from benchmarks.contestants import (
     Contestant,
     add_flags,
@@ -48,12 +52,20 @@ def steps(flags: list[str], cached: bool) -> list[Contestant]:
     return [Contestant(flags, cached=cached)] * 2
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int | None:
     """Measure and print."""
     parser = command_line("step", __doc__, rounds=10)
     add_flags(parser, "ViT-B-32", "ViT-S-32")
     parser.add_argument("--cached", action="store_true", help="leave the teacher's forward out")
+    parser.add_argument("--simulate", choices=simulate.CARDS, help="a card that need not be there")
+    beside = "with --simulate: the steps that benchmarks.gpu measured, simulated beside"
+    parser.add_argument("--beside", type=Path, metavar="steps.json", help=beside)
+    parser.add_argument("flags", nargs="*", help="with --simulate, after --: of training.main")
     args = parser.parse_args(argv)
+    if args.flags and not args.simulate:
+        parser.error(f"{args.flags[0]}: flags of training.main are for --simulate")
+    if args.simulate:
+        return simulate.main(argv, args.simulate, args.flags, args.beside)
     with tempfile.TemporaryDirectory() as temporary:
         flags, source = contestants(args, Path(temporary))
         peak = {name: memory(steps, own, args.cached)[1] for name, own in flags.items()}

@@ -97,8 +97,8 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
 
 
 def write_text(path: Path, content: str, mode: int = 0o666) -> None:
-    """Write a whole UTF-8 file, see `writing`."""
-    write_bytes(path, content.encode(), mode)
+    """Write a whole UTF-8 file, see `writing`; of a name that is none, its bytes' numbers."""
+    write_bytes(path, content.encode(errors="backslashreplace"), mode)
 
 
 def write_json(path: Path, content: Any, version: int | None = None) -> None:
@@ -126,7 +126,7 @@ def read_json(path: Path, version: int | None = None, **types: type | tuple[type
         BadFile: it is missing, no JSON, of another format, or lacks such a value.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BadFile(f"{path} can't be read: {error}") from error
     if version is None:

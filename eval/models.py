@@ -20,8 +20,14 @@ from cifd_clip.files import file_hash, read_json
 from cifd_clip.names import did_you_mean, nearby
 from cifd_clip.teacher import weights_hash
 from training.clip.config import MODEL_CONFIG, model_folder, recorded
-from training.clip.models import add_model_configs, check_here, check_weights, forced, images_of
-from training.engine.run import read_run
+from training.clip.models import (
+    add_model_configs,
+    check_here,
+    check_weights,
+    forced,
+    images_of,
+    model_config,
+)
 from training.errors import UsageError
 
 
@@ -152,6 +158,7 @@ def _loading(spec: str) -> Iterator[None]:
 
 def _from_folder(spec: str, folder: Path, device: torch.device) -> Evaluated:
     local, run = f"local-dir:{folder}", folder.parent if folder.name == "student" else None
+    model_config(local, "model")  # is it one?
     with _loading(spec):
         model, transform = open_clip.create_model_from_pretrained(local, device=device)
         tokenizer = open_clip.get_tokenizer(local)
@@ -173,7 +180,7 @@ def _from_checkpoint(spec: str, path: Path, device) -> Evaluated:
             f"'{spec}': a checkpoint outside a run directory does not say its architecture; "
             f"write NAME:{spec} with an OpenCLIP model name"
         )
-    config = recorded(read_run(run))
+    config = recorded(run)
     add_configs(config.model_config, spec)
     images = {f"image_{key}": value for key, value in images_of(str(path)).items()}
     # What it began with is not loaded: OpenCLIP would prefer a local-dir: model's own weights.

@@ -19,7 +19,7 @@ from training.clip.run import epoch_steps, make_loader, open_data
 from training.clip.stages import StudentStage
 from training.engine.checkpoint import Checkpoints
 from training.engine.environment import origin
-from training.engine.run import bank_folder, holds_bank, read_run
+from training.engine.run import bank_folder, holds_bank
 from training.engine.trainer import Trainer
 from training.errors import UsageError, cli
 
@@ -55,7 +55,7 @@ def shares(losses: dict[str, Tensor], model: nn.Module) -> dict[str, dict[str, f
 
 def measure(run: Path, batches: int) -> dict[str, dict[str, dict[str, float]]]:
     """``start`` and ``end`` → term → tower → its relative gradient, the mean over batches."""
-    config = recorded(read_run(run))
+    config = recorded(run)
     trained = Checkpoints(run / "checkpoints").newest()
     if config.distill == "rdm" or config.lock_image or config.lock_text or trained is None:
         raise UsageError(f"{run}: expected a student with both towers trained, and a checkpoint")

@@ -1,26 +1,21 @@
 """Steps on fake CUDA tensors: they have shapes and a device but no data, so reading one fails.
 
-``python tests/fake_cuda.py FOLDER`` takes them where `stub` is the CUDA that torch finds. It prints
-as JSON, of each step, what went wrong or the kernels it would have launched.
+``python tests/fake_cuda.py FOLDER`` takes them where torch finds `benchmarks.fake_cuda`'s CUDA. It
+prints as JSON, of each step, what went wrong or the kernels it would have launched.
 """
 
 import json
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel
 
-from cifd_clip import Student, World
+from benchmarks.fake_cuda import on_fake_cuda, starts_kernel
 from trainers import CASES, MODELS, batch, prepare, trainer
-from training.data.views import _statistics
-from training.engine.trainer import Trainer
 
 ROWS = 8
 VOCABULARY = 49408  # of OpenCLIP's own tokenizer
@@ -35,49 +30,17 @@ WAYS = {
 }
 
 
-def stub(folder: Path) -> dict[str, str] | None:
-    """The environment in which torch finds our CUDA; None without a C compiler."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or not sys.platform.startswith("linux"):
-        return None
-    library, source = folder / "libcuda.so.1", Path(__file__).with_suffix(".c")
-    subprocess.run([compiler, "-w", "-shared", "-fPIC", "-o", library, source], check=True)
-    return {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(folder)}
-
-
 class Launches(TorchDispatchMode):
-    """Counts the operations that start kernels: all that are no views and no allocations."""
+    """Counts the operations that start kernels."""
 
     def __init__(self):
         super().__init__()
         self.calls: Counter = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        returns, name = function._schema.returns, function.__name__.partition(".")[0]
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        free = view or "empty" in name or name == "_unsafe_view"
-        if function.namespace == "aten" and not free:
-            self.calls[name] += 1
+        if starts_kernel(function):
+            self.calls[function.__name__.partition(".")[0]] += 1
         return function(*args, **(kwargs or {}))
-
-
-def on_fake_cuda(made: Trainer, precision: str, mode: FakeTensorMode) -> Trainer:
-    """A trainer of the host on the fake device."""
-    device, stage = torch.device("cuda"), made.stage
-
-    def moved(tensor: Tensor) -> Tensor:
-        return mode.from_tensor(tensor).to(device)
-
-    for teacher in stage.source.teachers:
-        teacher.model._apply(moved)
-    for task in filter(None, (stage.task, stage.average)):
-        task._apply(moved)
-        if hasattr(task, "student"):  # cut anew: the halves hold parameters
-            task.student = Student(task.student.model, task.student.site)
-    for bank in stage.banks.values():
-        if bank is not getattr(stage.task, "bank", None):
-            bank._apply(moved)
-    return Trainer(stage, made.config, 100, World(), device, precision)
 
 
 def step(case: str, home: Path, flags: list[str], precision: str) -> dict[str, int]:
@@ -85,10 +48,9 @@ def step(case: str, home: Path, flags: list[str], precision: str) -> dict[str, i
     host = ["--custom-blocks", "--distill-precision", "bf16", "--batch-size", str(ROWS)]
     made = trainer(case, home, *host, *flags)
     rows = batch(ROWS)
-    _statistics.cache_clear()  # another mode's
     with FakeTensorMode() as mode:
-        fake = on_fake_cuda(made, precision, mode)
-        rows = rows._map(mode.from_tensor).to(fake.device)
+        fake = on_fake_cuda(made.stage, made.config, precision)
+        rows = rows.map(mode.from_tensor).to(fake.device)
         fake.step(rows)
         with Launches() as launches:
             fake.step(rows)

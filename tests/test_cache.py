@@ -306,6 +306,15 @@ def test_a_cache_of_a_teacher_without_weights_is_refused(flags, tmp_path):
         write_cache([*command, "--teacher-cache", str(tmp_path / "cache")])
 
 
+def test_a_cache_that_the_disk_can_not_hold_is_refused_before_anything_is_computed(
+    flags, teacher, tmp_path
+):
+    command = [*flags, "--distill-model", teacher, "--teacher-cache", str(tmp_path / "cache")]
+    with pytest.raises(UsageError, match=r"\d GiB of embeddings, and .* GiB are free there"):
+        write_cache([*command, "--views", "1000000000"])
+    assert not (tmp_path / "cache" / "config.json").exists()
+
+
 def test_two_jobs_that_write_the_same_cache_do_not_disturb_each_other(flags, teacher, tmp_path):
     folder = tmp_path / "cache"
     command = [*flags, "--distill-model", teacher, "--views", "1", "--teacher-cache", str(folder)]

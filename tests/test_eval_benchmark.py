@@ -327,6 +327,17 @@ def test_a_folder_without_weights_is_no_model(tmp_path):
         models.load(str(folder), CPU)
 
 
+@pytest.mark.parametrize(("key", "value"), [("std", [0, 1, 1]), ("mean", [None, 0, 0])])
+def test_a_preprocessing_that_makes_no_numbers_is_refused_with_its_file(key, value, root, tmp_path):
+    config = model_folder(tmp_path / "model") / "open_clip_config.json"
+    content = json.loads(config.read_text())
+    content["preprocess_cfg"][key] = value
+    config.write_text(json.dumps(content))
+    named = rf"open_clip_config.json is damaged: its '{key}' is \[.*\], expected finite"
+    with pytest.raises(UsageError, match=named):
+        evaluate(config.parent, "--data-root", root, "--datasets", "digits")
+
+
 @pytest.mark.parametrize("name", ["digits", "digit_scenes"])
 def test_embeddings_that_are_no_numbers_are_a_gap_and_no_perfect_score(name, root, tmp_path):
     folder = model_folder(tmp_path / "model")

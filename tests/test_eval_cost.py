@@ -21,6 +21,8 @@ from training.main import main
 
 RECIPE = f"@{Path(__file__).parent.parent}/slurm/recipes/cc12m_vitl14_vits16.args"
 GIGA = 1e9
+GPU = Path(__file__).parent.parent / "results" / "gpu"
+FORMS = ("default", "compiled")
 
 
 @pytest.mark.parametrize(
@@ -228,11 +230,32 @@ def test_a_sweep_over_caches_says_what_each_saves(tmp_path, capsys):
     }
     # 32 + 7 epochs: as many views as the live teacher sees save nothing
     assert hours["39"] == pytest.approx(hours["live"])
-    spared = cost.parse(flags).gpu_hours(38 * 3_000_000 * macs.clip("ViT-L-14").macs)
+    teacher = stages.Part("", macs.clip("ViT-L-14").macs, 1, 0)
+    passes = stages.Stage("", 38 * 3_000_000, (teacher,), 0, 0, 0)
+    spared = stages.gpu_hours(cost.parse(flags), [passes])
     assert hours["39"] - hours["1"] == pytest.approx(spared)
     row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")]
     assert row[1] == "ViT-S-16" and row[-2] == "1.000"
     assert found["environment"]["commit"]
+
+
+def test_shares_of_the_peak_are_those_that_were_measured():
+    steps, card = (json.loads((GPU / f"{name}.json").read_text()) for name in ("steps", "card"))
+    per_s = {
+        model: [steps["students"][model][form]["cached"]["images_per_s"]["fd"] for form in FORMS]
+        for model in ("ViT-S-16", "ViT-B-16")
+    }
+    teacher = card["teacher"]["images_per_s"]
+    per_s["ViT-L-14"] = [teacher["custom, bf16"], teacher["custom, bf16, compiled"]]
+    for model, rates in per_s.items():
+        counted, passes = macs.clip(model).macs, 1 if model == "ViT-L-14" else stages.TRAINED
+        for flags, rate in zip(([], ["--torchcompile"]), rates):
+            share = 2 * passes * counted * rate / (cost.parse([RECIPE]).tflops * 1e12)
+            assert cost.parse([RECIPE, *flags]).share(counted) == pytest.approx(share, abs=1e-3)
+    config = cost.parse([RECIPE])
+    small, middle, large = (config.share(m) for m in (1e9, 40e9, 1e12))
+    assert small == config.share(6e9) < middle < large == config.share(90e9)
+    assert cost.parse([RECIPE, "--mfu", "0.3"]).share(1e9) == 0.3
 
 
 def test_a_chain_of_classifiers_by_hand():

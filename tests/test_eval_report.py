@@ -3,7 +3,9 @@
 import csv
 import json
 import re
+from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
 from markupsafe import Markup
 
@@ -14,7 +16,7 @@ from eval.report import banks, blocks, page, plots
 from eval.report.blocks import Heading, Paragraph, Plot
 from eval.report.rows import Row, RunKey, figures, rows_of
 from eval.report.runs import Source, read_sources
-from eval.report.table import Cell, Column, Table, harmless, plain
+from eval.report.table import PAGE, Cell, Column, Table, harmless, plain
 from eval.result import Examples, GapRecord, Query, Retrieved
 from reported import SIZES, change, classifier, zero_shot
 from training.engine import result
@@ -30,7 +32,7 @@ def student(logs, name, method, acc1, recall, parameters=SIZES, **given):
     own |= {"rates": (10.0, 1.0)} if method == "cifd" else {}
     own = {**own, "lambda_cl": 0.005} if method != "none" else {}
     own["model"] = "small" if parameters is SIZES else "large"
-    run = reported.clip_run(logs, name, method, **own, **given)
+    run = reported.clip_run(logs, name, method, **{**own, **given})
     weight = 0.01 if method == "cifd" else 1
     lines = []
     for step in (1, 2, 3):
@@ -102,8 +104,13 @@ def test_every_figure_of_the_tables_is_a_result_files(runs, tmp_path):
     }
     assert float(rows["cifd"]["scenes I→T R@10"]) == 10.0
     assert int(rows["teacher"]["image_parameters"]) == 1_360_664
+    assert {name: row["teacher"] for name, row in rows.items()} == {
+        "teacher": "",
+        "none": "",
+        "cifd": "teacher",
+    }
     assert (
-        "| cifd | cifd (2 RDM) | 0.0343 M | 0.0153 M | 62.5 (+12.5) | 10.0 (-10.0) |"
+        "| cifd | cifd (2 RDM) | teacher | 0.0343 M | 0.0153 M | 62.5 (+12.5) | 10.0 (-10.0) |"
         in (tmp_path / "r.md").read_text()
     )
 
@@ -111,12 +118,34 @@ def test_every_figure_of_the_tables_is_a_result_files(runs, tmp_path):
 def test_students_are_compared_with_the_one_without_distillation_and_the_teacher_is_not(runs):
     sources = read_sources(runs)
     rows = rows_of(sources)
-    assert page.baseline(sources, rows).name == "none"
+    assert [row and row.name for row in page.baselines(sources, rows)] == [None, None, "none"]
     (table,) = (b for b in page.results_section(sources, rows, {}) if isinstance(b, Table))
     spans = re.findall(r'<span class="(\w+)">([^<]+)', table.html())
     assert spans[0] == ("up", "+12.5") and set(spans[1:]) == {("down", "-10.0")}
     assert "| 62.5 (+12.5) | 10.0 (-10.0) |" in table.markdown()
     assert page.run_colours(sources)["teacher"] == plots.NEUTRAL
+
+
+def test_each_student_is_compared_with_its_own_plain_one(tmp_path):
+    """The teacher comes first, and only a cache says that it is one."""
+    large = {**SIZES, "image": 1_360_664}
+    runs = [
+        student(tmp_path, "teacher", "none", 0.95, 0.7),
+        student(tmp_path, "large", "none", 0.6, 0.3, large),
+        student(tmp_path, "cached", "cifd", 0.625, 0.1, distill_model="", teacher_cache="x"),
+        student(tmp_path, "small", "none", 0.5, 0.2),
+        student(tmp_path, "large-kd", "kd", 0.7, 0.3, large),
+    ]
+    known = {"teachers": [{"model": f"local-dir:{tmp_path}/teacher/student"}], "banks": []}
+    write_json(runs[2] / "teachers.json", known, FORMAT)
+    sources = read_sources(runs)
+    rows = rows_of(sources)
+    compared = {
+        row.name: plain and plain.name for row, plain in zip(rows, page.baselines(sources, rows))
+    }
+    assert compared["cached"] == "small" and compared["large-kd"] == "large", compared
+    assert compared["small"] is compared["large"] is None
+    assert {row.name: row.teachers for row in rows}["cached"] == "teacher"
 
 
 def test_a_setting_of_several_seeds_keeps_its_bars_and_its_swatch(tmp_path):
@@ -319,6 +348,14 @@ def test_a_run_that_does_not_say_what_it_was_trained_with_is_named(name, runs, t
         make(runs, tmp_path / "out.html")
 
 
+@pytest.mark.parametrize(("key", "value"), [("distill", None), ("distill", []), ("lr", "x")])
+def test_a_setting_of_a_run_that_is_none_is_named(key, value, runs, tmp_path):
+    change(runs[3] / "config.json", **{key: value})
+    named = rf"config.json is damaged: {key} is '{re.escape(str(value))}', expected (str|a finite)"
+    with pytest.raises(BadFile, match=named):
+        make(runs, tmp_path / "out.html")
+
+
 def test_an_empty_folder_is_one_clear_sentence(tmp_path):
     with pytest.raises(UsageError, match=re.escape(f"'{tmp_path}'")):
         report.main([str(tmp_path), "--out", str(tmp_path / "r.html")])
@@ -329,6 +366,68 @@ def test_a_folder_of_runs_is_its_runs_and_a_run_that_is_named_twice_is_one(runs,
     named = {source.name for source in read_sources(runs)}
     assert {source.name for source in read_sources([logs, logs / "bank"])} == named
     assert len(read_sources([logs, *runs])) == len(named)
+
+
+def wide(datasets: int) -> Table:
+    columns = [Column("model", words=True), Column("image tower")]
+    columns += [Column(f"T→I R@{k}", f"set {n}") for n in range(datasets) for k in (1, 5, 10)]
+    cells = [Cell("47.0", "± 0.2")] * (3 * datasets)
+    return Table(columns, [["cc12m-ViT-S-16-cifd", "21.6 M", *cells]])
+
+
+def test_a_table_that_is_wider_than_a_page_is_several_of_whole_data_sets():
+    assert len(wide(2).parts()) == 1
+    parts = wide(7).parts()
+    assert len(parts) > 1
+    for part in parts:
+        assert sum(map(part._width, range(len(part.columns)))) <= PAGE
+        assert part.columns[0].label == "model" and len(part.rows) == 1
+    groups = [name for part in parts for name, _ in part.groups if name]
+    assert groups == [f"set {n}" for n in range(7)], "each in one part, whole"
+    assert [str(c) for c in parts[0].columns[:2]] == ["model", "image tower"]
+    assert "image tower" not in map(str, parts[1].columns)
+
+
+FALLING = np.array([[300.0, 10.0], [200.0, 60.0], [120.0, 110.0], [20.0, 180.0]])
+BENT = np.array([[20.0, 150.0], [90.0, 10.0], [180.0, 90.0]])
+
+
+@pytest.mark.parametrize("curves", [[FALLING], [BENT], [FALLING, FALLING + 8], [BENT, FALLING]])
+def test_no_label_lies_on_a_curve_or_on_another(curves):
+    points = np.concatenate(curves)
+    boxes = points + plots.beside(points, [8] * len(points), curves)
+    along = np.linspace(0, 1, 200)[:, None]
+    lines = [a + along * (b - a) for curve in curves for a, b in pairwise(curve)]
+    for x, y in boxes:
+        inside = abs(np.concatenate(lines) - (x, y)) < (8 * plots.TEXT * 0.28, 4)
+        assert not inside.all(axis=1).any(), f"the label at {x:.0f}, {y:.0f} is crossed by a curve"
+    for (x, y), (u, v) in combinations(boxes, 2):
+        assert abs(x - u) > 8 * plots.TEXT * 0.56 or abs(y - v) > 8, "two labels overlap"
+
+
+def ends(svg: str) -> tuple[float, float]:
+    """The width of a plot, and where the last of its texts ends, in points."""
+    starts = re.findall(r'<text style="[^"]*" x="([\d.]+)"[^>]*>([^<]+)|translate\(([\d.]+) ', svg)
+    texts = [(float(x or moved), text) for x, text, moved in starts]
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+    return width, max(x + 0.5 * plots.TEXT * len(text) for x, text in texts)
+
+
+@pytest.mark.parametrize("panels", [2, 3, 4])
+def test_the_legend_of_maps_is_whole_however_few_they_are(panels):
+    names = [f"California sea lion {n}" for n in range(10)]
+    maps = [("R = 1", [(float(n), float(n)) for n in range(10)])] * panels
+    width, end = ends(plots.maps(maps, range(10), names))
+    assert end <= width
+
+
+def test_a_single_curve_is_half_as_wide_as_two():
+    line = [("none", "#000000", [1.0, 2.0], [2.0, 1.0])]
+    widths = [
+        int(re.search(r"max-width: (\d+)px", plots.curves([("t", "loss", line)] * n, "samples"))[1])
+        for n in (1, 2)
+    ]
+    assert widths[1] == pytest.approx(2 * widths[0], abs=1)
 
 
 def test_bars_are_as_tall_as_the_largest_figure_allows():

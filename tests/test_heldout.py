@@ -80,6 +80,8 @@ def test_a_run_holds_out_a_share_and_says_how_pairs_are_found(flags, tmp_path):
     (held_out,) = [line for line in lines if line["kind"] == "val"][-1:]
     assert 0 <= held_out["text_retrieval_recall@1"] <= held_out["text_retrieval_recall@10"] <= 1
     assert held_out["contrastive_loss"] > 0
+    said = (tmp_path / "run" / "out.log").read_text()
+    assert said.count("the first step took") == 1, "validation has no first step"
 
 
 def test_pairs_that_are_trained_on_and_held_out_are_warned_of(flags, scenes, tmp_path, capsys):

@@ -16,12 +16,12 @@ from training.tuning.table import FORMAT
 def test_every_run_comes_after_those_it_needs_and_the_second_subset_takes_the_firsts_weights():
     seen = {"data", "logs", "name", "here"}
     studies = {}
-    for run in plan(SCALES["cpu"], jobs=2):
+    for run in plan(SCALES["full"], jobs=2):
         assert seen.issuperset(run.needs), f"{run.name} comes before one of {run.needs}"
         seen.add(run.name)
         if run.module == "training.tune":
             studies[run.name] = run.flags
-    assert len(studies) == 2 * len(cells(SCALES["cpu"])) == 8
+    assert len(studies) == 2 * len(cells(SCALES["full"])) == 8
     rows = studies["gap10-20000-a"]
     assert all(any(f.partition("=")[0] == name for f in rows) for name in (*ROWS, *MORE))
     assert "cifd0=--distill cifd --rates" not in studies["gap3-20000-a"]

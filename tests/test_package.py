@@ -117,6 +117,18 @@ def test_a_run_works_where_there_is_no_checkout(installed, flags, tmp_path):
     assert start["command"].startswith("python -m training.main ") and start["commit"] is None
 
 
+def test_the_demo_runs_where_there_is_no_checkout(installed, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "demo", "--quick"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "demo" / "out" / "quick"
+    assert "| cifd | cifd (3 RDM) | teacher |" in (out / "report.md").read_text()
+    assert (out / "logs" / "cifd" / "student" / "open_clip_model.safetensors").is_file()
+
+
 def test_a_folder_that_stands_in_the_way_is_named_and_scripts_do_not_meet_it(installed, tmp_path):
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "__init__.py").write_text("")

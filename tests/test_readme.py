@@ -85,6 +85,12 @@ def test_every_command_is_shown():
     assert {module for module, _ in EVERY} >= set(COMMANDS.values())
 
 
+def test_its_pictures_are_there_and_light():
+    (picture,) = re.findall(r"!\[[^]]+\]\((\S+)\)", PAGE)
+    assert (ROOT / picture).stat().st_size <= 200_000
+    assert f"{picture}" in (ROOT / "Makefile").read_text(), "the command that makes it"
+
+
 def test_its_files_are_there():
     folder = None
     for line in TREE.splitlines():

@@ -1,5 +1,7 @@
 """Run directories: a run goes on with the configuration that it began with."""
 
+import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +37,24 @@ def test_what_changes_nothing_may_change_on_resumption(tmp_path):
     run.close()
     moved = config("--data=b", "--accum-freq=2", "--keep=1", "--final", "--resume=latest")
     assert RunDirectory(moved).path == Path(tmp_path, "run")
+
+
+def test_a_name_that_is_no_utf8_is_logged_by_the_numbers_of_its_bytes(tmp_path, capfd):
+    name = os.fsdecode(b"r\xff")
+    run = RunDirectory(resolve(parse(["--train-data=x", f"--logs={tmp_path}", f"--name={name}"])))
+    run.open()
+    logging.getLogger().warning("läuft: %s", run.path)
+    run.close()
+    assert r"läuft: " in (text := (run.path / "out.log").read_text("utf-8")) and r"r\udcff" in text
+    assert "Logging error" not in capfd.readouterr().err
+
+
+def test_what_logs_and_cards_quote_is_one_line():
+    flags = ["--train-data=x", "--wandb-notes=one\ntwo"]
+    assert resolve(parse(flags)).wandb_notes == "one\ntwo"
+    for flag, value in (("--name", "a\nb"), ("--pretrained", "a\x1b[2Jb")):
+        with pytest.raises(UsageError, match=f"{flag} 'a.*b' holds a line break or the like"):
+            resolve(parse([*flags, flag, value]))
 
 
 def test_another_number_of_processes_is_told_what_keeps_the_batch(tmp_path):

@@ -148,9 +148,9 @@ def test_evaluation_draws_nothing_and_repeats_itself(case, home):
 
     noisy = made.step(batch(4, seed=1))
     clean = trainer(case, home, "--batch-size", str(ROWS)).validate(iter([batch(4, seed=1)]))
-    differs = [
-        n for n in noisy.keys() & clean.keys() if noisy[n].tolist() != pytest.approx(clean[n], 1e-6)
-    ]
+    both = noisy.keys() & clean.keys()
+    # torch 2.6 rounds differently without gradients; noise moves a loss by more than a thousandth
+    differs = [n for n in both if noisy[n].tolist() != pytest.approx(clean[n], 1e-4)]
     touched = case.startswith("cifd") or case == "rdm"
     assert bool(differs) == touched, f"noise of training moved {differs}"
 

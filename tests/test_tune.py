@@ -10,6 +10,7 @@ import time
 import pytest
 
 from cifd_clip.methods import DECLARED
+from eval import report
 from runs import ROOT
 from training.errors import UsageError
 from training.tune import main
@@ -23,7 +24,7 @@ optuna = pytest.importorskip("optuna", reason="needs the extra `tune`")
 
 
 ROWS = ["none", "fd", "clipkd", "ibm=--distill fd --ibm"]
-FEW = ["none", "clipkd"]  # what is executed: every run takes seconds
+FEW = ["none", "fd", "clipkd"]  # what is executed: every run takes seconds
 
 
 def study(flags, teacher, logs, name="study", *more, methods=FEW):
@@ -73,7 +74,7 @@ def test_a_study_ends_with_scores_of_new_seeds_and_flags_of_the_best_weights(fin
     for row in rows.values():
         assert list(row["scores"]) == ["1", "2"], "trials had seed 0"
     assert rows["none"]["difference"] is None and rows["clipkd"]["difference"]["n"] == 2
-    assert [len(row["trials"]) for row in rows.values()] == [0, 2]
+    assert [len(row["trials"]) for row in rows.values()] == [0, 0, 2]
     scores = [trial["score"] for trial in rows["clipkd"]["trials"]]
     best = rows["clipkd"]["trials"][scores.index(max(scores))]["values"]
     assert best == rows["clipkd"]["best"]
@@ -85,7 +86,24 @@ def test_a_study_ends_with_scores_of_new_seeds_and_flags_of_the_best_weights(fin
     assert "| clipkd | 2 |" in (finished / "study" / "table.md").read_text()
 
 
-def test_a_stopped_study_ends_as_one_that_was_not(finished, flags, teacher, tmp_path):
+def test_a_study_is_a_section_of_the_report(finished, tmp_path):
+    page = tmp_path / "r.html"
+    report.main([str(finished / "study"), "--out", str(page)])
+    table = (finished / "study" / "table.md").read_text().splitlines()
+    shown = [line for line in page.with_suffix(".md").read_text().splitlines() if "| fd" in line]
+    assert [line for line in table if line.startswith("| fd")] == shown and shown
+    text = page.read_text()
+    assert "Equal tuning" in text and text.count("<svg") == 1 and "95 % t-interval" in text
+    study_begun = tmp_path / "begun" / "settings.json"
+    study_begun.parent.mkdir()
+    study_begun.write_text((finished / "study" / "settings.json").read_text())
+    with pytest.raises(UsageError, match="the study is not finished"):
+        report.main([str(study_begun.parent), "--out", str(page)])
+
+
+def test_a_study_of_three_methods_stopped_twice_ends_as_one_that_was_not(
+    finished, flags, teacher, tmp_path
+):
     command = [sys.executable, "-m", "training.tune", *study(flags, teacher, tmp_path)]
     for stop in (signal.SIGTERM, signal.SIGKILL):
         process = subprocess.Popen(command, start_new_session=True)

@@ -1,5 +1,6 @@
 """Failure is loud: one clear sentence on stderr and a non-zero exit."""
 
+import errno
 import os
 import re
 import sys
@@ -12,9 +13,16 @@ from training.masking import masked
 
 #: Exit code of a command that a second ctrl-C ended, as of a shell's.
 INTERRUPTED = 130
-#: What errors of a device, of the network between processes, and of a file system that is gone say.
+#: Of a disk that fails, or a file system whose server is gone.
+_GONE = "EIO ENOTCONN ESHUTDOWN ETIMEDOUT EHOSTDOWN EHOSTUNREACH ESTALE EUCLEAN EREMOTEIO".split()
+#: What errors of the machine say, and not those of a program or its flags: torch adds the name of a
+#: ``cudaError`` to each, and NCCL's invalid usage is two processes on one device, say.
 _MACHINE = re.compile(
-    r"\[Errno (5|107|112|116)\]|NCCL error|CUDA error: (?!device-side assert|invalid)|cudaError"
+    "|".join(re.escape(os.strerror(n)) for n, name in errno.errorcode.items() if name in _GONE)
+    + r"|NCCL error(?!.*invalid (?:usage|argument))|collective operation timeout"
+    r"|(?:CUDA|cuDNN) error: .*(?:uncorrectable|hardware|unspecified|unknown error|unavailable"
+    r"|no CUDA-capable|timed out|not yet initialized|illegal memory access|EXECUTION_FAILED)"
+    r"|Unexpected error from cudaGetDeviceCount"
 )
 
 
@@ -56,14 +64,15 @@ def sentence(error: Exception) -> str:
 
 def exit_code(error: BaseException) -> int:
     """What a command that ends in an error exits with."""
-    if isinstance(error, BadFile):
-        return UsageError.exit_code
-    machine = isinstance(error, Exception) and _MACHINE.search(str(error))
-    return MachineFailure.exit_code if machine else getattr(error, "exit_code", 1)
+    if _MACHINE.search(str(error)):
+        return MachineFailure.exit_code
+    own = UsageError if isinstance(error, BadFile) else error
+    return getattr(own, "exit_code", 1)
 
 
 def cli(main: Callable[[list[str]], int | None]) -> None:
     """Run an entry point on ``sys.argv`` and exit; a `Failure` becomes one line and its code."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a name may be no UTF-8
     try:
         code = main(sys.argv[1:]) or 0
     except (Failure, BadFile) as error:

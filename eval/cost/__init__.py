@@ -19,12 +19,12 @@ def gpu_hours(argv: Sequence[str]) -> dict[str, float]:
 
 def summary(config: CostConfig) -> dict[str, dict[str, float]]:
     """``{"hours": {stage: GPU hours}, "disk_bytes": {stage: bytes}}`` of a run."""
-    from eval.cost.stages import run_stages
+    from eval.cost import stages
     from training.clip.models import add_model_configs
 
     add_model_configs(config.model_config)
     hours, disk = Counter(), Counter()
-    for stage in run_stages(config):  # several teachers have several caches
-        hours[stage.name] += config.gpu_hours(stage.macs)
+    for stage in stages.run_stages(config):  # several teachers have several caches
+        hours[stage.name] += stages.gpu_hours(config, [stage])
         disk[stage.name] += stage.disk_bytes
     return {"hours": hours, "disk_bytes": disk}

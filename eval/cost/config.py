@@ -1,12 +1,20 @@
 """The command line of ``python -m eval.cost``: a recipe of `training.main`, and the machine."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from training.clip import flags
 from training.clip.config import Config, read_cache_config
 from training.engine.flags import add_flags, check_ranges, construct, flag
 from training.errors import UsageError
+
+#: Share of an H100's 989 TFLOPS that CLIP models reach, as they are and compiled, by MACs of their
+#: forward pass: ViT-S-16 and ViT-B-16 in training (fd, from a cache), ViT-L-14's forward pass in
+#: bfloat16; 256 rows, NVIDIA H100 80GB HBM3, 8f42fd5 (results/gpu/steps.json, card.json).
+MEASURED = {6.29e9: (0.140, 0.147), 20.54e9: (0.264, 0.339), 87.66e9: (0.417, 0.433)}
 
 DESCRIPTION = """\
 MACs, bytes and GPU hours of every stage of a run, before it starts.
@@ -21,8 +29,10 @@ class CostConfig(Config):
     """A run's configuration, and what it does not know beforehand."""
 
     gpus: int = flag(1, "processes that share a global batch", least=1)
-    tflops: float = flag(312.0, "peak of one GPU [312: A100, bf16]", above=0)
-    mfu: float = flag(0.35, "share of it that is reached", above=0)
+    tflops: float = flag(989.0, "peak of one GPU [989: H100, bf16]", above=0)
+    mfu: float | None = flag(
+        None, "share of it that is reached [as measured on an H100, by a model's size]", above=0
+    )
     dataset_samples: int | None = flag(None, "samples a cache covers [one epoch's]", least=1)
     sample_bytes: int = flag(
         30_000, "of an image and its caption in the shards [30000: CC12M at 256 px]", least=1
@@ -40,9 +50,10 @@ class CostConfig(Config):
         """Samples that a cache covers."""
         return self.dataset_samples or self.train_num_samples
 
-    def gpu_hours(self, macs: float) -> float:
-        """Hours on one GPU; two floating-point operations are a MAC."""
-        return 2 * macs / (self.tflops * 1e12 * self.mfu) / 3600
+    def share(self, macs: float) -> float:
+        """Of the peak, that a model of so many forward MACs reaches: ``--mfu``, or as measured."""
+        shares = [both[self.torchcompile] for both in MEASURED.values()]
+        return self.mfu or float(np.interp(math.log(macs), np.log([*MEASURED]), shares))
 
 
 def parse(argv: Sequence[str]) -> CostConfig:

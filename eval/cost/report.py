@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from eval.cost.config import CostConfig
+from eval.cost.config import MEASURED, CostConfig
 from eval.cost.stages import (
     DEFAULT_ASSISTANT,
     Stage,
     assistant_names,
     compare,
+    gpu_hours,
     method_stages,
     run_stages,
     total,
@@ -36,9 +37,9 @@ def views_report(config: CostConfig) -> tuple[str, dict[str, Any]]:
         ways = {"live": method_stages(of, config.distill, cached=False)}
         for views in config.sweep_views:
             ways[str(views)] = method_stages(replace(of, views=views), config.distill, cached=True)
-        live, *sums = (total(stages) for stages in ways.values())
-        cells = ((short(config.gpu_hours(sum_)), f"{sum_ / live:.3f}") for sum_ in sums)
-        rows.append([student, short(config.gpu_hours(live)), *(c for pair in cells for c in pair)])
+        live, *cached = (gpu_hours(of, stages) for stages in ways.values())
+        cells = ((short(hours), f"{hours / live:.3f}") for hours in cached)
+        rows.append([student, short(live), *(c for pair in cells for c in pair)])
         values[student] = ways
     caches = {way: stages[0] for way, stages in ways.items() if way != "live"}
     head = ["student", "live GPU h", *(h for v in caches for h in (f"V = {v}", "/ live"))]
@@ -60,18 +61,19 @@ def stage_report(stages: Sequence[Stage], config: CostConfig) -> str:
             cells = (part.params / 1e6, part.macs / 1e9, part.training_macs / 1e9)
             params, forward, training = map(short, cells)
             per_sample.append([stage.name, part.name, params, forward, str(part.passes), training])
-        sums = (stage.samples / 1e6, stage.macs / 1e15, config.gpu_hours(stage.macs))
+        sums = (stage.samples / 1e6, stage.macs / 1e15, gpu_hours(config, [stage]))
         peak = stage.memory_bytes + stage.activation_bytes
         sizes = (stage.memory_bytes, peak, stage.disk_bytes, stage.read_bytes)
         rows.append([stage.name, *map(short, sums), *map(gib, sizes)])
-    hours = config.gpu_hours(total(stages))
+    hours = gpu_hours(config, stages)
+    shares = [config.share(p.model_macs or p.macs) for stage in stages for p in stage.parts]
     disk, read = gib(sum(s.disk_bytes for s in stages)), gib(sum(s.read_bytes for s in stages))
     rows.append(["total", "", short(total(stages) / 1e15), short(hours), "", "", disk, read])
     runs = ["runs on every sample", "M parameters", "GMACs forward", "passes", "GMACs in training"]
     come_to = ["M samples", "PMACs", "GPU h", "memory GiB", "peak GiB", "disk GiB", "read GiB"]
     return (
         f"{table(['stage', *runs], per_sample, words=2)}\n{table(['stage', *come_to], rows)}\n"
-        f"GPU hours at {config.tflops:g} TFLOPS × {config.mfu:g}; on {config.gpus} "
+        f"GPU hours at {config.tflops:g} TFLOPS × {_span(shares)}; on {config.gpus} "
         f"GPU{'s' * (config.gpus > 1)} {short(hours / config.gpus)} hours. Memory: weights, "
         "gradients and optimizer state of each GPU; peak: and the activations of a micro-batch of "
         f"{config.batch_size}.\n"
@@ -80,14 +82,16 @@ def stage_report(stages: Sequence[Stage], config: CostConfig) -> str:
 
 def method_report(methods: dict[str, dict[str, list[Stage]]], config: CostConfig) -> str:
     """Every method with the live teacher and from caches, relative to plain KD."""
-    sums = {m: {way: total(stages) for way, stages in ways.items()} for m, ways in methods.items()}
+    hours = {
+        m: {way: gpu_hours(config, s) for way, s in ways.items()} for m, ways in methods.items()
+    }
     rows = []
-    for method, ways in sums.items():
+    for method, own in hours.items():
         row = [method]
-        for way, sum_ in ways.items():
-            relative = f"{sum_ / sums['kd'][way]:.3f}"
-            row += [short(sum_ / 1e15), short(config.gpu_hours(sum_)), relative]
-        rows.append([*row, f"{ways['cached'] / ways['live']:.3f}"])
+        for way, spent in own.items():
+            relative = f"{spent / hours['kd'][way]:.3f}"
+            row += [short(total(methods[method][way]) / 1e15), short(spent), relative]
+        rows.append([*row, f"{own['cached'] / own['live']:.3f}"])
     head = ["method", "PMACs", "GPU h", "× kd"]
     head += ["PMACs cached", "GPU h cached", "× kd cached", "cached / live"]
     names = assistant_names(config)
@@ -123,14 +127,19 @@ def gib(count: float) -> str:
     return short(count / 2**30)
 
 
+def _span(shares: Sequence[float]) -> str:
+    least, most = f"{min(shares):.2f}", f"{max(shares):.2f}"
+    return least if least == most else f"{least} to {most}, by the model's size"
+
+
 def _records(values: dict[str, Any], config: CostConfig) -> dict[str, Any]:
     """Stages, wherever they are in dicts and lists, as JSON values; and what their hours assume."""
 
     def record(value: Any) -> Any:
         if isinstance(value, Stage):
-            return {**asdict(value), "macs": value.macs, "gpu_hours": config.gpu_hours(value.macs)}
+            return {**asdict(value), "macs": value.macs, "gpu_hours": gpu_hours(config, [value])}
         if isinstance(value, dict):
             return {key: record(each) for key, each in value.items()}
         return [record(each) for each in value]
 
-    return {"hardware": {"tflops": config.tflops, "mfu": config.mfu}, **record(values)}
+    return {"hardware": {"tflops": config.tflops, "mfu": config.mfu or MEASURED}, **record(values)}

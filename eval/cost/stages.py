@@ -33,12 +33,19 @@ DEFAULT_ASSISTANT = "ViT-B-16"
 
 @dataclass(frozen=True)
 class Part:
-    """One model in a stage: its forward MACs per sample, and how many of these a sample costs."""
+    """A model in a stage, or a part of one.
+
+    Args:
+        macs: of its forward pass, per sample.
+        passes: how many of these a sample costs.
+        model_macs: those of the whole model [its own].
+    """
 
     name: str
     macs: float
     passes: int
     params: int
+    model_macs: float | None = None
 
     @property
     def training_macs(self) -> float:
@@ -73,6 +80,16 @@ class Stage:
 def total(stages: Sequence[Stage]) -> float:
     """MACs of all stages."""
     return sum(stage.macs for stage in stages)
+
+
+def gpu_hours(config: CostConfig, stages: Sequence[Stage]) -> float:
+    """Hours on one GPU; two floating-point operations are a MAC."""
+    at_peak = sum(
+        2 * stage.samples * part.training_macs / config.share(part.model_macs or part.macs)
+        for stage in stages
+        for part in stage.parts
+    )
+    return at_peak / (config.tflops * 1e12) / 3600
 
 
 def run_stages(config: CostConfig) -> list[Stage]:
@@ -150,9 +167,9 @@ def student_stage(
         samples,
         (
             *frozen,
-            Part(f"{model} image", student.image.macs, image, student.image.params),
-            Part(f"{model} text", student.text.macs, text, student.text.params),
-            Part("losses and heads", head.macs, TRAINED, head.params),
+            Part(f"{model} image", student.image.macs, image, student.image.params, student.macs),
+            Part(f"{model} text", student.text.macs, text, student.text.params, student.macs),
+            Part("losses and heads", head.macs, TRAINED, head.params, student.macs),
         ),
         memory_bytes=_memory(frozen, trained) + FLOAT32 * (copies * weights - trained),
         disk_bytes=FLOAT32 * student.params

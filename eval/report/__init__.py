@@ -3,10 +3,11 @@
   python -m eval.report logs/teacher logs/bank logs/none logs/cifd -o report.html
   python -m eval.report results/cifar100 -o cifar100.html
 
-A run directory brings its curves and its results (RUN/results); any other folder the results in it
-and in its runs/. The paper's tables that some result belongs to stand beside ours; runs that
-differ by their seed alone are one row. Written: OUT.html, OUT.md, OUT.csv (a line for each run)
-and, where the paper's tables appear, OUT.paper.csv. The same files give the same bytes.
+A run directory brings its curves and its results (RUN/results), a study of training.tune its table
+and figure; any other folder the results in it and in its runs/. The paper's tables that some result
+belongs to stand beside ours; runs that differ by their seed alone are one row. Written: OUT.html,
+OUT.md, OUT.csv (a line for each run) and, where the paper's tables appear, OUT.paper.csv. The same
+files give the same bytes.
 """
 
 from argparse import Namespace
@@ -23,7 +24,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     usage = "python -m eval.report RUN [...] [-o OUT.html] [--title TEXT]"
     parser = CommandLine("eval.report", __doc__, usage)
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run directories, folders of results")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="runs, studies, folders of results")
     add("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page")
     add("--title", default="Controlled information flow", metavar="TEXT", help="of the page")
     add(

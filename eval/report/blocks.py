@@ -67,9 +67,6 @@ class Retrieval(Block):
 
     cards: Sequence[Sequence[Answer]]
 
-    def markdown(self) -> str:
-        return ""
-
 
 def page(title: str, blocks: Iterable[Block]) -> str:
     """A whole page, which needs no other file and runs no script."""

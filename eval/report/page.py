@@ -2,16 +2,16 @@
 
 import json
 import math
-from pathlib import Path
 
 from eval.report import banks, paper, plots
 from eval.report.blocks import Heading, Paragraph, Plot, Retrieval
 from eval.report.paper import PaperTable
 from eval.report.rows import Row, colour_of, figures, millions, notes, results_table, several
 from eval.report.runs import Source
-from eval.report.table import Block, Table, columns
+from eval.report.table import Block, Column, Table, columns
 from training.clip.config import Config
 from training.engine.result import BankResult, Result
+from training.tuning import table as tuning
 
 Colours = dict[str, str]  # a run's name → its colour in every plot
 BARS = 32  # more than these are no picture
@@ -23,6 +23,7 @@ def blocks(sources: list[Source], rows: list[Row], placed: list[PaperTable]) -> 
     return [
         *paper_section(rows, placed),
         *results_section(sources, rows, colours),
+        *study_section(sources),
         *([Heading("The bank"), *of_banks] if of_banks else []),
         *training_section(sources, colours),
         *examples_section(sources, colours),
@@ -33,7 +34,7 @@ def blocks(sources: list[Source], rows: list[Row], placed: list[PaperTable]) -> 
 def run_colours(sources: list[Source]) -> Colours:
     """A colour for each run with a student; the teacher of the others is grey."""
     students = [s for s in sources if s.config and s.method != "rdm"]
-    teachers = {Path(teacher).name for s in students for teacher in s.teachers}
+    teachers = {teacher for s in students for teacher in s.teachers}
     rest = iter(plots.PALETTE * len(students))
     return {s.name: plots.NEUTRAL if s.name in teachers else next(rest) for s in students}
 
@@ -53,23 +54,21 @@ def paper_section(rows: list[Row], placed: list[PaperTable]) -> list[Block]:
     return [Heading("The paper's tables"), Paragraph(note), *tables, *rest]
 
 
-def baseline(sources: list[Source], rows: list[Row]) -> Row | None:
-    """The student trained without distillation, if there is one that is nobody's teacher."""
-    teachers = {Path(teacher).name for source in sources for teacher in source.teachers}
+def baselines(sources: list[Source], rows: list[Row]) -> list[Row | None]:
+    """Of each row the same student without distillation, rather one that is nobody's teacher."""
+    teachers = {name for source in sources for name in source.teachers}
     teachers |= {name for row in rows if row.setting for name in row.setting.teachers}
-    plain = (
-        row
-        for row in rows
-        if row.method == "none" and not teachers & {row.name, *row.names, row.setting.student}
-    )
-    return next(plain, None)
+    plain = [row for row in rows if row.method == "none"]
+    plain.sort(key=lambda row: bool(teachers & {row.name, *row.names, row.setting.student}))
+    found = [next((one for one in plain if one.student == row.student), None) for row in rows]
+    return [None if one is row else one for one, row in zip(found, rows)]
 
 
 def results_section(sources: list[Source], rows: list[Row], colours: Colours) -> list[Block]:
     """The table, and its first-place metrics as bars."""
     if not rows:
         return []
-    plain = baseline(sources, rows)
+    plain = baselines(sources, rows)
     section: list[Block] = [Heading("Results")]
     first = [figure for figure in figures(rows) if figure[1].endswith(("top-1", "R@1"))]
     drawn = [(row, colour) for row in rows if (colour := colour_of(row, colours))]
@@ -79,11 +78,11 @@ def results_section(sources: list[Source], rows: list[Row], colours: Colours) ->
             for row, colour in drawn
         ]
         section.append(Plot(plots.bars(["\n".join(figure) for figure in first], models)))
-    section.append(results_table(rows, plain, colours))
+    section += results_table(rows, plain, colours).parts()
     return [*section, Paragraph(" ".join(_explanations(rows, plain)))]
 
 
-def _explanations(rows: list[Row], plain: Row | None) -> list[str]:
+def _explanations(rows: list[Row], plain: list[Row | None]) -> list[str]:
     sentences = ["Percent."]
     counts = {r.parameters["token_table"] for r in rows if "token_table" in r.parameters}
     if counts:
@@ -91,12 +90,26 @@ def _explanations(rows: list[Row], plain: Row | None) -> list[str]:
         sentences.append(f"Parameters leave out the token table ({tables}).")
     if several(rows):
         sentences.append("Of n seeds: mean ± sample standard deviation.")
-    if plain:
-        name = plain.name if plain.method in plain.name else f"{plain.name} ({plain.method})"
-        sentences.append(f"Signed figures are differences to {name}.")
+    if names := dict.fromkeys(row.name for row in plain if row):
+        same = "the same student without distillation"
+        sentences.append(f"Signed figures are differences to {same} ({', '.join(names)}).")
     if any("→" in label for _, label in figures(rows)):
         sentences.append("T→I: the image for a caption; I→T: a caption for the image.")
     return sentences + notes(rows)
+
+
+def study_section(sources: list[Source]) -> list[Block]:
+    """The tables of studies of `training.tune`, each with its figure."""
+    section: list[Block] = []
+    for source in sources:
+        if study := source.study:
+            heads, *rows = tuning.lines(study)
+            heads = [Column(head, words=head in (heads[0], heads[-1])) for head in heads]
+            table = Table(heads, rows, "small")
+            drawn = [Plot(plots.study(study))] if len(rows) > 1 else []
+            about = f"{tuning.explanation(study)} Commit {study['environment']['commit']}."
+            section += [Heading(source.name, 3), *drawn, table, Paragraph(about)]
+    return [Heading("Equal tuning"), *section] if section else []
 
 
 def curve(source: Source, kind: str, key: str) -> tuple[list[float], list[float]]:

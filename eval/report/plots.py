@@ -1,22 +1,30 @@
 """Plots as SVG text that depends on nothing but the numbers."""
 
 import io
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from markupsafe import Markup
 from matplotlib import ticker
+from matplotlib.textpath import TextPath
+
+from training.tuning import table as tuning
 
 #: colours that stay apart for colour-blind readers (Okabe and Ito, 2008), and a grey
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 NEUTRAL = "#7a828c"
 SOFT, INK = "#4a525c", "#1f2630"
+INCH = 98  # pixels
+TEXT = 9  # points, of what stands in a plot
 Curve = tuple[str, str, Sequence[float], Sequence[float]]  # label, colour, x, y
+Text = tuple[float, float, str, str]  # x, y, text, colour
 Measured = tuple[str, Sequence[float], Sequence[float], Sequence[float] | None, float | None]
 
 
@@ -32,11 +40,12 @@ def _drawn(draw: Callable[..., plt.Figure]) -> Callable[..., Markup]:
             plt.close(figure)
         svg = buffer.getvalue()
         svg = svg[svg.index("<svg") :]
-        # the page's own font, and a width that follows the page
+        # the page's own font, and a width that follows a narrow page: text is as large in all plots
         svg = re.sub(r"font-family: [^;\"']+(?:'[^']*'[^;\"]*)*", "font-family: inherit", svg)
         svg = re.sub(r"(font: [\d. a-z]*\d+px )[^;\"]+", r"\1sans-serif", svg)
         sized = r'<svg ([^>]*?)width="[^"]+" height="[^"]+"|<svg '
-        return Markup(re.sub(sized, r"<svg \1", svg, count=1))
+        width = f"max-width: {INCH * figure.get_figwidth():.0f}px"
+        return Markup(re.sub(sized, rf'<svg style="{width}" \1', svg, count=1))
 
     return svg_of
 
@@ -44,15 +53,16 @@ def _drawn(draw: Callable[..., plt.Figure]) -> Callable[..., Markup]:
 @_drawn
 def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], xlabel: str) -> plt.Figure:
     """Panels side by side: (title, y label, curves), logarithmic where all values are positive."""
-    size = (4.6 * max(2, len(panels)), 3.1)  # the page makes all plots as wide as itself
+    size = (4.6 * len(panels), 3.1)
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     for axis, (title, ylabel, lines) in zip(axes[0], panels):
         for label, colour, x, y in lines:
             axis.plot(x, y, color=colour, label=label, marker="o" if len(x) == 1 else "")
         axis.set(title=title, ylabel=ylabel, xlabel=xlabel)
+        axis.locator_params(axis="x", nbins=6)
         if all(v > 0 for *_, y in lines for v in y):
             _log_axis(axis)
-        axis.legend(fontsize=9)
+    _legend(figure, axes[0])
     return figure
 
 
@@ -69,7 +79,7 @@ def bars(
         shown = [(i + offset, v) for i, v in enumerate(values) if v is not None]
         x, heights = zip(*shown) if shown else ((), ())
         bars = axis.bar(x, heights, 0.9 * width, color=colour, label=label)
-        axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=9, color=SOFT)
+        axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=TEXT, color=SOFT)
     axis.set_xticks(range(len(groups)), groups)
     largest = max((v for *_, values in models for v in values if v is not None), default=0)
     axis.set(ylim=(0, 1.1 * largest or 1), ylabel="percent")
@@ -82,19 +92,17 @@ def bars(
 def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]]) -> plt.Figure:
     """Rate-distortion curves: modality → (R, bits, distortion), each point labelled with its R."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    # labels of one modality to the upper right of its points, of the other to the lower left
-    sides = (((7, 5), "left"), ((-7, -13), "right"))
-    styles = zip(modalities.items(), PALETTE, "os", sides)
-    for (modality, points), colour, marker, (offset, align) in styles:
+    texts: list[Text] = []
+    for (modality, points), colour, marker in zip(modalities.items(), PALETTE, "os"):
         rates, bits, distortion = zip(*sorted(points))
         axis.plot(bits, distortion, color=colour, marker=marker, label=f"{modality} RDMs")
-        for rate, x, y in zip(rates, bits, distortion):
-            _annotate(axis, f"R = {rate:g}", (x, y), offset, align, colour)
+        texts += [(x, y, f"R = {r:g}", colour) for r, x, y in zip(rates, bits, distortion)]
     axis.set(xlabel="rate (bits per embedding)", ylabel="distortion  E‖X − X̂‖²")
     if all(p[2] > 0 for points in modalities.values() for p in points):
         _log_axis(axis)
-    axis.margins(x=0.14, y=0.12)
-    axis.legend()
+    axis.margins(x=0.14, y=0.14)
+    _legend(figure, [axis])
+    _label(axis, texts)
     return figure
 
 
@@ -102,10 +110,10 @@ def rate_distortion(modalities: dict[str, list[tuple[float, float, float]]]) -> 
 def against_rate(lines: Sequence[Measured]) -> plt.Figure:
     """Percentages against R: (label, rates, values, deviations, the teacher's value)."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    texts: list[Text] = []
     for (label, rates, values, spread, teacher), colour in zip(lines, PALETTE):
         axis.errorbar(rates, values, yerr=spread, color=colour, marker="o", capsize=3, label=label)
-        for rate, value in zip(rates, values):
-            _annotate(axis, f"{value:.1f}", (rate, value), (0, 7), "center", colour)
+        texts += [(rate, value, f"{value:.1f}", colour) for rate, value in zip(rates, values)]
         if teacher is not None:
             style = {"color": colour, "linestyle": (0, (4, 3)), "linewidth": 1.2}
             axis.axhline(teacher, label=f"teacher, {label}: {teacher:.1f}", **style)
@@ -115,7 +123,8 @@ def against_rate(lines: Sequence[Measured]) -> plt.Figure:
     axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.set(xlabel="R", ylabel="percent")
     axis.margins(x=0.08, y=0.16)
-    figure.legend(fontsize=9, ncols=2, loc="outside lower center")
+    _legend(figure, [axis])
+    _label(axis, texts)
     return figure
 
 
@@ -133,23 +142,64 @@ def maps(
         for number, (colour, marker) in enumerate(kinds):
             mine = [p for p, label in zip(points, labels) if label == number]
             x, y = zip(*mine) if mine else ((), ())
-            axis.scatter(x, y, s=13, color=colour, marker=marker, alpha=0.8, linewidths=0)
+            style = {"color": colour, "marker": marker, "alpha": 0.8, "linewidths": 0}
+            axis.scatter(x, y, s=13, label=classes[number], **style)
         axis.set(title=title, xticks=[], yticks=[])
         axis.grid(False)
         axis.spines[["left", "bottom"]].set_visible(False)
-    handles = [
-        plt.Line2D([], [], color=colour, marker=marker, linestyle="", label=name)
-        for (colour, marker), name in zip(kinds, classes)
-    ]
-    longest = max(map(len, classes))
-    columns = max(1, min(len(classes), int(size[0] / (0.5 + 0.08 * longest))))  # inches
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
+    _legend(figure, axes[0], markerscale=1.6)
     return figure
 
 
-def _annotate(axis, text: str, point, offset: tuple[int, int], align: str, colour: str) -> None:
-    style = {"horizontalalignment": align, "color": colour, "size": 9}
-    axis.annotate(text, point, offset, textcoords="offset points", **style)
+#: The differences of a study of `training.tune`.
+study = _drawn(tuning.figure)
+
+
+def _legend(figure: plt.Figure, axes: Iterable[plt.Axes], **style) -> None:
+    """What some axes show, each name once, in as many columns as the figure is wide enough for."""
+    pairs = (pair for axis in axes for pair in zip(*axis.get_legend_handles_labels()))
+    handles = {name: handle for handle, name in pairs}
+    longest = max(TextPath((0, 0), name, TEXT).get_extents().width for name in handles) / 72
+    lines = math.ceil(len(handles) / max(1, figure.get_figwidth() // (longest + 0.7)))  # inches
+    columns = math.ceil(len(handles) / lines)
+    style |= {"loc": "outside lower center", "ncols": columns, "fontsize": TEXT}
+    figure.legend(handles.values(), handles.keys(), **style)
+
+
+def _label(axis: plt.Axes, texts: Sequence[Text]) -> None:
+    """Texts beside their points, clear of the lines of an axis that is otherwise complete."""
+    axis.figure.draw_without_rendering()  # gives the axis its place
+    points = 72 / axis.figure.dpi
+    lines = [points * line.get_transform().transform(line.get_xydata()) for line in axis.lines]
+    at = points * axis.transData.transform([text[:2] for text in texts])
+    for (x, y, text, colour), offset in zip(texts, beside(at, [len(t[2]) for t in texts], lines)):
+        style = {"ha": "center", "va": "center", "color": colour, "size": TEXT}
+        axis.annotate(text, (x, y), offset, textcoords="offset points", **style)
+
+
+def beside(points: np.ndarray, lengths: Sequence[int], lines: Sequence[np.ndarray]) -> np.ndarray:
+    """Where texts stand that are clear of lines and of each other: of eight places the clearest.
+
+    Args:
+        points: (N, 2) of the texts, in typographic points, as all lengths here.
+        lengths: of the texts, in characters.
+        lines: (M, 2) corners of each.
+
+    Returns:
+        (N, 2), from each point to the middle of its text.
+    """
+    along = np.linspace(0, 1, 50)[:, None, None]
+    drawn = [(line[:-1] + along * np.diff(line, axis=0)).reshape(-1, 2) for line in lines]
+    taken, offsets = np.concatenate([points, *drawn]), []
+    for point, length in zip(points, lengths):
+        half = 0.3 * TEXT * length
+        box = np.stack(np.meshgrid(np.linspace(-half, half, 9), (-4, 0, 4)), -1).reshape(-1, 2)
+        across = 0.75 * half + 8
+        places = np.array([(x, y) for y in (12, 0, -12) for x in (-across, 0, across) if x or y])
+        gaps = np.linalg.norm((point + places[:, None] + box)[:, :, None] - taken, axis=-1)
+        offsets.append(places[gaps.min(axis=(1, 2)).argmax()])
+        taken = np.concatenate([taken, point + offsets[-1] + box])
+    return np.array(offsets)
 
 
 def _log_axis(axis) -> None:

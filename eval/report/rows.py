@@ -63,6 +63,10 @@ class Row:
         return sorted(run.seed for run in self.runs if run.seed is not None)
 
     @property
+    def teachers(self) -> str:
+        return ", ".join(self.setting.teachers) if self.setting else ""
+
+    @property
     def student(self) -> tuple:
         """What tells whether two rows have the same student."""
         return self.setting.student if self.setting else self.name, self.parameters
@@ -74,15 +78,14 @@ class Row:
         """``46.7``, with ``± 0.2`` of several runs; the reason of a gap, or nothing.
 
         Where only some of the row's runs have the figure, it says how many. ``baseline`` is the row
-        that figures of the same student are compared with.
+        that it is compared with.
         """
         values = self.values.get(figure)
         if values is None:
             return self.gap(figure[0])
         cell = mean(values, 1, MARK if figure[0] in self.shortfalls else "")
         few = f" (n = {len(values)})" if len(values) < len(self.runs) else ""
-        compared = baseline and self is not baseline and self.student == baseline.student
-        compared = compared and figure in baseline.values
+        compared = baseline and figure in baseline.values
         difference = f"{self.mean(figure) - baseline.mean(figure):+.1f}" if compared else ""
         return replace(cell, small=f"{cell.small}{few}".strip(), difference=difference)
 
@@ -225,14 +228,16 @@ def notes(rows: list[Row]) -> list[str]:
     return [f"{MARK} {note}." for note in dict.fromkeys(n for row in rows for n in row.notes())]
 
 
-def results_table(rows: list[Row], baseline: Row | None, colours: dict[str, str]) -> Table:
-    """Percentages, with differences to a baseline beside the figures of the same student."""
+def results_table(rows: list[Row], plain: list[Row | None], colours: dict[str, str]) -> Table:
+    """Percentages, with the differences to each row's plain student beside them."""
     shown = figures(rows)
+    taught = [Column("teacher", words=True)] if any(row.teachers for row in rows) else []
     sizes = [size for size in SIZES if any(size in row.parameters for row in rows)]
     counts = [Column("n")] if several(rows) else []
     columns = [
         Column("model", words=True),
         Column("method", words=True),
+        *taught,
         *counts,
         *(Column(SIZES[size]) for size in sizes),
         *(Column(label, dataset) for dataset, label in shown),
@@ -241,11 +246,12 @@ def results_table(rows: list[Row], baseline: Row | None, colours: dict[str, str]
         [
             Cell(row.name, style="name", colour=colour_of(row, colours)),
             row.method,
+            *(row.teachers for _ in taught),
             *(str(len(row.runs)) for _ in counts),
             *(millions(row.parameters[s]) if s in row.parameters else "" for s in sizes),
             *(row.cell(figure, baseline) for figure in shown),
         ]
-        for row in rows
+        for row, baseline in zip(rows, plain)
     ]
     return Table(columns, lines, "results")
 
@@ -259,12 +265,13 @@ def records(rows: list[Row]) -> Table:
     """All figures, unrounded, for CSV; meant for one run a row."""
     shown, noted = figures(rows), bool(notes(rows))
     sizes = ["image", "text", "token_table"]
-    head = ["model", "method", "seed", *(f"{size}_parameters" for size in sizes)]
+    head = ["model", "method", "teacher", "seed", *(f"{size}_parameters" for size in sizes)]
     head += [*(" ".join(figure).strip() for figure in shown), *(["notes"] if noted else [])]
     lines = [
         [
             row.name,
             row.method,
+            row.teachers,
             " ".join(map(str, row.seeds)),
             *(str(row.parameters.get(size, "")) for size in sizes),
             *(f"{row.mean(f):.4f}" if f in row.values else row.gap(f[0]) for f in shown),
@@ -272,4 +279,4 @@ def records(rows: list[Row]) -> Table:
         ]
         for row in rows
     ]
-    return Table(columns(*head, words=2), lines)
+    return Table(columns(*head, words=3), lines)

@@ -15,6 +15,7 @@ from training.engine.config import free_to_change
 from training.engine.result import BankResult, Result, read
 from training.engine.run import read_metrics, read_run
 from training.errors import UsageError
+from training.tuning import table as tuning
 
 #: What may differ between the runs of one setting besides what may differ within one run.
 SEEDED = free_to_change(Config) | free_to_change(ClassifierConfig)
@@ -55,7 +56,7 @@ class Setting:
 class Source:
     """What one path brings: of a run its configuration (``clip`` of a CLIP run's) and log; results.
 
-    A folder of results has no ``config``.
+    A folder of results has no ``config``. Of a study of `training.tune` there is its table.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class Source:
     banks: list[BankResult] = field(default_factory=list)
     gaps: list[GapRecord] = field(default_factory=list)
     examples: list[Examples] = field(default_factory=list)
+    study: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -82,10 +84,18 @@ class Source:
         return self.config["method"] if self.config else "none"
 
     @property
-    def teachers(self) -> list[str]:
-        """The run directories or names of a CLIP run's teachers."""
-        names = [teacher.model for teacher in self.clip.teachers] if self.clip else []
-        return [name.removeprefix("local-dir:").removesuffix("/student") for name in names]
+    def taught_by(self) -> dict[str, Any]:
+        """The teachers and banks that a CLIP run recorded, if it came so far."""
+        known = self.clip and (self.path / "teachers.json").is_file()
+        types = {"teachers": list, "banks": list}
+        return read_run(self.path, "teachers.json", **types) if known else {}
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """A CLIP run's: ``NAME:TAG``, or a run by its folder's name."""
+        recorded = self.taught_by.get("teachers", [])  # of a cache only the cache knows the name
+        named = self.clip.teachers if self.clip else []
+        return tuple(_teacher(*one) for one in named or [(one["model"], "") for one in recorded])
 
     @property
     def trained(self) -> str:
@@ -127,16 +137,24 @@ def _read(path: Path) -> Source:
     source = Source(path)
     if (path / "config.json").is_file():
         source.config = read_run(path)
-        source.clip = recorded(source.config) if "distill" in source.config else None
+        if "distill" in source.config:
+            source.clip = recorded(path)
+        else:
+            read_run(path, method=str)  # of training.classify
         if (path / "finished.json").is_file():
             source.finished = read_run(path, "finished.json")
         source.metrics = read_metrics(path)
         results = path / "results"
         _read_results(source, [*path.glob("result*.json"), *results.glob("*.json")], results)
         _check_one_student(source)
+    elif (path / "settings.json").is_file():
+        if not (path / "table.json").is_file():
+            raise UsageError(f"'{path}': the study is not finished: go on with its command")
+        types = {"against": str, "rows": list, "settings": dict}
+        source.study = read_json(path / "table.json", tuning.FORMAT, **types)
     else:
         _read_results(source, [*path.glob("*.json"), *path.glob("runs/**/*.json")], path)
-    if not (source.metrics or source.results or source.gaps or source.banks):
+    if not (source.metrics or source.results or source.gaps or source.banks or source.study):
         raise UsageError(
             f"'{path}': holds neither metrics.jsonl nor results; evaluate the run first"
         )
@@ -199,23 +217,23 @@ def classifier_setting(result: Result) -> Setting:
     )
 
 
+def _teacher(name: str, weights: str | None) -> str:
+    """A file of weights has no name that a paper could print."""
+    if name.startswith("local-dir:"):
+        return Path(name.removeprefix("local-dir:").removesuffix("/student")).name
+    return f"{name}:{weights}" if weights and "/" not in weights else name
+
+
 def _clip_setting(source: Source) -> Setting:
-    config, known = source.clip, (source.path / "teachers.json").is_file()
+    config, taught_by = source.clip, source.taught_by
     # The bank has its own rates, whatever the run's flag said.
-    types = {"teachers": list, "banks": list}
-    taught_by = read_run(source.path, "teachers.json", **types) if known else {}
     banks = [bank | {"teacher": None} for bank in taught_by.get("banks", ())]
-    unknown = config.distill == "cifd" and not known
+    unknown = config.distill == "cifd" and not taught_by
     rest = {k: v for k, v in source.config.items() if k not in SEEDED and (unknown or k != "rates")}
-    # A file of weights has no name that a paper could print.
-    tagged = ((name, weights or "") for name, weights in config.teachers)
-    teachers = [f"{name}:{tag}" if tag and "/" not in tag else name for name, tag in tagged]
-    if known and not teachers:  # a cache's, of which only the cache knows the name
-        teachers = [teacher["model"] for teacher in taught_by["teachers"]]
     return Setting(
         method=config.distill,
         student=f"{config.model}:{config.pretrained}" if config.pretrained else config.model,
-        teachers=tuple(teachers),
+        teachers=source.teachers,
         rdms=None if unknown else sum(len(bank["rates"]) for bank in banks),
         ibm=config.options.get("ibm", False),
         rest=json.dumps([banks, rest], sort_keys=True),

@@ -24,11 +24,20 @@ TEMPLATES = Environment(
 )
 
 
+#: Pixels for a table on a page 1300 wide, and of a character of its figures and of small print.
+PAGE, FIGURE, SMALL = 1080, 8.9, 7.6
+#: Characters after which words, and a gap's reason, may be broken (report.css).
+WORDS, GAP = 24, 14
+
+
 class Block:
     """A part of a report; ``blocks.html.j2`` has a macro under the name of each kind."""
 
     def html(self) -> Markup:
         return getattr(TEMPLATES.get_template("blocks.html.j2").module, type(self).__name__)(self)
+
+    def markdown(self) -> str:
+        return ""  # of what Markdown can't show
 
 
 def plain(text: str) -> str:
@@ -108,6 +117,29 @@ class Table(Block):
         """The labels above the columns' own, and how many columns each is of."""
         groups = [(name, len(list(own))) for name, own in groupby(c.group for c in self.columns)]
         return groups if any(name for name, _ in groups) else []
+
+    def parts(self, width: int = PAGE) -> list["Table"]:
+        """Itself where a page is wide enough for it; else tables of some of its groups each.
+
+        The first has the columns without a group; the others have their first.
+        """
+        parts = [[i for i, column in enumerate(self.columns) if not column.group]]
+        grouped = [i for i, column in enumerate(self.columns) if column.group]
+        for _, group in groupby(grouped, key=lambda i: self.columns[i].group):
+            own = list(group)
+            if sum(map(self._width, parts[-1] + own)) > width:
+                parts.append([0])
+            parts[-1] += own
+        tables = ([[row[i] for i in part] for row in (self.columns, *self.rows)] for part in parts)
+        return [Table(head, rows, self.style) for head, *rows in tables]
+
+    def _width(self, column: int) -> float:
+        """About how many pixels wide a page draws a column: words and gaps are broken."""
+        head, cells = self.columns[column], [row[column] for row in self.cells()]
+        most = WORDS if head.words else None
+        texts = (len(cell.text[: GAP if cell.style == "gap" else most]) for cell in cells)
+        widths = (FIGURE * text + SMALL * len(cell.small) for text, cell in zip(texts, cells))
+        return 20 + max(SMALL * len(head.label), *widths)
 
     def cells(self) -> list[list[Cell]]:
         return [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in self.rows]

@@ -6,6 +6,7 @@ data. results/map/protocol.md says what is measured and was written before the f
 Stopped, it goes on where it was.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +32,11 @@ class Scale(NamedTuple):
     trials: int
     seeds: int  # of each subset
     teacher: int = 0  # labelled images that it is aligned on, with photos in proportion; 0: all
+    device: str = "cpu"
 
 
 SCALES = {
-    "cpu": Scale((2_000, 6_000, 20_000), "small", 128_000, 128, 256_000, 8, 3),
+    "full": Scale((2_000, 6_000, 20_000), "small", 128_000, 128, 256_000, 8, 3),
     "trial": Scale((200, 400), "tiny", 512, 64, 512, 2, 2, 300),
 }
 #: Photos beside the labelled images: all of Flickr8k's beside 20,000.
@@ -100,7 +102,8 @@ def common(scale: Scale, data: str) -> tuple[str, ...]:
     return (
         f"--train-data={{data}}/{data}",
         *("--captions=all", "--view-seed=0", "--aug-cfg", "scale=[0.6,1.0]", "--views=4"),
-        *(f"--batch-size={scale.batch}", "--precision=fp32", "--device=cpu", "--workers=0"),
+        *(f"--batch-size={scale.batch}", "--precision=fp32", "--workers=0"),
+        f"--device={scale.device}",
     )
 
 
@@ -114,7 +117,7 @@ def teaching(scale: Scale, data: str) -> Iterator[Run]:
     for name, rates in (("bank", RATES), ("bank1", "1000")):
         steps = ("--epochs=1", f"--train-num-samples={scale.bank}", "--rates", *rates.split())
         steps += ("--val-fraction=0.1", f"--teacher-cache={{{cache}}}", "--distill=rdm")
-        where = ("--logs={logs}", "--name={name}", "--resume=latest", "--view-memory=0.5")
+        where = ("--logs={logs}", "--name={name}", "--resume=latest", "--in-memory")
         yield Run(f"{name}-{data}", "training.main", (*common(scale, data), *steps), where, cost=2)
 
 
@@ -133,7 +136,7 @@ def tuning(scale: Scale, cell: Cell, subset: str, rows: dict[str, str], jobs: in
     runs = (*common(scale, data), f"--teacher-cache={{cache-{data}}}", f"--model={model}")
     runs += ("--model-config", f"{MODELS}/{model}.json", "--val-fraction=0.1", "--epochs=1")
     runs += (f"--train-num-samples={scale.samples}", "--save-frequency=0", "--lr=4e-3")
-    runs += ("--view-memory=0.5",)
+    runs += ("--in-memory",)
     test = ("--data-root={data}/benchmark", "--datasets", "cifar100", "flickr8k")
     return Run(
         f"{cell.name}-{subset}",
@@ -150,19 +153,21 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("--cifar100", type=Path, required=True, metavar="DIR", help="with cifar100_*.npz")
     add("--flickr8k", type=Path, required=True, metavar="DIR", help="with train/*.tar, test/*.tar")
-    add("--scale", choices=SCALES, default="cpu", help="how large everything is")
+    add("--scale", choices=SCALES, default="full", help="how large everything is")
     add("--jobs", type=int, default=2, help="students at a time, one thread each")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where all of them train")
     add("--logs", type=Path, default=Path("logs/map"), metavar="DIR", help="of the runs")
     add("--results", type=Path, default=Path("results/map"), metavar="DIR", help="of the map")
     add("--dry-run", action="store_true", help="print the commands that are left and their cost")
     args = parser.parse_args(argv)
-    scale = SCALES[args.scale]
+    scale = SCALES[args.scale]._replace(device=args.device)
     study = Study(list(plan(scale, args.jobs)), args.logs, args.logs / "data")
     if args.dry_run:
         study.dry_run()
         return 0
     from experiments.map.data import prepare  # takes seconds to import
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s | %(message)s", datefmt="%H:%M:%S")
     prepare(args.logs / "data", args.cifar100, args.flickr8k, scale.images, PHOTOS, scale.teacher)
     finished = study.execute(jobs=1)
     print(write_map(args.logs, args.results, [cell.name for cell in cells(scale)], SUBSETS))

@@ -7,6 +7,7 @@ from pathlib import Path
 from cifd_clip.artefact import read_bank_config
 from training.engine import config as engine
 from training.engine.config import PRECISIONS, OptimConfig, ProcessConfig, RunConfig
+from training.engine.environment import cores
 from training.engine.flags import Given, Parser, construct, flag, spelled
 from training.engine.run import bank_folder, holds_bank
 from training.errors import UsageError
@@ -148,7 +149,7 @@ class DataConfig:
         choices=AUGMENTATIONS,
     )
     holdout: int = flag(0, "training images kept back for validation", least=0)
-    workers: int = flag(4, "imagenet: processes that decode", least=0, free=True)
+    workers: int = flag(min(4, cores()), "imagenet: processes that decode", least=0, free=True)
     subset: int = flag(0, "train on only so many images", least=0)
     final: bool = flag(
         False,

@@ -136,7 +136,7 @@ def _finished(flag: str, run: Path) -> dict[str, Any]:
         )
     if not (run / "finished.json").is_file():
         raise UsageError(f"{flag} {run} is not finished: continue it with --resume latest")
-    return config
+    return read_run(run, method=str, model=str, dataset=str, holdout=int)
 
 
 class TeacherNetworks(nn.Module):

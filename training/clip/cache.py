@@ -1,10 +1,11 @@
 """The teacher cache: a frozen teacher's embeddings, computed once for V views of every sample.
 
 A cache is a folder: ``config.json`` says whose embeddings these are and of which views; each shard
-has ``NAME.safetensors`` with ``image`` (V, samples, T) and ``text`` (V or 1, samples, T), float16,
-where views are stored ``NAME.viewN.tar`` (`training.data.stored`), and ``NAME.json`` with the
-files' hashes, written last. NAME holds the shard's own digest, so a cache serves any data set made
-of shards it has, in any order. A sample that could not be used is all NaN, and in no tar.
+has ``NAME.safetensors`` with ``image`` (V, samples, T) and ``text`` (V or 1, samples, T), float16
+or coded (`training.clip.coded`), where views are stored ``NAME.viewN.tar``
+(`training.data.stored`), and ``NAME.json`` with the files' hashes, written last. NAME holds the
+shard's own digest, so a cache serves any data set made of shards it has, in any order. A sample
+that could not be used is all NaN, and in no tar.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from training.data.loader import Batch, Fetcher
 from training.data.shard import Shard, index_shard
 from training.data.stored import StoredViews, libraries
 from training.errors import Failure, UsageError
+
+if TYPE_CHECKING:
+    from training.clip.coded import CodedRows
 
 MODALITIES = ("image", "text")
 HELD_OUT = "-held-out"  # ends the name of a held-out shard
@@ -136,10 +140,24 @@ def are_unit(rows: np.ndarray) -> np.ndarray:
     return abs((rows * rows).sum(axis=-1) - 1) < NORM_TOLERANCE
 
 
-def read_embeddings(path: Path) -> dict[str, np.ndarray]:
+def read_embeddings(path: Path) -> "dict[str, np.ndarray | CodedRows]":
     """A shard's embeddings, whose values are read from the file when they are looked at."""
     with safe_open(path, "pt") as file:
-        return {modality: file.get_tensor(modality).numpy() for modality in MODALITIES}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if len(tensors) > len(MODALITIES):
+        from training.clip.coded import coded_rows
+
+        return coded_rows(path.parent, tensors)
+    return {modality: tensors[modality].numpy() for modality in MODALITIES}
+
+
+def missing(rows: "np.ndarray | CodedRows", view: int, place: int) -> str | None:
+    """What is wrong with a stored row, if something is."""
+    if not isinstance(rows, np.ndarray):
+        return None if rows.counts[view, place] else "nothing stored"
+    if are_unit(rows[view, place]):
+        return None
+    return "nothing stored" if np.isnan(rows[view, place]).all() else "no unit vector"
 
 
 @dataclass
@@ -180,10 +198,7 @@ class CacheFetcher(Fetcher):
         _verified(self.directory, self.names[shard])
         for modality in MODALITIES:
             array = self._array(shard, modality)
-            embedding = array[view % len(array), place]
-            if not are_unit(embedding):
-                stored = not np.isnan(embedding).all()
-                what = "no unit vector" if stored else "nothing stored"
+            if what := missing(array, view % len(array), place):
                 raise BadSample(f"teacher cache: {what}")
 
     def __call__(self, rows: Tensor, views: Tensor) -> dict[str, Tensor]:
@@ -201,7 +216,7 @@ class CacheFetcher(Fetcher):
             embeddings[f"teacher{self.space}/{modality}"] = torch.from_numpy(out)
         return embeddings
 
-    def _array(self, shard: int, modality: str) -> np.ndarray:
+    def _array(self, shard: int, modality: str) -> "np.ndarray | CodedRows":
         return _mapped(self.directory / f"{self.names[shard]}.safetensors")[modality]
 
 
@@ -265,8 +280,9 @@ class CachedTeachers:
 
     @property
     def identities(self) -> list[dict]:
-        """Who they are."""
-        return [config["teacher"] for config in self.configs]
+        """Who they are, and what their embeddings are coded with."""
+        coded = [{"code": config["code"]} if config.get("code") else {} for config in self.configs]
+        return [config["teacher"] | code for config, code in zip(self.configs, coded)]
 
     def fetchers(self, sources: Sources, held_out: bool = False) -> list[CacheFetcher]:
         """What the loader needs to deliver the embeddings."""

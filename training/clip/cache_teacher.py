@@ -6,6 +6,7 @@ them, finished ones are skipped, and what was written is verified at the end.
 
 import copy
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from glob import escape
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -46,6 +48,9 @@ from training.engine.control import barrier, end_processes, start_logging, start
 from training.engine.flags import Given, construct
 from training.engine.lease import held
 from training.errors import Failure, UsageError
+
+if TYPE_CHECKING:
+    from training.clip.coded import Coder
 
 EXAMPLES = 5  # of samples, to show
 #: How far a recomputed unit vector may lie from the stored float16 one (amp_bf16 is coarser).
@@ -116,6 +121,7 @@ class Caches:
         self.transforms = Transforms(config.aug_cfg, config.image_backend)
         live = build_teachers(config, device)
         self.teachers = LiveTeachers(live, configs, self.transforms)
+        self.coder = self._coder() if config.code_with else None
         self.autocast = get_autocast(config.precision, device.type)
         # With the first caption only, no view changes the text.
         self.text_views = 1 if config.captions == "first" else config.views
@@ -136,6 +142,13 @@ class Caches:
         self.names = [shard_name(shard, self.held_out) for shard in shards]
         self.numbers = list(range(len(shards)))[part - 1 :: parts]
         self.numbers = self.numbers[self.world.rank :: self.world.size]
+
+    def _coder(self) -> "Coder":
+        from training.clip.coded import Coder
+
+        if len(self.teachers.teachers) > 1:
+            raise UsageError("--code-with: a bank codes one teacher's embeddings, name one teacher")
+        return Coder(self.config.code_with, self.teachers.identities[0], self.device)
 
     def _view_writer(self) -> ViewWriter:
         """What stores views, by default as large as who wants the most of them."""
@@ -159,15 +172,21 @@ class Caches:
         folders = self.config.caches
         return [n for n in self.numbers if not all(is_complete(f, self.names[n]) for f in folders)]
 
+    def bytes_of(self, dim: int) -> int:
+        """What embeddings of this width take that are not there yet."""
+        samples = int(self.sources.counts[self.left].sum())
+        return samples * (self.config.views + self.text_views) * dim * 2
+
     def describe_work(self) -> None:
         """Say what is left to do, and what it takes on the disk."""
         views, left = self.config.views, self.left
         samples = int(self.sources.counts[left].sum())
-        size = samples * (views + self.text_views) * sum(self.teachers.dims) * 2
+        size = sum(map(self.bytes_of, self.teachers.dims))
         print(
             f"{len(self.numbers) - len(left)} of {len(self.numbers)} "
             f"{'held-out ' if self.held_out else ''}shards are there; "
-            f"{samples * views:,} image passes and {size / 2**30:.2f} GiB of embeddings to go",
+            f"{samples * views:,} image passes and {'far less than ' * bool(self.coder)}"
+            f"{size / 2**30:.2f} GiB of embeddings to go",
             flush=True,
         )
         if self.writer and left:
@@ -181,8 +200,14 @@ class Caches:
             "quality": self.writer.quality,
             "subsampling": SUBSAMPLING,
         }
-        for teacher, folder in zip(self.teachers.teachers, self.config.caches):
+        teachers = zip(self.teachers.teachers, self.teachers.dims, self.config.caches)
+        for teacher, dim, folder in teachers:
             folder.mkdir(parents=True, exist_ok=True)
+            if (size := self.bytes_of(dim)) > (free := shutil.disk_usage(folder).free):
+                raise UsageError(
+                    f"--teacher-cache '{folder}': {size / 2**30:.2f} GiB of embeddings, and "
+                    f"{free / 2**30:.2f} GiB are free there: make room, or lower --views"
+                )
             path = folder / "config.json"
             description = {
                 "teacher": teacher.identity,
@@ -194,6 +219,7 @@ class Caches:
                 "precision": self.config.precision,
                 "distill_precision": self.config.distill_precision,
                 "stored_views": stored,
+                "code": self.coder and self.coder.begin(folder),
             }
             description = json.loads(json.dumps(description))
             if path.is_file():
@@ -241,6 +267,7 @@ class Caches:
                 shown = ", ".join(keys[:EXAMPLES])
                 print(f"{folder}: {len(keys)} features of {shard.path} are not finite: {shown}")
             stored = views if folder == self.config.caches[0] else ()
+            own = self.coder.pack(folder, own) if self.coder else own
             write_shard(folder, self.names[number], own, stored, keys)
 
     def store_views(self, numbers: list[int]) -> dict[int, list[Shard]]:
@@ -337,6 +364,16 @@ class Caches:
         if self.numbers:
             self._recompute(self.numbers[0])
         print(f"{self.config.teacher_cache}: {len(self.numbers)} shards verified", flush=True)
+        if self.coder:
+            self._describe_code()
+
+    def _describe_code(self) -> None:
+        """Say how many bits an embedding takes."""
+        (folder,), (dim,) = self.config.caches, self.teachers.dims
+        sizes = ((folder / f"{self.names[n]}.safetensors").stat().st_size for n in self.numbers)
+        count = int(self.sources.counts[self.numbers].sum()) * (self.config.views + self.text_views)
+        bits = 8 * sum(sizes) / max(1, count)
+        print(f"{bits:.0f} bits an embedding, of {16 * dim} in float16", flush=True)
 
     def _recompute(self, number: int) -> None:
         rows = self.sources.rows_of(number)
@@ -347,7 +384,12 @@ class Caches:
             places = (batch.rows - rows.start).numpy()
             for folder, own in zip(self.config.caches, features):
                 stored = read_embeddings(folder / f"{self.names[number]}.safetensors")["image"]
-                worst = abs(stored[0, places] - own.image.cpu().numpy()).max()
+                image = own.image.cpu().numpy()
+                if self.coder:
+                    image = self.coder.decoded(folder, "image", own.image.half())
+                away = abs(stored[0, places] - image).max(axis=-1)
+                # Of coded rows some have a value between two integers: the median row has none.
+                worst = np.median(away) if self.coder else away.max()
                 if not worst <= TOLERANCE[self.config.precision]:
                     raise Failure(
                         f"{folder}: recomputed embeddings of {self.sources.shards[number].path} "

@@ -92,6 +92,11 @@ def start(given: Given) -> int:
     (directory,), out = config.caches, Path(config.out)
     # The curve: an earlier command's, or measured now.
     cache = read_cache_config(directory)
+    if cache.get("code"):
+        raise UsageError(
+            f"--teacher-cache '{directory}' is coded: rates are calibrated on the teacher's own "
+            "embeddings, of a cache without --code-with"
+        )
     shards = find_shards(directory, config.train_data, config.index_dir)
     settings = conditions(config, cache, shards)
     curve = earlier_curve(out, settings)

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cifd_clip.files import read_json
+from cifd_clip.files import BadFile, read_json
 from cifd_clip.methods import DECLARED
 from cifd_clip.names import nearby
 from training.engine.config import OptimConfig, ProcessConfig, RunConfig
-from training.engine.flags import KeyValues, construct, flag
+from training.engine.environment import cores
+from training.engine.flags import KeyValues, flag
+from training.engine.result import decode
+from training.engine.run import read_run
 from training.errors import UsageError
 
 DISTILL = (*DECLARED, "rdm")
@@ -183,6 +186,12 @@ class DataConfig:
         least=0,
         free=True,
     )
+    in_memory: bool = flag(
+        False,
+        "make every one of --views once and hold all on the device, beside the cache's embeddings: "
+        "for data that fit there",
+        free=True,
+    )
     shuffle_window: int = flag(20000, "samples shuffled together (whole shards)", above=0)
     max_bad_fraction: float = flag(0.01, "stop when more than this share of samples can't be used")
     verify_data: bool = flag(
@@ -198,7 +207,7 @@ class DataConfig:
         0.0, "hold out this share of the training samples instead, by their keys", least=0, below=1
     )
     val_frequency: int = flag(1, "epochs between validations", least=0, free=True)
-    workers: int = flag(4, "loader workers per process", least=0, free=True)
+    workers: int = flag(min(4, cores()), "loader workers per process", least=0, free=True)
     worker_start: str | None = flag(
         None,
         "start method of the workers [the platform's]",
@@ -301,6 +310,13 @@ class CacheConfig(Config):
         None, "pixels of a stored view's side [the most that student or teachers want]", least=1
     )
     view_quality: int = flag(90, "JPEG quality of a stored view", least=1, below=101)
+    code_with: str = flag(
+        "",
+        "store the bottleneck of this bank's highest rate in the place of the embeddings, "
+        "entropy-coded: some tens of times smaller, and read as what the RDM makes of it",
+        metavar="DIR",
+        moves=True,
+    )
     dry_run: bool = flag(False, "only say what there is to do, and what it takes on the disk")
 
     @property
@@ -349,8 +365,16 @@ def read_cache_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json", CACHE_FORMAT, teacher=dict, views=int)
 
 
-def recorded(values: dict[str, Any]) -> Config:
-    """The configuration that a run's ``config.json`` holds."""
-    names = {f.name for f in fields(Config)}
+def recorded(run: Path) -> Config:
+    """The configuration that a run directory's ``config.json`` holds.
+
+    Raises:
+        BadFile: it is missing, damaged or of another format.
+    """
+    values, names = read_run(run), {f.name for f in fields(Config)}
     own = {k: v for k, v in values.items() if k in names}
-    return construct(Config, own | {"options": {k: v for k, v in values.items() if k not in own}})
+    options = {k: v for k, v in values.items() if k not in own}
+    try:
+        return decode(Config, own | {"options": options})
+    except ValueError as error:
+        raise BadFile(f"{run / 'config.json'} is damaged: {error}") from error

@@ -57,6 +57,14 @@ def model_config(name: str, flag: str) -> dict:
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
             raise UsageError(f"{flag} '{name}': {path} is damaged: it has no 'model_cfg'")
+        for key in ("mean", "std"):
+            values = content.get("preprocess_cfg", {}).get(key, [1.0])
+            least = 0 if key == "std" else -math.inf
+            if not all(isinstance(v, int | float) and least < v < math.inf for v in values):
+                raise UsageError(
+                    f"{flag} '{name}': {path} is damaged: its '{key}' is {values}, expected finite "
+                    f"{'positive ' * (key == 'std')}numbers"
+                )
         return content["model_cfg"]
     if name.startswith("hf-hub:"):
         try:

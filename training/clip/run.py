@@ -24,6 +24,7 @@ from training.clip.heldout import HeldOut, held_out, split
 from training.clip.models import add_model_configs
 from training.clip.stages import RDMStage, StudentStage, check_student
 from training.clip.zeroshot import ZeroShot, check_zeroshot
+from training.data.in_memory import MemoryLoader
 from training.data.index import (
     NotAShard,
     Sources,
@@ -57,6 +58,9 @@ from training.engine.trainer import Progress, Trainer
 from training.errors import UsageError
 
 log = logging.getLogger(__name__)
+
+#: What a resumed run must find of its teachers.
+KNOWN_BY = ("weights", "preprocess", "code")
 
 
 def start(given: Given, files: dict[str, Any]) -> int:
@@ -247,7 +251,7 @@ def check_bad_fraction(config: Config, progress: Progress) -> None:
 
 def make_loader(
     config: Config, sources: Sources | None, trainer: Trainer, kept: np.ndarray | None = None
-) -> Loader | StreamLoader:
+) -> Loader | MemoryLoader | StreamLoader:
     """What delivers this rank's part of each global batch.
 
     Args:
@@ -279,9 +283,12 @@ def make_loader(
         replacement=config.dataset_resampled,
         kept=kept,
     )
-    options["memory"] = int(config.view_memory * 2**30)
     options["fetchers"] = stage.source.fetchers(sources)
-    return Loader(order, stage.source.images_of(sources), *inputs, **options)
+    read = order, stage.source.images_of(sources), *inputs
+    if config.in_memory:
+        return MemoryLoader(*read, device=trainer.device, **options)
+    options["memory"] = int(config.view_memory * 2**30)
+    return Loader(*read, **options)
 
 
 def make_zeroshot(
@@ -307,7 +314,7 @@ def epoch_steps(config: Config, sources: Sources | None, kept: np.ndarray | None
                 "--train-num-samples is needed: remote shards can't be counted beforehand"
             )
         for flag in (
-            *("teacher_cache", "view_memory"),
+            *("teacher_cache", "view_memory", "in_memory"),
             *("train_data_upsampling_factors", "dataset_resampled", "val_fraction"),
         ):
             if getattr(config, flag):
@@ -343,7 +350,7 @@ def begin(
         {
             "train_data": data["hash"],
             "val_data": validation and validation.hash,
-            "distill_model": [[t["weights"], t["preprocess"]] for t in teachers["teachers"]],
+            "distill_model": [[t.get(name) for name in KNOWN_BY] for t in teachers["teachers"]],
             "rdm_bank": teachers["bank_weights"],
             "model_config": {Path(path).stem: file_hash(path) for path in config.model_config},
         }

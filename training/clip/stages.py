@@ -120,11 +120,22 @@ def retrieval(features: Features, captions: Tensor) -> dict[str, Tensor]:
 
 
 class RDMStage(ClipStage):
-    """Stage 1: train the bank of the (only) teacher."""
+    """Stage 1: train the bank of the (only) teacher.
 
-    def __init__(self, config: Config, device: torch.device):
+    Args:
+        config: of the run.
+        device: of this process.
+        source: the teacher [the one that the configuration names].
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        source: LiveTeachers | CachedTeachers | None = None,
+    ):
         self.transforms = Transforms(config.aug_cfg, config.image_backend)
-        self.source = make_teachers(config, device, self.transforms)
+        self.source = source or make_teachers(config, device, self.transforms)
         teacher = self.source.identities[0]
         rates = summed_rates(config.rates, config.rdm_reduction, teacher["dim"])
         self.banks = {0: make_bank(config, teacher, rates, config.seed)}

@@ -38,11 +38,11 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """A copy in pinned memory."""
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
     def to(self, device: torch.device | str) -> "Batch":
         """A copy on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, parts: int) -> list["Batch"]:
         """``parts`` micro-batches of consecutive rows, which count no skipped samples."""
@@ -66,9 +66,9 @@ class Batch:
         )
 
     def _rows(self, rows: slice) -> "Batch":
-        return replace(self._map(lambda tensor: tensor[rows]), keys=self.keys[rows], skipped={})
+        return replace(self.map(lambda tensor: tensor[rows]), keys=self.keys[rows], skipped={})
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
         def apply(value):
             if isinstance(value, Tensor):
                 return fn(value)

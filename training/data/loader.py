@@ -203,11 +203,7 @@ class Reader:
                             break
                         row = substitute(i, attempt)
                 else:
-                    raise Failure(
-                        f"{MAX_ATTEMPTS} samples in a row cannot be used "
-                        f"({dict(assembly.skipped)}); "
-                        "run `python -m training.check_data --deep` on the data"
-                    )
+                    raise unusable(assembly.skipped)
             batch = assembly.finish()
         for fetcher in self.fetchers:
             batch.extras |= fetcher(batch.rows, batch.views)
@@ -232,6 +228,14 @@ class Reader:
             return None if offset < 0 else shard.read(offset, size)
 
         return record["key"], read
+
+
+def unusable(skipped: Counter) -> Failure:
+    """`MAX_ATTEMPTS` samples in a row were bad."""
+    return Failure(
+        f"{MAX_ATTEMPTS} samples in a row cannot be used ({dict(skipped)}); "
+        "run `python -m training.check_data --deep` on the data"
+    )
 
 
 class Loader:
@@ -293,7 +297,7 @@ class Loader:
             check_limits(recipe.sample_bytes() * rows, workers, prefetch)
         reader = Reader(sources, recipe, fetchers, Memory(memory))
         self._sources, self._numbers, self._batches = sources, _Numbers(), None
-        chunks = _Chunks(reader, order, seed, views or 0, rows, local, rank, world_size)
+        chunks = Parts(reader, order, seed, views or 0, rows, local, rank, world_size)
         self._loader = data_loader(
             chunks, self._numbers, workers, start_method, pin_memory, prefetch, True
         )
@@ -371,8 +375,8 @@ def sequential(
 
 
 @dataclass
-class _Chunks(Dataset):
-    """Number of a chunk, counted from this rank's first -> `Batch` of its ``size`` rows."""
+class Parts(Dataset):
+    """Number of a part, counted from this rank's first -> `Batch` of its ``size`` rows."""
 
     reader: Reader
     order: Order

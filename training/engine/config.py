@@ -90,7 +90,7 @@ class RunConfig:
     )
     report_to: str = flag("", "more places for metrics", metavar="tensorboard,wandb")
     wandb_project_name: str = flag("open-clip", "as OpenCLIP")
-    wandb_notes: str = flag("", "as OpenCLIP")
+    wandb_notes: str = flag("", "as OpenCLIP", lines=True)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from training.errors import UsageError
 
 INSTALLED = Path(__file__).parents[2]  # where the packages are
 ARGPARSE = ("choices", "metavar", "nargs", "action")  # what goes to it from a field's metadata
+CONTROL = r"[\x00-\x1f\x7f]"
 Given = dict[str, Any]  # flags of a command line, with underscores, by what it says of them
 
 
@@ -33,6 +34,7 @@ def flag(default: Any, help: str = "", **options: Any) -> Any:
         options: ``choices``, ``metavar``, ``nargs``, ``action`` of argparse; ``least`` (the value
             is at least this), ``above`` and ``below`` (strictly), which `check_ranges` checks;
             ``span``: the lowest and highest value that `training.tune` tries;
+            ``lines``: whether it is text of several lines;
             ``free``: whether a resumed run may change it; ``moves``: whether it may be given in
             another way, because what it names is known by a hash.
     """
@@ -224,11 +226,15 @@ def construct(cls: type, values: Mapping[str, Any]) -> Any:
 def check_ranges(config: Any) -> None:
     """Refuse values outside of the ranges that their fields state; not a number is outside.
 
+    Text is one line, which logs, cards and tables may quote, unless its field has ``lines``.
+
     Raises:
         UsageError: names the flag and the value.
     """
     for f in fields(config):
         value = getattr(config, f.name)
+        if isinstance(value, str) and not f.metadata.get("lines") and re.search(CONTROL, value):
+            raise UsageError(f"{spelled(f.name)} {value!r} holds a line break or the like")
         values = value if isinstance(value, tuple) else (value,)
         if expected := _broken(f.metadata, [v for v in values if v is not None]):
             shown = " ".join(f"{v:g}" for v in values)
@@ -297,7 +303,7 @@ def expand_files(words: Sequence[str], folder: Path | None = None) -> list[str]:
             near = filter(None, (nearby(f / word[1:]) for f in folders))
             raise UsageError(f"{word}: no such flag file{next(near, '')}")
         try:
-            lines = path.read_text().splitlines()
+            lines = path.read_text("utf-8").splitlines()
             for line in lines:
                 expanded += expand_files(line_words(line), path.parent)
         except RecursionError:

@@ -147,7 +147,7 @@ def train(
             if wanted or saver.due(epoch_end):
                 saver.save()
             if stopping:
-                log.warning("%s: saving step %d and stopping", stop.name, step)
+                log.warning("%s: saving step %d; --resume latest goes on", stop.name, step)
                 break
         if asked_to_stop() and not stopping and progress.step < trainer.total_steps:
             stopping = True
@@ -237,14 +237,13 @@ class _Clock:
         self._before = progress.seconds, progress.cpu_seconds
         self._start = time.monotonic(), time.process_time()
         self._mark, self._waited, self._samples = self._start[0], 0.0, 0
-        self._asked = self._start[0]
+        self._asked, self._first = self._start[0], True
 
     def waiting(self) -> float:
         """Seconds since the last batch was asked for."""
         return time.monotonic() - self._asked
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        first = True
         while True:
             self._asked = time.monotonic()
             batch = next(batches, None)
@@ -254,9 +253,9 @@ class _Clock:
             self._samples += len(batch)
             start = time.monotonic()
             yield batch
-            if first:  # what is compiled is compiled in it
+            if self._first:  # what is compiled is compiled in it
                 log.info("the first step took %.1f s", time.monotonic() - start)
-                first = False
+            self._first = False
 
     def pause(self) -> None:
         """Leave what was done since the last line (a validation) out of the next one."""

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,16 @@ class RunDirectory:
         """Write config and environment and start logging to ``out.log`` (rank 0).
 
         Args:
-            contents: of flags that name files and folders, by hashes: a resumed run must find there
-                what it began with, wherever they lie.
+            contents: of flags that name files and folders, as JSON values: a resumed run must find
+                there what it began with, wherever they lie. Their hashes are written.
 
         Raises:
             UsageError: it finds something else.
         """
-        contents = json.loads(json.dumps(contents or {}))
+        contents = {
+            flag: content and sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+            for flag, content in (contents or {}).items()
+        }
         _check_same(self.path, self.read("contents.json", contents), contents, set())
         make_folder(self.path)
         self.write("contents.json", contents)
@@ -92,7 +96,10 @@ class RunDirectory:
         self.write("config.json", self.config)
         starts = self.read("environment.json", {}).get("starts", [])
         self.write("environment.json", {"starts": [*starts, environment()]})
-        handler = logging.FileHandler(self.path / "out.log")
+        # a name may be no UTF-8
+        handler = logging.FileHandler(
+            self.path / "out.log", encoding="utf-8", errors="backslashreplace"
+        )
         handler.setFormatter(MaskingFormatter("%(asctime)s | %(levelname)s | %(message)s"))
         logging.getLogger().addHandler(handler)
 

@@ -2,7 +2,7 @@
 
 import json
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cifd_clip.files import write_json, write_text, writing
 from training.engine.environment import environment
@@ -10,6 +10,9 @@ from training.engine.flags import spelled
 from training.engine.run import read_run
 from training.intervals import paired
 from training.tuning.plan import Plan, Row, row_flags
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMAT = 1  # of table.json
 OURS = ("number", "worker", "process")  # what is kept of a trial beside its figures
@@ -32,14 +35,20 @@ def write_table(plan: Plan, studies: dict[str, tuple[Any, Any]]) -> str:
         entry["difference"] = difference and difference._asdict()
         entry["shown"] = "" if difference is None else str(difference)
     for row, entry in zip(plan.rows, records):
-        lines = [*row_flags(row, entry["best"]), f"# of the study {plan.folder.name}"]
-        write_text(plan.folder / "best" / f"{row.name}.args", "\n".join(lines) + "\n")
+        flags = [*row_flags(row, entry["best"]), f"# of the study {plan.folder.name}"]
+        write_text(plan.folder / "best" / f"{row.name}.args", "\n".join(flags) + "\n")
     content = {"against": plan.against, "rows": records, "settings": plan.settings}
     content |= {"data": data(plan), "environment": environment()}
-    write_json(plan.folder / "table.json", json.loads(json.dumps(content)), FORMAT)
-    text = markdown(plan, records)
+    content = json.loads(json.dumps(content))
+    write_json(plan.folder / "table.json", content, FORMAT)
+    heads, *rows = lines(content)
+    marks = ["---", *["---:"] * (len(heads) - 2), "---"]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in (heads, marks, *rows))
+    text = f"# {plan.folder.name}\n\n{explanation(content)}\n\n{table}"
     write_text(plan.folder / "table.md", text)
-    draw(plan, records)
+    if len(records) > 1:
+        with writing(plan.folder / "difference.png") as file:
+            figure(content).savefig(file, format="png", dpi=150)
     return text
 
 
@@ -77,56 +86,58 @@ def data(plan: Plan) -> dict[str, Any]:
     return read_run(plan.folder / "runs" / f"{plan.rows[0].name}-s00", "data.json")
 
 
-def markdown(plan: Plan, records: list[dict[str, Any]]) -> str:
-    """The table, and what it means."""
-    names = list(records[0]["figures"])
-    heads = ["row", "n", "score", f"− {plan.against}", *names, "trials", "best weights"]
-    lines = [heads, ["---", *["---:"] * (4 + len(names)), "---"]]
-    for r in records:
-        weights = [
-            f"{spelled(k)} {v:g}{' (edge)' * (k in r['on_edge'])}{_share(r['importance'].get(k))}"
-            for k, v in r["best"].items()
+def lines(content: dict[str, Any]) -> list[list[str]]:
+    """Heads and cells of the table that a ``table.json`` holds."""
+    names = list(content["rows"][0]["figures"])
+    heads = ["row", "n", "score", f"− {content['against']}", *names, "trials", "best weights"]
+    return [heads] + [
+        [
+            r["row"],
+            str(len(r["scores"])),
+            f"{fmean(r['scores'].values()):.2f}",
+            r["shown"],
+            *(f"{value:.2f}" for value in r["figures"].values()),
+            str(len(r["trials"])),
+            ", ".join(_weight(r, name) for name in r["best"]) or "none",
         ]
-        lines.append(
-            [
-                r["row"],
-                str(len(r["scores"])),
-                f"{fmean(r['scores'].values()):.2f}",
-                r["shown"],
-                *(f"{value:.2f}" for value in r["figures"].values()),
-                str(len(r["trials"])),
-                ", ".join(weights) or "none",
-            ]
-        )
-    pruned = " Trials that fell behind were ended early." if plan.prune else ""
+        for r in content["rows"]
+    ]
+
+
+def explanation(content: dict[str, Any]) -> str:
+    """What the table means."""
+    pruned = content["settings"]["prune"]
     return (
-        f"# {plan.folder.name}\n\nScore: the mean of the figures, percent, over n new seeds under "
-        "the best of as many trials of the weights, which held-out training samples judged; "
-        f"− {plan.against}: the paired difference by seed ± half of its 95 % t-interval. (edge): "
-        "the best value lies at an end of the span that was tried. In brackets: the weight's share "
-        f"of the variance over trials (fANOVA).{pruned}\n\n"
-        + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        "Score: the mean of the figures, percent, over n new seeds under the best of as many "
+        "trials of the weights, which held-out training samples judged; "
+        f"− {content['against']}: the paired difference by seed ± half of its 95 % t-interval. "
+        "(edge): the best value lies at an end of the span that was tried. In brackets: the "
+        "weight's share of the variance over trials (fANOVA)."
+        + " Trials that fell behind were ended early."
+        * pruned
     )
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f" [{100 * value:.0f} %]"
+def _weight(record: dict[str, Any], name: str) -> str:
+    """A row's best value of a weight, and what the trials say of it."""
+    edge, share = " (edge)" * (name in record["on_edge"]), record["importance"].get(name)
+    return f"{spelled(name)} {record['best'][name]:g}{edge}" + (
+        "" if share is None else f" [{100 * share:.0f} %]"
+    )
 
 
-def draw(plan: Plan, records: list[dict[str, Any]]) -> None:
-    """The differences with their intervals, as ``difference.png``."""
+def figure(content: dict[str, Any]) -> "Figure":
+    """The differences to the row that all are compared with, and their intervals."""
     from matplotlib.figure import Figure
 
-    shown = [r for r in records if r["difference"]]
-    if not shown:
-        return
+    shown = [r for r in reversed(content["rows"]) if r["difference"]]
     figure = Figure(figsize=(6, 1 + 0.35 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    for place, entry in enumerate(reversed(shown)):
+    for place, entry in enumerate(shown):
         mean, half, _ = entry["difference"].values()
         axes.errorbar(mean, place, xerr=half or 0.0, fmt="o", color="#1f5fa8", capsize=3)
     axes.axvline(0, color="0.6", linewidth=1)
-    axes.set_yticks(range(len(shown)), [entry["row"] for entry in reversed(shown)])
-    axes.set_xlabel(f"difference to {plan.against}, points of the score (95 % interval)")
-    with writing(plan.folder / "difference.png") as file:
-        figure.savefig(file, format="png", dpi=150)
+    axes.set_yticks(range(len(shown)), [entry["row"] for entry in shown])
+    against = content["against"]
+    axes.set_xlabel(f"difference to {against}, points of the score (95 % interval)")
+    return figure
