@@ -12,7 +12,7 @@ from training.intervals import paired
 from training.tuning.plan import Plan, Row, row_flags
 
 FORMAT = 1  # of table.json
-OURS = ("number", "worker", "process")  # what is kept of a trial beside its figures
+OURS = ("number", "values", "worker", "process")  # what is kept of a trial beside its figures
 
 
 def write_table(plan: Plan, studies: dict[str, tuple[Any, Any]]) -> str:
