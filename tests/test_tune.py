@@ -154,6 +154,16 @@ WRONG = {
     "a bank": (["--methods", "rdm"], [], "a bank is no student"),
     "an unknown baseline": (["--methods", "fd", "--against", "kd"], [], "--against kd: expected"),
     "a span that is none": (["--methods", "fd", "--space", "lr=1:0.1"], [], "--space 'lr=1:0.1'"),
+    "a span of nothing": (
+        ["--methods", "fd", "--space", "lambda=1:2"],
+        [],
+        "--space lambda: no row",
+    ),
+    "a span of a count": (
+        ["--methods", "fd", "--space", "lr=1:2", "epochs=1:9"],
+        [],
+        "--space epoc",
+    ),
     "data sets without data": (["--methods", "fd", "--datasets", "x"], [], "go together"),
     "a wrong flag of the runs": (["--methods", "fd"], ["--epocs", "3"], "did you mean --epochs"),
     "a seed of the runs": (["--methods", "fd"], ["--seed", "3"], "--seed after --"),
