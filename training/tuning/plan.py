@@ -20,7 +20,7 @@ from cifd_clip.methods import DECLARED
 from cifd_clip.names import did_you_mean
 from training.engine.config import check_place
 from training.engine.flags import CommandLine, Given, expand_files, spelled
-from training.errors import UsageError, did_you_mean
+from training.errors import UsageError
 
 EDGE = 0.05  # of a span (of its logarithm): a best value this near to an end is on the edge
 #: What a weight is of: without it in a row's configuration, the weight has no effect.
