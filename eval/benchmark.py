@@ -20,7 +20,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from eval import datasets
+from eval import datacomp, datasets
 from eval.flags import add_data_flags, add_forward_flags, forward_of
 from eval.result import GapRecord, attempt, file_name
 from training.engine import result
@@ -109,6 +109,10 @@ def run(args: argparse.Namespace, place: Place) -> int:
             gap = GapRecord(dataset=name, model=model.name, weights=model.weights)
             evaluate = partial(evaluate_once, out, partial(opened, name), classifiers)
             gaps += not attempt(out, args.split, gap, evaluate)
+        if "datacomp" in args.datasets and len(pairs) == len(wanted) * len(set(args.models)):
+            found = (result.read(path) for path in sorted(out.glob("*.json")))
+            own = [each for each in found if each.provenance.weights == model.weights]
+            print(f"{model.name}: {datacomp.summary(own)}")
     return gaps
 
 

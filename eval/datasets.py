@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from cifd_clip.names import did_you_mean, nearby
-from eval import builders
+from eval import builders, datacomp
 from training.errors import UsageError
 
 IMAGES = ("webp", "png", "jpg", "jpeg")
@@ -37,6 +37,7 @@ SUITES = {
     "paper": "imagenet1k imagenetv2 imagenet-r imagenet-a objectnet mscoco_captions flickr30k",
     "imagenet_robustness": "imagenetv2 imagenet_sketch imagenet-a imagenet-r objectnet",
     "retrieval": "mscoco_captions flickr30k",
+    "datacomp": " ".join(datacomp.TASKS),
 }
 
 
@@ -75,6 +76,8 @@ class Sample:
     image: tuple[Path, int, int]
     """File, offset and size in bytes; size -1 is the rest of the file."""
     target: int | list[str]
+    group: int | None = None
+    """Where a task is scored by its worst group: the image's."""
 
     def read(self) -> bytes:
         """The encoded image."""
@@ -115,6 +118,11 @@ class Folder:
     def targets(self) -> list[Any]:
         """The class number, or the captions, of every image."""
         return [sample.target for sample in self.samples]
+
+    @property
+    def groups(self) -> list[int | None]:
+        """The group of every image, where the task has groups."""
+        return [sample.group for sample in self.samples]
 
 
 class Part(Folder):
@@ -166,7 +174,7 @@ def wanted(given: list[str], root: Path) -> list[str]:
     Raises:
         UsageError: one is neither: no gap, but a typo.
     """
-    known = {*SUITES, *PROTOCOLS, *builders.NEEDS}
+    known = {*SUITES, *PROTOCOLS, *builders.NEEDS, *datacomp.TASKS}
     known |= {p.name.removeprefix("wds_") for f in (root, root / "wds") for p in f.glob("*")}
     for name in (spelled := names(given)):
         if not known & {name, name.replace("/", "-")} and not (root / name).exists():
@@ -189,6 +197,7 @@ def open_folder(root: Path, name: str, split: str, samples: int | None = None) -
     """
     flat = name.replace("/", "-")
     tries = [root / name, root / "wds" / name, root / f"wds_{flat}", root / flat]
+    tries.append(root / f"wds_{flat}_{split}")  # as DataComp's download has it
     path = next((p for p in tries if (p / split / "nshards.txt").is_file()), None)
     try:
         folder = _webdataset(name, path, split) if path else _built(name, root / name, split)
@@ -236,21 +245,22 @@ def _webdataset(name: str, path: Path, split: str) -> Folder:
     shards = [path / split / f"{number}.tar" for number in range(count)]
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise Gap(f"shard '{split}/{missing[0]}' of {count} is missing")
-    templates = "zeroshot_classification_templates"
+    templates, grouped = "zeroshot_classification_templates", name in datacomp.WORST_GROUP
     return Folder(
         name=name,
         split=split,
         task=task,
         path=path,
         files=[*sorted(path.glob("*.txt")), *shards],
-        samples=[sample for shard in shards for sample in _samples(shard, LABELS[task])],
+        samples=[sample for shard in shards for sample in _samples(shard, LABELS[task], grouped)],
         classnames=_lines(path / "classnames.txt") or _packaged("classnames", name),
         templates=[*filter(None, _lines(path / f"{templates}.txt"))] or _packaged(templates, name),
     )
 
 
-def _samples(shard: Path, label: str) -> list[Sample]:
+def _samples(shard: Path, label: str, grouped: bool = False) -> list[Sample]:
     """A shard's samples, in order; of the images, the headers alone are read."""
+    groups: dict[str, int] = {}
     images: dict[str, tuple[Path, int, int]] = {}
     targets: dict[str, int | list[str]] = {}
     with tarfile.open(shard, "r:") as tar:
@@ -267,9 +277,14 @@ def _samples(shard: Path, label: str) -> list[Sample]:
                 if label == "cls" and not text.strip().isdecimal():
                     raise Gap(f"sample '{key}' of '{shard.name}' has class '{text}', not a number")
                 targets[key] = int(text) if label == "cls" else text.splitlines()
+            elif grouped and extension == "npy":
+                numbers = np.load(io.BytesIO(tar.extractfile(member).read()), allow_pickle=False)
+                groups[key] = int(numbers.flat[0])
     if odd := images.keys() ^ targets.keys():
         raise Gap(f"sample '{min(odd)}' of '{shard.name}' needs an image and a .{label}")
-    return [Sample(key, place, targets[key]) for key, place in images.items()]
+    if grouped and (odd := images.keys() - groups.keys()):
+        raise Gap(f"sample '{min(odd)}' of '{shard.name}' needs a .npy that tells its group")
+    return [Sample(key, place, targets[key], groups.get(key)) for key, place in images.items()]
 
 
 def _check(folder: Folder) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from eval import datasets, metrics
+from eval import datacomp, datasets, metrics
 from eval.datasets import Folder
 from eval.embed import Classifiers, Forward, embed_images, embed_texts
 from eval.models import Evaluated
@@ -72,7 +72,9 @@ def evaluate(
 def classification(images: Tensor, classes: Tensor, folder: Folder) -> Metrics:
     """Metrics of unit embeddings (N, D) of a folder's images and (classes, D) of its classes."""
     logits = 100.0 * metrics.similarities(images, classes)
-    return metrics.classification_metrics(logits.cpu(), torch.tensor(folder.targets))
+    labels = torch.tensor(folder.targets)
+    own = datacomp.own_metrics(folder.name, logits.cpu(), labels, folder.groups)
+    return metrics.classification_metrics(logits.cpu(), labels) | own
 
 
 def captions_of(folder: Folder) -> tuple[list[str], Tensor]:
@@ -84,6 +86,8 @@ def captions_of(folder: Folder) -> tuple[list[str], Tensor]:
 def protocol(folder: Folder, held: dict[str, int]) -> str:
     """Whether a known set's test split is whole; where it is not, how it differs."""
     known = datasets.PROTOCOLS.get(folder.name)
+    if known is None and folder.name in datacomp.TASKS:
+        known = datasets.Protocol(datacomp.TASKS[folder.name])
     if known is None or folder.split != "test":
         return UNPUBLISHED
     counts = {kind: count for kind, count in vars(known).items() if count}

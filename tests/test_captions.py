@@ -32,6 +32,9 @@ def test_fields_come_in_their_shares_over_samples_and_evenly_over_a_samples_view
         drawn = [choose_caption(FIELDS, SHARES, 0, view, key) for view in range(10)]
         assert 3 <= drawn.count("original") <= 5
         assert all(len(set(drawn[view : view + 3])) == 2 for view in range(8)), "one is left out"
+    turned = {name: FIELDS[name] for name in reversed(FIELDS)}, dict(reversed(SHARES.items()))
+    for key in keys[:200]:
+        assert choose_caption(*turned, 0, 0, key) == choose_caption(FIELDS, SHARES, 0, 0, key)
     other = [choose_caption(FIELDS, SHARES, 1, 0, key) for key in keys]
     assert other != [choose_caption(FIELDS, SHARES, 0, 0, key) for key in keys]
 

@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
-from torch import Tensor
 
 from shards import Letters, encode, picture, sample, write_shards, write_tar
 from training.data.batch import Batch, Chunks, assembled, chunk_rows
 from training.data.decode import BadSample, Caps
 from training.data.index import index_shards
-from training.data.loader import Fetcher, Loader, Memory, sequential
+from training.data.loader import Fetcher, Loader, sequential
 from training.data.order import Order
-from training.data.views import ImageSpec, View, eval_view, train_view
+from training.data.views import ImageSpec, eval_view, train_view
 from training.errors import Failure
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -148,47 +147,6 @@ def test_a_loader_left_in_mid_epoch_starts_again_where_told(sources, uninterrupt
     again = [batch.keys for batch in loader.batches(4, 5)]
     loader.close()
     assert keys + again == [uninterrupted[step][0] for step in (3, 4, 4)]
-
-
-@pytest.mark.parametrize("room", ["none", "some", "all"])
-def test_views_held_in_memory_change_nothing_but_how_often_they_are_made(sources, room):
-    made: list[int] = []
-
-    def count(image):
-        made.append(1)
-        return image
-
-    view = train_view(SPEC)
-    of_one = 3 * SPEC.size**2
-    limit = {"none": 0, "some": 5 * of_one, "all": 2**30}[room]
-    loader = Loader(
-        Order(sources, SEED, window=16), sources, [View((count, *view.stages), view.finish)],
-        [Letters()], seed=SEED, global_batch=BATCH, views=2, captions="all", memory=limit,
-    )  # fmt: skip
-    passes = 6
-    steps = passes * sources.num_samples // BATCH
-    rounds: dict[tuple, Tensor] = {}
-    for batch in loader.batches(0, steps):
-        for row, turn, key, image in zip(batch.rows, batch.views, batch.keys, batch.images[0]):
-            seen = rounds.setdefault((int(row), int(turn), key), image.clone())
-            assert torch.equal(image, seen), "the same view each time"
-    drawn = steps * BATCH
-    if room == "all":
-        assert len(made) == len(rounds) < drawn / 2, "each view is made once"
-    elif room == "some":
-        assert len(rounds) < len(made) < drawn
-    else:
-        assert len(made) == drawn
-
-
-@pytest.mark.parametrize("limit", [0, 2**30])
-def test_samples_without_images_are_not_held_in_memory(limit):
-    memory = Memory(limit)
-    for row in range(5):
-        assert memory.recall(row, 0, lambda row=row: (f"caption {row}", [])) == (
-            f"caption {row}", [],
-        )  # fmt: skip
-    assert not memory.samples, "of eleven million samples these would be gigabytes"
 
 
 def test_signals_to_the_job_do_not_stop_its_workers(sources):

@@ -202,9 +202,9 @@ def test_assistants_have_to_lie_between_teacher_and_student():
     "flags, message",
     [
         ([], "--train-num-samples is missing"),
-        ([RECIPE, "--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        ([RECIPE, "--epoch", "3"], "unrecognized arguments: --epoch; did you mean --epochs"),
         (["--train-num-samples", "9", "--distill", "kd"], "kd needs a teacher"),
-        (["--train-num-samples", "9", "--model", "RN-50"], "--model 'RN-50' could not be made"),
+        (["--train-num-samples", "9", "--model", "RN-50"], "--model 'RN-50' is no OpenCLIP model"),
         ([RECIPE, "--teacher-cache", "x"], "x' is not written yet"),
         ([RECIPE, "--mfu", "0"], "--mfu must be positive"),
         (["@no.args"], r"@no\.args: no such flag file"),

@@ -192,7 +192,7 @@ def sizes(folder) -> int:
 def test_int8_graphs_hold_int8_and_the_card_says_what_they_cost(
     student, pairs, scenes, tmp_path, capsys
 ):
-    folder, out = student("ViT-S-16, 1 layer"), tmp_path / "out"
+    folder, out = student("custom text"), tmp_path / "out"
     data = ["--data-root", str(scenes / "benchmark"), "--datasets", "digits"]
     words = [folder, "--format=onnx", "--quantize=int8", "--calibration-data", pairs, *data]
     assert command([*words, "-o", str(out)]) == 0
@@ -205,7 +205,7 @@ def test_int8_graphs_hold_int8_and_the_card_says_what_they_cost(
         weights.data_type
         for tower in ("image", "text")
         for weights in onnx.load(out / f"{tower}.onnx").graph.initializer
-        if np.prod(weights.dims) > 50_000
+        if np.prod(weights.dims) > 2000
     ]
     assert len(large) >= 6 and set(large) <= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
     # In stock onnxruntime features point where stock OpenCLIP's do, as far as the card says.

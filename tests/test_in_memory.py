@@ -12,7 +12,7 @@ from training.data.in_memory import Held, MemoryLoader
 from training.data.index import index_shards
 from training.data.loader import Fetcher, Loader, Reader, Recipe
 from training.data.order import Order
-from training.data.views import ImageSpec, train_view
+from training.data.views import ImageSpec, View, train_view
 from training.errors import Failure, UsageError
 from training.main import main
 
@@ -99,6 +99,23 @@ def test_workers_make_the_same_samples_and_are_gone_afterwards(sources):
     for batches in zip(helped, alone, strict=True):
         assert_same(*batches)
     assert not torch.multiprocessing.active_children()
+
+
+def test_each_view_is_made_once_whatever_the_number_of_passes(sources):
+    made = []
+
+    def count(image):
+        made.append(1)
+        return image
+
+    view = train_view(ImageSpec(8))
+    counted = View((count, *view.stages), view.finish)
+    held = MemoryLoader(
+        Order(sources, SEED, kept=np.array([1, 2, 3])), sources, [counted], [Letters()],
+        device=CPU, seed=SEED, global_batch=BATCH, views=2,
+    )  # fmt: skip
+    assert sum(len(batch) for batch in held.batches(0, STEPS)) == BATCH * STEPS
+    assert len(made) == 3 * 2
 
 
 def test_a_signal_while_samples_are_made_ends_the_batches(sources):

@@ -51,6 +51,11 @@ EVERY = {
         ("{logs}/teacher --format onxn", "onnx"),
         ("{logs}/teacher --fromat onnx", "--format"),
     ],
+    "cifd-pack": [
+        ("{logs}/techer captions.csv -o x", "teacher"),
+        ("{logs} {logs}/recipe.arg -o x", "recipe.args"),
+        ("{logs} captions.csv --ot x", "--out"),
+    ],
     "cifd-prefetch": [("ViT-B-31", "ViT-B-32"), ("--data-rot x", "--data-root")],
     "cifd-report": [("{logs}/techer", "teacher"), ("{logs}/teacher --titel x", "--title")],
     "cifd-train": [

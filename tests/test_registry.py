@@ -67,7 +67,7 @@ def test_the_site_of_the_bottleneck_is_a_site_of_the_student():
     [
         (
             {"lambda_cl": 1.0},
-            "the method kd has no option lambda_cl: expected one of .*distill_logit_scale",
+            "the method kd has no option lambda_cl: expected one of .*, lambda_n",
         ),
         ({"rdm_output": "clean"}, "rdm_output is 'clean': expected one of rounded, noisy, raw"),
     ],

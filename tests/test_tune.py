@@ -9,12 +9,15 @@ import time
 
 import pytest
 
+from cifd_clip.files import BadFile, write_json
 from cifd_clip.methods import DECLARED
 from eval import report
 from runs import ROOT
 from training.errors import UsageError
 from training.tune import main
 from training.tuning.plan import parse
+from training.tuning.queue import Queue
+from training.tuning.work import check_settings
 
 CIFAR = ROOT.parent / "shared" / "data"
 needs_cifar = pytest.mark.skipif(
@@ -129,11 +132,56 @@ def test_a_study_does_not_go_on_with_other_settings(finished, flags, teacher):
         main(study(flags, teacher, finished, "study", "--seed", "3"))
 
 
+def test_a_trial_that_was_half_taken_when_its_worker_died_keeps_its_values(
+    flags, teacher, tmp_path
+):
+    plan = parse(study(flags, teacher, tmp_path, methods=["clipkd"]))
+    plan.folder.mkdir()
+    Queue(plan, optuna).claim()
+    journal = plan.folder / "journal.log"
+    lines = journal.read_text().splitlines(keepends=True)
+    first = next(i for i, line in enumerate(lines) if '"param_name"' in line)
+    journal.write_text("".join(lines[: first + 1]) + lines[first + 1][:20])
+    queue = Queue(plan, optuna)
+    claims = [queue.claim(), queue.claim()]
+    tried = {claim.number: claim.trial.params for claim in claims}
+    assert tried == dict(enumerate(plan.rows[0].trials(2, plan.seed)))
+
+
+@pytest.mark.parametrize("line", ["\0garbage\n", "[]\n", '{"op_code": 99, "worker_id": "x"}\n'])
+def test_a_damaged_journal_is_named(line, flags, teacher, tmp_path):
+    plan = parse(study(flags, teacher, tmp_path))
+    plan.folder.mkdir()
+    (plan.folder / "journal.log").write_text(line)
+    with pytest.raises(
+        BadFile, match=r"journal.log is damaged .*: remove it; runs that have ended"
+    ):
+        Queue(plan, optuna)
+
+
+def test_a_study_does_not_go_on_where_what_it_began_with_is_not_all_known(flags, teacher, tmp_path):
+    plan = parse(study(flags, teacher, tmp_path))
+    for settings in ({}, {**json.loads(json.dumps(plan.settings)), "of the future": 1}):
+        write_json(plan.folder / "settings.json", settings, 1)
+        with pytest.raises(UsageError, match="the study began with other"):
+            check_settings(plan)
+
+
 WRONG = {
     "a bank in every run": (["--methods", "cifd"], [], "each of its runs would train a bank"),
     "a bank": (["--methods", "rdm"], [], "a bank is no student"),
     "an unknown baseline": (["--methods", "fd", "--against", "kd"], [], "--against kd: expected"),
     "a span that is none": (["--methods", "fd", "--space", "lr=1:0.1"], [], "--space 'lr=1:0.1'"),
+    "a span of nothing": (
+        ["--methods", "fd", "--space", "lambda=1:2"],
+        [],
+        "--space lambda: no row",
+    ),
+    "a span of a count": (
+        ["--methods", "fd", "--space", "lr=1:2", "epochs=1:9"],
+        [],
+        "--space epoc",
+    ),
     "data sets without data": (["--methods", "fd", "--datasets", "x"], [], "go together"),
     "a wrong flag of the runs": (["--methods", "fd"], ["--epocs", "3"], "did you mean --epochs"),
     "a seed of the runs": (["--methods", "fd"], ["--seed", "3"], "--seed after --"),

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from cifd_clip.files import writing_folder
-from cifd_clip.names import did_you_mean
+from cifd_clip.names import did_you_mean, nearby
 from training.data.shard import IMAGES
 from training.data.write import Sample, write_shards
 from training.engine.flags import CommandLine
@@ -59,7 +59,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
     except ImportError:
         raise UsageError(f"{path}: Parquet needs pyarrow: pip install 'cifd_clip[pack]'") from None
     except (OSError, ValueError, csv.Error) as error:
-        raise UsageError(f"{path}: can't be read: {error}") from error
+        raise UsageError(f"{path}: can't be read: {error}{nearby(path)}") from error
 
 
 def column(table: list[dict[str, Any]], given: str | None, usual: Sequence[str], flag: str) -> str:
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> int:
     if args.per_shard < 1:
         raise UsageError(f"--per-shard must be at least 1, got {args.per_shard}")
     if not args.images.is_dir():
-        raise UsageError(f"'{args.images}': no such folder of images")
+        raise UsageError(f"'{args.images}': no such folder of images{nearby(args.images)}")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UsageError(f"--out '{args.out}' exists already: nothing is overwritten")
     table, skipped = rows(args.captions), Counter()

@@ -1,8 +1,9 @@
 """``python -m benchmarks.gpu --minutes 9 --out DIR``: what one GPU shows, the most telling first.
 
-Each stage has a deadline and writes DIR/STAGE.json, also of what it had when its time was up. On a
-machine without a GPU the same stages run small on the CPU. Nothing is downloaded: teachers and
-students have random weights. Beside Python, torch, torchvision, timm, transformers and safetensors
+Each stage has a deadline and writes DIR/STAGE.json, also of what it had when its time was up, when
+it failed, or when it did not come back: the others then go on in a new process. On a machine
+without a GPU the same stages run small on the CPU. Nothing is downloaded: teachers and students
+have random weights. Beside Python, torch, torchvision, timm, transformers and safetensors
 these go along as wheels: open_clip_torch, webdataset, braceexpand, clip-benchmark, ftfy, wcwidth,
 numpy<2.4.
 """
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -47,6 +49,9 @@ STAGES = {
 }
 
 
+GRACE = 20.0  # seconds after its deadline until a stage is given up: no signal ends a compiler
+
+
 class Late(Exception):
     """A stage's time is up."""
 
@@ -61,7 +66,7 @@ def main(argv: list[str]) -> None:
     add("--students", nargs="+", default=["tiny-gap10-vit"] if small else ["ViT-S-16", "ViT-B-16"])
     add("--minutes", type=float, default=9.0, help="after which nothing is begun")
     add("--out", type=Path, required=True, metavar="DIR", help="where the figures go")
-    add("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), help="only these")
+    add("--stages", nargs="*", default=list(STAGES), choices=list(STAGES), help="only these")
     add("--block", type=int, default=1 if small else 4, help="steps a turn")
     add("--warm", metavar="NAME", help="only compile what steps of one student need")
     args = parser.parse_args(argv)
@@ -74,20 +79,34 @@ def main(argv: list[str]) -> None:
             print(f"compiled {args.warm} ahead in {time.monotonic() - started:.0f} s", flush=True)
             return
         args.out.mkdir(parents=True, exist_ok=True)
-        bench.warming = compile_ahead(args) if bench.on_gpu else []
+        bench.warming = compile_ahead(args) if bench.on_gpu and "steps" in args.stages else []
         end = started + 60 * args.minutes
-        for name in args.stages:
-            stage = STAGES[name]
-            left = min(stage.seconds, end - time.monotonic())
-            figures = within(left, stage.run, bench)
-            write_text(args.out / f"{name}.json", json.dumps(figures, indent=1) + "\n")
+        for place, name in enumerate(args.stages, 1):
+            left = min(STAGES[name].seconds, end - time.monotonic())
+            minutes = max(0.0, end - time.monotonic() - left - GRACE) / 60
+            others = [*argv, f"--minutes={minutes}", "--stages", *args.stages[place:]]
+            path = args.out / f"{name}.json"
+            figures = within(left, STAGES[name].run, bench, path, others)
             print(f"{name}: {figures['seconds']:.0f} s {figures.get('error', '')}", flush=True)
     print(speed.table(args.out))
 
 
-def within(seconds: float, run: Callable[[Bench, dict], None], bench: Bench) -> dict[str, Any]:
-    """A stage's figures, those it had when its time was up or something went wrong."""
+def within(
+    seconds: float, run: Callable[[Bench, dict], None], bench: Bench, path: Path, others: list[str]
+) -> dict[str, Any]:
+    """A stage's figures, written to a file.
+
+    Args:
+        seconds: after which it is interrupted, and a little later given up.
+        run, bench: the stage.
+        path: of its figures.
+        others: the command line of the stages after it.
+    """
     figures: dict[str, Any] = {"environment": environment()}
+    write(path, figures | {"error": "the process ended in it"})  # what is left if it does
+    watchdog = threading.Timer(max(0.0, seconds) + GRACE, give_up, (path, figures, others))
+    watchdog.daemon = True
+    watchdog.start()
     start = time.monotonic()
 
     def late(*_: Any) -> None:
@@ -106,10 +125,29 @@ def within(seconds: float, run: Callable[[Bench, dict], None], bench: Bench) -> 
         traceback.print_exc()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        watchdog.cancel()
     figures["seconds"] = time.monotonic() - start
+    write(path, figures)
     if bench.on_gpu:
         torch.cuda.empty_cache()
     return figures
+
+
+def write(path: Path, figures: dict[str, Any]) -> None:
+    """A stage's file."""
+    write_text(path, json.dumps(figures, indent=1) + "\n")
+
+
+def give_up(path: Path, figures: dict[str, Any], others: list[str]) -> None:
+    """Write what a stage has that doesn't come back, and where it is; go on with the others anew.
+
+    A signal waits for the main thread to run Python, which in a backward it doesn't.
+    """
+    stacks = (traceback.format_stack(frame)[-6:] for frame in sys._current_frames().values())
+    where = "\n".join("".join(stack) for stack in stacks)
+    print(f"{path.stem}: it did not come back\n{where}", flush=True)
+    write(path, figures | {"error": f"it did not come back; its threads are at\n{where}"})
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *others])
 
 
 def compile_ahead(args: Any) -> list[subprocess.Popen]:

@@ -23,6 +23,7 @@ from cifd_clip import FactorizedDensity
 from cifd_clip.towers import compile_towers, use_custom_blocks
 from experiments.seeds import table as markdown
 from training.data.views import normalise
+from training.errors import Failure
 
 #: Images per second of cifd at 256 rows that issue 19 asks of an H100: (student, cached) → rate.
 AIMS = {
@@ -274,7 +275,7 @@ def memory(bench: Bench, figures: dict[str, Any]) -> None:
             seconds = paired({case: contestant}, 2, 0, bench.device)[case]
             rate = len(contestant.batch) / min(seconds)
             figures[case] = {"peak_gib": peak, "images_per_s": rate, "rows": len(contestant.batch)}
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, Failure):  # the trainer's own words for it
             figures[case] = {"peak_gib": "out of memory"}
         contestant = None
         if bench.on_gpu:

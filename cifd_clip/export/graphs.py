@@ -75,7 +75,7 @@ def read_graphs(folder: Path) -> Towers:
         BadFile: ``preprocess.json`` is missing or damaged.
     """
     about = read_json(folder / "preprocess.json", image=dict, text=dict)
-    image, text = (_open(folder / about[part]["file"]) for part in ("image", "text"))
+    image, text = (open_graph(folder / about[part]["file"]) for part in ("image", "text"))
     clean, zeros = about["text"]["clean"], about["text"]["padding"] == 0
     return Towers(image, text, read_tokenizer(folder, clean, zeros))
 
@@ -128,7 +128,8 @@ def _program(tower: nn.Module, example: Tensor, path: Path, input_name: str) -> 
     torch.export.save(torch.export.export(tower, (example,), dynamic_shapes=(batch,)), path)
 
 
-def _open(path: Path) -> Callable[[Tensor], Tensor]:
+def open_graph(path: Path) -> Callable[[Tensor], Tensor]:
+    """A tower that lies in a file: inputs (b, …) -> unit-norm features (b, D)."""
     if path.suffix == ".pt2":
         return torch.no_grad()(torch.export.load(path).module())
     import onnxruntime

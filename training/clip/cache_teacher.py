@@ -203,7 +203,8 @@ class Caches:
         teachers = zip(self.teachers.teachers, self.teachers.dims, self.config.caches)
         for teacher, dim, folder in teachers:
             folder.mkdir(parents=True, exist_ok=True)
-            if (size := self.bytes_of(dim)) > (free := shutil.disk_usage(folder).free):
+            size, free = self.bytes_of(dim), shutil.disk_usage(folder).free
+            if size > free and not self.coder:  # a code's size is not known beforehand
                 raise UsageError(
                     f"--teacher-cache '{folder}': {size / 2**30:.2f} GiB of embeddings, and "
                     f"{free / 2**30:.2f} GiB are free there: make room, or lower --views"

@@ -179,13 +179,6 @@ class DataConfig:
         "[pil, or the cache's own]",
         choices=("pil", "torch"),
     )
-    view_memory: float = flag(
-        0.0,
-        "decoded views that each reading process holds: for small data and --views",
-        metavar="GIB",
-        least=0,
-        free=True,
-    )
     in_memory: bool = flag(
         False,
         "make every one of --views once and hold all on the device, beside the cache's embeddings: "

@@ -386,11 +386,8 @@ def _check(config: Config) -> None:
             "--use-bn-sync with --accum-freq > 1 is not supported: batch statistics of a "
             "micro-batch are not those of the whole batch; use more processes instead"
         )
-    for name in ("view_memory", "in_memory"):
-        if getattr(config, name) and not config.views:
-            raise UsageError(
-                f"{spelled(name)} holds views that come again: say how many with --views"
-            )
+    if config.in_memory and not config.views:
+        raise UsageError("--in-memory holds views that come again: say how many with --views")
     for path in config.model_config:
         if not Path(path).is_file():
             raise UsageError(

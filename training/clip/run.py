@@ -287,7 +287,6 @@ def make_loader(
     read = order, stage.source.images_of(sources), *inputs
     if config.in_memory:
         return MemoryLoader(*read, device=trainer.device, **options)
-    options["memory"] = int(config.view_memory * 2**30)
     return Loader(*read, **options)
 
 
@@ -314,7 +313,7 @@ def epoch_steps(config: Config, sources: Sources | None, kept: np.ndarray | None
                 "--train-num-samples is needed: remote shards can't be counted beforehand"
             )
         for flag in (
-            *("teacher_cache", "view_memory", "in_memory"),
+            *("teacher_cache", "in_memory"),
             *("train_data_upsampling_factors", "dataset_resampled", "val_fraction"),
         ):
             if getattr(config, flag):

@@ -163,11 +163,12 @@ def choose_caption(
     A field comes with its weight among those that are there. Over a sample's views the fields come
     as evenly as they can: V views hold each that has a share of about 1/V.
     """
-    captions = next(iter(fields.values()))
-    if len(fields) > 1:
-        bounds = list(accumulate(weights[name] for name in fields))
+    names = sorted(fields)  # whatever the order that they were given in
+    captions = fields[names[0]]
+    if len(names) > 1:
+        bounds = list(accumulate(weights[name] for name in names))
         place = (seed_of(seed, "field", key) / 2**64 + GOLDEN * view) % 1
-        captions = list(fields.values())[bisect(bounds, place * bounds[-1], hi=len(bounds) - 1)]
+        captions = fields[names[bisect(bounds, place * bounds[-1], hi=len(bounds) - 1)]]
     return captions[seed_of(seed, "caption", view, key) % len(captions)]
 
 

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from training.data.batch import Batch
 from training.data.index import Sources
-from training.data.loader import MAX_ATTEMPTS, Fetcher, Parts, Reader, Recipe, sequential, unusable
+from training.data.loader import (
+    MAX_ATTEMPTS,
+    Captions,
+    Fetcher,
+    Parts,
+    Reader,
+    Recipe,
+    sequential,
+    unusable,
+)
 from training.data.order import Order
 from training.data.views import View
 from training.errors import UsageError
@@ -107,7 +116,7 @@ class MemoryLoader:
         seed: int,
         global_batch: int,
         views: int,
-        captions: str = "first",
+        captions: Captions = "first",
         rank: int = 0,
         world_size: int = 1,
         fetchers: Sequence[Fetcher] = (),

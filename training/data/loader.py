@@ -143,40 +143,12 @@ class Assembly:
 
 
 @dataclass
-class Memory:
-    """Samples as they were made, for data that pass many times in the same few views.
-
-    Which are held does not change: with passes that go round, throwing out the oldest would throw
-    out what comes next.
-
-    Attributes:
-        limit: bytes of images it may hold.
-    """
-
-    limit: int = 0
-    held: int = 0
-    samples: dict[tuple[int, int], tuple[str, list[Tensor]]] = field(default_factory=dict)
-
-    def recall(self, row: int, view: int, make: Callable) -> tuple[str, list[Tensor]]:
-        """The caption and images of a sample, made by ``make()`` if they are not held."""
-        if (row, view) in self.samples:
-            return self.samples[row, view]
-        sample = make()
-        size = sum(image.nbytes for image in sample[1])
-        if 0 < size <= self.limit - self.held:  # captions alone are cheap to make, and endless
-            self.held += size
-            self.samples[row, view] = sample
-        return sample
-
-
-@dataclass
 class Reader:
     """Reads samples by row."""
 
     sources: Sources
     recipe: Recipe
     fetchers: Sequence[Fetcher] = ()
-    memory: Memory = field(default_factory=Memory)
 
     def batch(
         self,
@@ -213,8 +185,7 @@ class Reader:
         for fetcher in self.fetchers:
             fetcher.check(row, view)
         key, read = self.members(row, view)
-        sample = self.memory.recall(row, view, lambda: self.recipe.sample(key, view, read))
-        return key, row, view, *sample
+        return key, row, view, *self.recipe.sample(key, view, read)
 
     def members(self, row: int, view: int) -> tuple[bytes, Callable]:
         """A sample's key, and ``read`` as `Recipe.sample` takes it."""
@@ -258,7 +229,6 @@ class Loader:
         workers: processes; 0: read in this one.
         start_method: ``fork``, ``spawn``, ``forkserver``, or None: Python's default.
         fetchers: `Fetcher` objects.
-        memory: bytes of images that each process holds, to make each view once.
         pin_memory: hand out pinned batches.
         prefetch: chunks each worker works ahead, or more of them: all together a batch.
 
@@ -282,7 +252,6 @@ class Loader:
         workers: int = 0,
         start_method: str | None = None,
         fetchers: Sequence[Fetcher] = (),
-        memory: int = 0,
         pin_memory: bool = False,
         prefetch: int = 2,
     ):
@@ -295,7 +264,7 @@ class Loader:
         if workers:
             prefetch = max(prefetch, -(-self._per_batch // workers))  # a batch, all together
             check_limits(recipe.sample_bytes() * rows, workers, prefetch)
-        reader = Reader(sources, recipe, fetchers, Memory(memory))
+        reader = Reader(sources, recipe, fetchers)
         self._sources, self._numbers, self._batches = sources, _Numbers(), None
         chunks = Parts(reader, order, seed, views or 0, rows, local, rank, world_size)
         self._loader = data_loader(

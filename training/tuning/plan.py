@@ -266,6 +266,11 @@ def plan(args: argparse.Namespace, flags: list[str]) -> Plan:
         flags += ["--val-fraction=0.1"]
     spans = dict(map(_span, args.space))
     rows = [_row(command, text, flags, spans) for text in args.methods]
+    tuned = {weight.name for row in rows for weight in row.weights}
+    if vain := next((name for name in spans if name not in tuned), None):
+        raise UsageError(
+            f"--space {vain}: no row has such a number to tune{did_you_mean(vain, tuned)}"
+        )
     names = [row.name for row in rows]
     if len(set(names)) < len(names):
         raise UsageError(f"--methods has a row twice: {' '.join(names)}")
@@ -326,7 +331,7 @@ def _row(command: Command, text: str, flags: list[str], spans: dict[str, tuple])
     for flag, (low, high) in spans.items():
         if flag in weights:
             weights[flag] = weights[flag]._replace(low=low, high=high)
-        elif hasattr(config, flag) and flag not in fixed:
+        elif isinstance(getattr(config, flag, ""), float | None) and flag not in fixed:
             weights[flag] = Weight(flag, getattr(config, flag), low, high)
     return Row(name, tuple(own), tuple(weights.values()))
 

@@ -10,8 +10,10 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from cifd_clip.files import BadFile
 from training.children import end_orphan
 from training.tuning.plan import Plan, Row
 
@@ -61,8 +63,15 @@ class Queue:
         self._workers.mkdir(exist_ok=True)
         self.beat()
         path, journal = plan.folder / "journal.log", optuna.storages.journal
-        backend = journal.JournalFileBackend(str(path), journal.JournalFileSymlinkLock(str(path)))
-        self.storage = optuna.storages.JournalStorage(backend)
+        lock = journal.JournalFileSymlinkLock(str(path))
+        _forget_half_a_line(path, lock)
+        try:
+            backend = journal.JournalFileBackend(str(path), lock)
+            self.storage = optuna.storages.JournalStorage(backend)
+        except (ValueError, KeyError, TypeError, AssertionError) as error:  # of Optuna
+            raise BadFile(
+                f"{path} is damaged ({error}): remove it; runs that have ended are not run again"
+            ) from error
         (plan.folder / "queue").touch()
         self._lock = journal.JournalFileSymlinkLock(str(plan.folder / "queue"))
         with self._alone():
@@ -86,7 +95,7 @@ class Queue:
         )
         if not trials.get_trials(deepcopy=False):  # of a row without weights there are none
             for number, values in enumerate(row.trials(self.plan.trials, self.plan.seed)):
-                trials.enqueue_trial(values, user_attrs={"number": number})
+                _enqueue(trials, number, values)
         return Studies(trials, final)
 
     def claim(self) -> Claim | None:
@@ -96,7 +105,7 @@ class Queue:
                 trials, final = self.studies[row.name]
                 if not _unfinished(trials) and not final.get_trials(deepcopy=False):
                     for number in range(self.plan.seeds):
-                        final.enqueue_trial({}, user_attrs={"number": number})
+                        _enqueue(final, number, {})
                 for study in (trials, final):
                     self._requeue_dead(study)
                     if study.get_trials(deepcopy=False, states=(self.states.WAITING,)):
@@ -113,7 +122,8 @@ class Queue:
     def give_back(self, study: Any, trial: Any) -> None:
         """Queue a run again under its number."""
         study.tell(trial.number, state=self.states.FAIL)
-        study.enqueue_trial(trial.params, user_attrs={"number": trial.user_attrs["number"]})
+        # not `trial.params`: whoever took it may have died before all of them were written
+        _enqueue(study, trial.user_attrs["number"], trial.user_attrs["values"])
 
     def left(self) -> int:
         """How many runs have no score yet."""
@@ -153,6 +163,21 @@ class Queue:
         if self._seen.get(worker, (None, 0.0))[0] != beat:
             self._seen[worker] = beat, now
         return now - self._seen[worker][1] > SILENT
+
+
+def _enqueue(study: Any, number: int, values: dict[str, float]) -> None:
+    study.enqueue_trial(values, user_attrs={"number": number, "values": values})
+
+
+def _forget_half_a_line(journal: Path, lock: Any) -> None:
+    """What a process was writing when it died: the next one would go on in its line."""
+    lock.acquire()
+    try:
+        with open(journal, "ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+    finally:
+        lock.release()
 
 
 def _unfinished(study: Any) -> list[Any]:

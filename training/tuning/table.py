@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = 1  # of table.json
-OURS = ("number", "worker", "process")  # what is kept of a trial beside its figures
+OURS = ("number", "values", "worker", "process")  # what is kept of a trial beside its figures
 
 
 def write_table(plan: Plan, studies: dict[str, tuple[Any, Any]]) -> str:

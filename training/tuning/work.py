@@ -79,11 +79,12 @@ def check_settings(plan: Plan) -> None:
     path, settings = plan.folder / "settings.json", json.loads(json.dumps(plan.settings))
     if not path.is_file():
         write_json(path, settings, FORMAT)
-    for name, before in read_json(path, FORMAT).items():
-        if settings[name] != before:
+    before = read_json(path, FORMAT)
+    for name in {**settings, **before}:
+        if settings.get(name) != before.get(name):
             raise UsageError(
-                f"--name {plan.folder.name}: the study began with other {name} ({before}, now "
-                f"{settings[name]}): use those, or another --name"
+                f"--name {plan.folder.name}: the study began with other {name} "
+                f"({before.get(name)}, now {settings.get(name)}): use those, or another --name"
             )
 
 
