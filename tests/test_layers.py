@@ -60,6 +60,19 @@ def test_imports_go_one_way(package):
     assert not wrong, f"{package} may import only {sorted(allowed)}: " + "; ".join(wrong)
 
 
+@pytest.mark.parametrize("package", ALLOWED)
+def test_no_file_and_no_function_is_too_long_to_be_read_at_once(package):
+    for path in sources(package):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 450, f"{path} has more than 450 lines: split it"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                said = node.body[0] if ast.get_docstring(node) else None
+                length = node.end_lineno - node.lineno + 1
+                length -= said.end_lineno - said.lineno + 1 if said else 0
+                assert length <= 80, f"{path}: {node.name} has {length} lines beside its docstring"
+
+
 def test_no_module_imports_itself_through_others():
     modules = {dotted(path): path for package in ALLOWED for path in sources(package)}
     graph = {

@@ -101,19 +101,9 @@ def train(
     stopping_early = asked_to_stop if alone else hangs
     timeout = config.data_timeout or None
     batches = loader.batches(progress.step, trainer.total_steps, stopping_early, timeout)
-    begun = progress.step
-
-    def delivered() -> Iterator[Batch]:
-        try:
-            yield from clock.timed(batches)
-        except Exception:  # of a worker or its data: the weights are good
-            if progress.step > begun:
-                saver.save(alone)
-                saver.wait()
-            raise
 
     with contextlib.closing(bar):
-        for batch in delivered():
+        for batch in _delivered(clock.timed(batches), progress, saver, alone):
             meter.add(trainer.step(batch.to(trainer.device)))
             bar.update()
             step, epoch_end = progress.step, progress.step % trainer.steps_per_epoch == 0
@@ -123,13 +113,7 @@ def train(
             if line_due:
                 _log(trainer, meter, clock, writer, bar)
                 check_samples(progress)
-            try:
-                trainer.check_finite(0 if line_due else LOOK_BACK)
-            except NonFinite:
-                saver.save()
-                saver.wait()
-                barrier(trainer.world)  # who leaves first would end who still saves
-                raise
+            _check_finite(trainer, saver, 0 if line_due else LOOK_BACK)
             # Held-out data.
             if epoch_end and validation and _due(trainer, validation.every_epochs):
                 rows = clock.timed(iter(validation(hangs, timeout)))
@@ -159,6 +143,31 @@ def train(
     saver.wait()
     clock.account()
     return progress.step == trainer.total_steps and not stopping
+
+
+def _delivered(
+    batches: Iterator[Batch], progress: Progress, saver: "_Saver", alone: bool
+) -> Iterator[Batch]:
+    """Batches; where they end in an error, what was trained is saved before it is told."""
+    begun = progress.step
+    try:
+        yield from batches
+    except Exception:  # of a worker or its data: the weights are good
+        if progress.step > begun:
+            saver.save(alone)
+            saver.wait()
+        raise
+
+
+def _check_finite(trainer: Trainer, saver: "_Saver", look_back: int) -> None:
+    """Save the last good weights of a run that diverged, and raise."""
+    try:
+        trainer.check_finite(look_back)
+    except NonFinite:
+        saver.save()
+        saver.wait()
+        barrier(trainer.world)  # who leaves first would end who still saves
+        raise
 
 
 def _bar(trainer: Trainer) -> tqdm:
