@@ -1,7 +1,7 @@
-"""``python -m experiments.coded_cache``: students from a coded cache against those from float16.
+"""``python -m experiments.caches``: students from other kinds of cache against those from float16.
 
-A teacher, its bank, both caches, and from each a student of every seed, on pairs of which a tenth
-is held out. --json says what students recall of those, and what the code takes and keeps.
+A teacher, its bank, a cache of every kind, and from each a student of every seed, on pairs of which
+a tenth is held out. --json says what students recall of those, and what the code takes and keeps.
 """
 
 import time
@@ -20,7 +20,13 @@ from training.engine.run import read_metrics
 from training.errors import cli
 from training.intervals import paired
 
-CODES = {"float16": (), "coded": ("--code-with={bank}",)}
+#: Kinds of cache: their flags. The first is what the others are compared with.
+KINDS = {
+    "float16": (),
+    "coded": ("--code-with={bank}",),
+    "stored": ("--store-views",),
+    "torch": ("--image-backend=torch",),
+}
 HELD = "--val-fraction=0.1"
 
 
@@ -37,8 +43,8 @@ def plan(data: str, epochs: int, seeds: int) -> list[Run]:
         Run("teacher", "training.main", teacher, where),
         Run("bank", "training.main", bank, where),
     ]
-    for kind, code in CODES.items():
-        cache = (*taught, "--views=4", "--teacher-cache={here}/cache", *code)
+    for kind, own in KINDS.items():
+        cache = (*taught, "--views=4", "--teacher-cache={here}/cache", *own)
         runs.append(Run(kind, "training.cache_teacher", cache, ("--workers=1",)))
         student = (*common, HELD, "--model=student", "--distill=fd", f"--epochs={epochs}")
         student += (f"--teacher-cache={{{kind}}}/cache",)
@@ -59,7 +65,9 @@ def code(logs: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     count = bits = seconds = away = 0.0
     for path in (logs / "coded/cache").glob("*-*.safetensors"):
-        stored, coded = (read_embeddings(logs / kind / "cache" / path.name) for kind in CODES)
+        stored, coded = (
+            read_embeddings(logs / kind / "cache" / path.name) for kind in ("float16", "coded")
+        )
         bits += 8 * path.stat().st_size
         for modality in MODALITIES:
             start = time.perf_counter()
@@ -73,23 +81,24 @@ def code(logs: Path) -> dict[str, float]:
 
 def main(argv: list[str]) -> int:
     """Execute what is missing, then compare."""
-    parser = command_line("experiments.coded_cache", __doc__)
+    parser = command_line("experiments.caches", __doc__)
     add = parser.add_argument
     add("--train-data", required=True, metavar="SHARDS", help="of images and captions")
-    add("--logs", type=Path, default=Path("logs/coded_cache"), metavar="DIR", help="of the runs")
+    add("--logs", type=Path, default=Path("logs/caches"), metavar="DIR", help="of the runs")
     add("--epochs", type=int, default=20, help="of bank and students; twice that of the teacher")
     add("--seeds", type=int, default=3, help="of students")
-    add("--json", type=Path, default=Path("results/coded_cache.json"), metavar="FILE")
+    add("--json", type=Path, default=Path("results/caches.json"), metavar="FILE")
     args = parser.parse_args(argv)
     study = Study(plan(args.train_data, args.epochs, args.seeds), args.logs)
     if not study.execute(1, show=True):
         return STOPPED
-    recalls = {k: {s: recall(args.logs / f"{k}-{s}") for s in range(args.seeds)} for k in CODES}
-    difference = paired(recalls["coded"], recalls["float16"])
-    content = {"recall": recalls, "coded - float16": difference, "code": code(args.logs)}
+    recalls = {k: {s: recall(args.logs / f"{k}-{s}") for s in range(args.seeds)} for k in KINDS}
+    apart = {kind: paired(own, recalls["float16"]) for kind, own in recalls.items()}
+    content = {"recall": recalls, "difference to float16": apart, "code": code(args.logs)}
     write_json(args.json, {"environment": environment(), **content})
-    shown = {kind: spread(own.values()) for kind, own in recalls.items()}
-    print(shown, f"coded - float16: {difference}", content["code"], sep="\n")
+    for kind, own in recalls.items():
+        print(f"{kind}: {spread(own.values())}, to float16 {apart[kind]}")
+    print(content["code"])
     return 0
 
 
