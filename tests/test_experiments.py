@@ -101,7 +101,7 @@ def test_rows_of_the_study_are_compared_seed_by_seed(tmp_path):
         line.split("|")[1].strip(): line for line in cifar100.to_markdown(tmp_path).splitlines()
     }
     assert rows["CIFD (3 RDM)"] == (
-        "| CIFD (3 RDM) | 3 | 52.00 ± 11.00 | +2.00 ± 0.58 | +0.67 ± 0.88 | 52.0 |"
+        "| CIFD (3 RDM) | 3 | 52.00 ± 11.00 | +2.00 ± 2.48 | +0.67 ± 3.79 | 52.0 |"
     )
     assert "TAKD (3 TA)" not in rows
 
