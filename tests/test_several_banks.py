@@ -78,6 +78,10 @@ def test_a_run_trains_a_bank_for_each_teacher_and_says_who_pulls_how_much(
         (["--rdm-bank", ",".join([*banks, banks[0]])], "3 banks for 2 teachers"),
         (["--rdm-bank", ",".join([banks[0]] * 2)], "a second bank of teacher"),
         (["--distill-model", teachers[0], "--rdm-bank", banks[1]], "train a bank for this teacher"),
+        (
+            ["--distill-model", ",".join(teachers[:1] * 2), "--rdm-bank", ",".join(banks)],
+            "was trained on",
+        ),
         (["--rdm-bank", ",".join(banks), "--lambda-n", "1", "2", "3"], "3 values for 4 assistants"),
     ):
         with pytest.raises(UsageError, match=message):

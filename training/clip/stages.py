@@ -372,8 +372,8 @@ def load_banks(
         for folder in folders:
             owner = read_bank_config(folder)["teacher"].get("weights")
             known = [n for n, t in enumerate(source.identities) if t["weights"] == owner]
-            teacher = next((n for n in known if n not in banks), 0)
-            if teacher in banks:
+            teacher = next((n for n in known if n not in banks), 0)  # 0 refuses a stranger's
+            if known and teacher in banks:
                 raise ValueError(f"{folder} is a second bank of teacher {teacher}")
             banks[teacher] = RDMBank.load(folder, source.identities[teacher])
         return dict(sorted(banks.items()))
