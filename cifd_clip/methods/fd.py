@@ -35,6 +35,7 @@ class FeatureDistillation(Method):
         """
         image_loss = text_loss = 0.0
         pulls: Report = {}
+        several = len({teacher.teacher for teacher in teachers}) > 1
         projected = self.projectors(student, teachers)
         reduction = self.options["loss_reduction"]
         whole = total_weight(teachers) if reduction == "relative" else 1.0
@@ -44,7 +45,8 @@ class FeatureDistillation(Method):
             of_image = weight * embedding_loss(image, teacher.image)
             of_text = weight * embedding_loss(text, teacher.text)
             image_loss, text_loss = image_loss + of_image, text_loss + of_text
-            name = f"teacher{teacher.teacher}"
-            pulls[name] = pulls.get(name, 0.0) + (of_image + of_text).detach()
+            if several:
+                name = f"teacher{teacher.teacher}"
+                pulls[name] = pulls.get(name, 0.0) + (of_image + of_text).detach()
         losses = {"image_embedding_loss": image_loss, "text_embedding_loss": text_loss}
-        return losses, pulls if len(pulls) > 1 else {}
+        return losses, pulls
