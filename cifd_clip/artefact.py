@@ -20,6 +20,8 @@ FORMAT = 1
 BANK_WEIGHTS = "bank.safetensors"
 #: Of any layer: what a file may make this process allocate has a bound.
 MAX_WIDTH, MAX_RATES, MAX_CLASSES = 1 << 16, 1 << 10, 1 << 20
+#: Of a CLIP teacher, in the order in which everything takes them.
+MODALITIES = ("image", "text")
 #: What an RDM's last layer gives back: the teacher's embedding, or logits alone.
 FORMS = ("reconstruct", "classify")
 
@@ -49,6 +51,11 @@ def load(build: "Callable[[], nn.Module]", file: Path) -> "nn.Module":
     return module.requires_grad_(False).eval()
 
 
+def modalities_of(teacher: dict[str, Any]) -> tuple[str, ...]:
+    """The modalities that a teacher embeds, by its identity; one that names none has both."""
+    return tuple(teacher.get("modalities", MODALITIES))
+
+
 def check_teacher(what: str, trained_on: dict[str, Any], teacher: dict[str, Any]) -> None:
     """Refuse another teacher than the one that something was trained on.
 
@@ -71,7 +78,7 @@ def check_teacher(what: str, trained_on: dict[str, Any], teacher: dict[str, Any]
     ours, theirs = json.loads(json.dumps(preprocess))
     if None not in (ours, theirs) and ours != theirs:
         raise ValueError(
-            f"{what} was trained on images prepared as {theirs}, but the teacher prepares them as "
+            f"{what} was trained on inputs prepared as {theirs}, but the teacher prepares them as "
             f"{ours}"
         )
 
@@ -132,7 +139,9 @@ def read_config(
 
 def is_teacher(value: Any) -> bool:
     """Whether a value is a teacher's identity."""
-    return all(isinstance(value[name], str) for name in ("model", "weights"))
+    modalities = modalities_of(value)
+    known = modalities and modalities == tuple(m for m in MODALITIES if m in modalities)
+    return bool(known) and all(isinstance(value[name], str) for name in ("model", "weights"))
 
 
 def is_width(value: Any, largest: int = MAX_WIDTH) -> bool:

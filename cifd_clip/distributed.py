@@ -37,7 +37,7 @@ class World:
 
     def columns(self, features: Features) -> Features:
         """The same features with the rows of every rank."""
-        return features._replace(image=self.gather(features.image), text=self.gather(features.text))
+        return features.map(self.gather)
 
     def logits(self, features: Features, columns: Features | None = None) -> Logits:
         """Similarities of the local rows with the global batch, scaled and biased.
@@ -92,7 +92,7 @@ class World:
         labels, count = self.labels(rows[0]), len(rows[0].image)
 
         def of(start: int, stop: int) -> tuple[Tensor, ...]:
-            few = (f._replace(image=f.image[start:stop], text=f.text[start:stop]) for f in rows)
+            few = (f.map(lambda x: x[start:stop]) for f in rows)
             return losses(labels[start:stop], *map(self.logits, few, columns))
 
         at_once = max(1, LOGITS // len(columns[0].image))

@@ -4,10 +4,13 @@ Shapes: b rows of this rank, B rows of the global batch, D and T embedding dimen
 All arithmetic is float32: the callers leave autocast before they come here.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from cifd_clip.artefact import MODALITIES
 
 #: T of the teacher (ViT-B/16) for which CLIP-KD published its weights.
 REFERENCE_DIM = 512
@@ -16,12 +19,13 @@ REFERENCE_DIM = 512
 class Features(NamedTuple):
     """Unit-norm embeddings of a batch and the temperature they were trained with."""
 
-    image: Tensor
-    """(b, D) unit-norm."""
-    text: Tensor
-    """(b, D) unit-norm."""
-    logit_scale: Tensor
-    """() the factor on cosine similarities, 1/τ, already exponentiated."""
+    image: Tensor | None
+    """(b, D) unit-norm; None of a teacher that embeds texts alone."""
+    text: Tensor | None
+    """(b, D) unit-norm; None of a teacher that embeds images alone."""
+    logit_scale: Tensor | None
+    """() the factor on cosine similarities, 1/τ, already exponentiated; None of a teacher that
+    embeds one modality."""
     logit_bias: Tensor | None = None
     """() additive bias of SigLIP-type models."""
     space: int = 0
@@ -31,6 +35,15 @@ class Features(NamedTuple):
     """Its number among the teachers; an assistant has its teacher's."""
     weight: float = 1.0
     """λ_n of eq. (8) and (12): how much this teacher or assistant counts among the others."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those whose embeddings are there."""
+        return tuple(m for m in MODALITIES if getattr(self, m) is not None)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Features":
+        """The same features with other embeddings: a function of each that is there."""
+        return self._replace(**{m: function(getattr(self, m)) for m in self.modalities})
 
 
 class Logits(NamedTuple):

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifd_clip import artefact
+from cifd_clip.artefact import modalities_of
 from cifd_clip.classification.losses import kl_per_sample
 from cifd_clip.entropy import FactorizedDensity
 from cifd_clip.noise import Noise
 
-MODALITIES = ("image", "text")
 # Spread of the bottleneck's values at initialisation, in quantisation bins: wide enough that
 # rounding keeps most of the signal from the first step on.
 INITIAL_BINS = 2.0
@@ -231,6 +231,7 @@ class RDMBank(nn.Module):
     Attributes:
         image: RDMs of image embeddings, CLIP's or a classifier's.
         text: RDMs of CLIP's text embeddings.
+        modalities: which of the two there are: those that the teacher embeds.
 
     Args:
         teacher: its identity (see `cifd_clip.teacher.Teacher.identity`): at least ``model``, a
@@ -264,17 +265,19 @@ class RDMBank(nn.Module):
         self.task = "clip" if classes is None else "classifier"
         widths = hidden_widths(hidden, dim, form)
         scale = math.sqrt(dim) if scale is None else scale
-        self.image = RateDistortionModules(rates, dim, widths, scale, classes, form, generator)
-        if self.task == "clip":
-            self.text = RateDistortionModules(rates, dim, widths, scale, generator=generator)
+        self.modalities = modalities_of(teacher) if self.task == "clip" else ("image",)
+        for modality in self.modalities:
+            modules = RateDistortionModules(rates, dim, widths, scale, classes, form, generator)
+            self.add_module(modality, modules)
 
     def forward(
-        self, image_features: Tensor, text_features: Tensor, noise: Noise | None
+        self, image_features: Tensor | None, text_features: Tensor | None, noise: Noise | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Stage 1 of CLIP: one pass over both modalities.
+        """Stage 1 of CLIP: one pass over the bank's modalities.
 
         Args:
-            image_features, text_features: (B, T) unit-norm teacher embeddings.
+            image_features, text_features: (B, T) unit-norm teacher embeddings; of a modality that
+                the bank lacks, None.
             noise: of this step; None to round (evaluation).
 
         Returns:
@@ -283,7 +286,9 @@ class RDMBank(nn.Module):
             ``"{modality}/distortion"``.
         """
         losses, report = {}, {}
-        for modality, features in zip(MODALITIES, (image_features, text_features)):
+        given = {"image": image_features, "text": text_features}
+        for modality in self.modalities:
+            features = given[modality]
             draws = noise and self.draws(noise, modality, features)
             output = getattr(self, modality)(features, draws)
             per_rate, distortion = rate_distortion_loss(features, output, self.rates)
@@ -301,7 +306,7 @@ class RDMBank(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The arguments that make this bank, and its task."""
-        modules = self.image
+        modules = getattr(self, self.modalities[0])
         return {
             "task": self.task,
             "teacher": self.teacher,

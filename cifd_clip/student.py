@@ -102,14 +102,14 @@ class Student(nn.Module):
 
 
 def embedding_dim(model: nn.Module) -> int:
-    """D of an OpenCLIP model."""
-    visual = model.visual
+    """D of an OpenCLIP model, or of one tower: of OpenCLIP, or a timm model without classifier."""
+    visual = getattr(model, "visual", model)
     if isinstance(visual, TimmModel):
         head = [m for m in visual.head.modules() if hasattr(m, "out_features")]
         return (
             head[-1].out_features if head else visual.trunk.num_classes or visual.trunk.num_features
         )
-    return visual.output_dim
+    return visual.output_dim if hasattr(visual, "output_dim") else visual.head_hidden_size
 
 
 def _whole(encode: Callable[[Tensor], Tensor], dim: int) -> Cut:

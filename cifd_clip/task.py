@@ -91,5 +91,5 @@ class RDMTask(Task):
         self, pooled: None, teachers: list[Features], noise: Noise | None
     ) -> tuple[Losses, Report]:
         teacher = teachers[0]
-        with torch.autocast(teacher.image.device.type, enabled=False):
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
             return self.bank(teacher.image, teacher.text, noise)

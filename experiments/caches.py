@@ -10,11 +10,12 @@ from statistics import fmean
 
 import torch
 
+from cifd_clip.artefact import MODALITIES
 from cifd_clip.files import write_json
 from experiments.every_method import MODELS
 from experiments.seeds import spread
 from experiments.study import STOPPED, Run, Study, command_line
-from training.clip.cache import MODALITIES, read_embeddings
+from training.clip.cache import read_embeddings
 from training.engine.environment import environment
 from training.engine.run import read_metrics
 from training.errors import cli

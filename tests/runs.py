@@ -76,12 +76,13 @@ def assert_bit_equal(a, b, where: str = "checkpoint") -> None:
         assert a == b, where
 
 
-def word_tokenizer(folder: Path) -> Path:
-    """A Hugging Face tokenizer of a dozen words on disk, with its end of text in the middle."""
-    words = "[PAD] [UNK] [BOS] [EOS] a photo of the dog cat snow door in".split()
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
-    )
+DOZEN = "[PAD] [UNK] [BOS] [EOS] a photo of the dog cat snow door in"
+
+
+def word_tokenizer(folder: Path, words: str = DOZEN) -> Path:
+    """A Hugging Face tokenizer of a few words on disk, with its end of text in the middle."""
+    vocabulary = {word: i for i, word in enumerate(words.split())}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]

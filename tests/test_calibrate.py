@@ -4,16 +4,20 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
+from cifd_clip.artefact import MODALITIES
 from cifd_clip.files import write_json
 from tiny import embeddings
 from training.calibrate import main
 from training.clip import calibrate
 from training.clip.cache import shard_name, write_shard
 from training.clip.config import CACHE_FORMAT
+from training.clip.curve import top1_hits
 from training.clip.flags import calibration_config, parse, parse_calibration
 from training.data.index import Shard
 from training.errors import UsageError
@@ -108,6 +112,54 @@ def test_the_flag_file_is_read_by_training_main(calibrated):
     assert parse([f"@{out.with_suffix('.args')}"])["rates"] == found["rates"]
 
 
+@pytest.fixture(scope="module")
+def halves(cache, tmp_path_factory):
+    """Caches of a teacher of images alone and of one of texts alone."""
+    home = tmp_path_factory.mktemp("halves")
+    for modality in MODALITIES:
+        config = json.loads((cache / "config.json").read_text())
+        config["teacher"] |= {"modalities": [modality]}
+        write_json(home / modality / "config.json", config, CACHE_FORMAT)
+        for path in cache.glob("*.safetensors"):
+            rows = load_file(path)[modality]
+            write_shard(home / modality, path.stem, {modality: rows})
+    return [home / modality for modality in MODALITIES]
+
+
+def test_rates_of_several_teachers_are_read_off_at_equal_bits(cache, halves, tmp_path):
+    """The bits of an embedding, of images and texts the mean; a file for each teacher."""
+    out, teachers = tmp_path / "c.json", [cache, *halves]
+    found = [run(",".join(map(str, teachers)), out, "--bits", "25", "15")]
+    found += [json.loads((tmp_path / f"c{n}.json").read_text()) for n in (1, 2)]
+    for content, modalities in zip(found, (MODALITIES, *([m] for m in MODALITIES))):
+        curve, bits = content["curve"], content["bits"]
+        assert all(list(point["bits"]) == list(modalities) for point in curve)
+        assert bits == [25, 15] and content["rates"][0] > content["rates"][1]
+        means = [sum(p["bits"].values()) / len(modalities) for p in curve]
+        at = np.interp(np.log(content["rates"]), np.log([p["rate"] for p in curve]), means)
+        assert at.tolist() == pytest.approx(bits, abs=0.1)
+        shares = [point.get("share") for point in curve]
+        assert (None in shares) == (content["teacher_accuracy"] is None) == (len(modalities) == 1)
+    assert found[0]["curve"][1]["share"] > 0
+    for n, content in zip(("", 1, 2), found):
+        assert parse([f"@{tmp_path}/c{n}.args"])["rates"] == content["rates"]
+
+
+def test_a_curve_of_bits_answers_for_shares_too_where_there_are_any(
+    calibrated, cache, halves, tmp_path, capsys
+):
+    out = shutil.copy(calibrated[0], tmp_path / "c.json")
+    bits = run(cache, out, "--bits", "20")
+    assert "pairs to train on" not in capsys.readouterr().out and "shares" not in bits
+    with pytest.raises(UsageError, match=r"bits 1e\+06 can't be reached.*curve for other bits"):
+        run(cache, out, "--bits", "1e6")
+    for half, what in zip(halves, MODALITIES):
+        with pytest.raises(UsageError, match=f"embeds {what}s alone.*give --bits"):
+            run(f"{cache},{half}", out, "--shares", "0.5")
+    with pytest.raises(UsageError, match="give one"):
+        run(cache, out, "--shares", "0.5", "--bits", "20")
+
+
 def test_held_out_pairs_are_never_trained_on_and_unusable_ones_are_left_out(cache):
     pairs = calibrate.read_pairs(cache, calibrate.find_shards(cache, None), 10_000, 0)
     assert pairs.image.shape == (2, 1997, DIM) and not pairs.image.isnan().any()
@@ -161,7 +213,7 @@ def test_without_a_terminal_every_tenth_of_the_sweep_is_logged(cache, caplog):
 def test_what_maps_everything_to_one_point_knows_nothing():
     same = torch.eye(50).bool()
     constant = unit(torch.ones(50, DIM))
-    assert calibrate.top1_hits(constant, constant, same) == 0
+    assert top1_hits(constant, constant, same) == 0
 
 
 def test_another_sample_with_the_same_caption_is_no_mistake():
@@ -171,7 +223,7 @@ def test_another_sample_with_the_same_caption_is_no_mistake():
     same = torch.cdist(texts, texts) < 1e-3
     images = vectors.clone()
     images[1] = vectors[0]
-    assert calibrate.top1_hits(images, texts, same) == 20
+    assert top1_hits(images, texts, same) == 20
 
 
 @pytest.mark.parametrize(

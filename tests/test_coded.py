@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cifd_clip import RDMBank
-from cifd_clip.rdm import MODALITIES
+from cifd_clip.artefact import MODALITIES
 from runs import assert_bit_equal, final
 from training.cache_teacher import main as write_cache
 from training.calibrate import main as calibrate

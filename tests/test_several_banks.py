@@ -30,7 +30,7 @@ def test_every_assistant_is_compared_in_its_teachers_space():
     expected = [0.0, 0.0]
     for t in taught:
         ours = projected[t.teacher]
-        for mine, theirs in zip(ours, (t.image, t.text)):
+        for mine, theirs in zip(ours.values(), (t.image, t.text)):
             expected[t.teacher] = expected[t.teacher] + t.weight * embedding_loss(mine, theirs)
     total = losses["image_embedding_loss"] + losses["text_embedding_loss"]
     torch.testing.assert_close(total, sum(expected))

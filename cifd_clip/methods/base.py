@@ -1,13 +1,14 @@
 """What methods share: the contract, the projectors to the teachers' spaces, the bottlenecks."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifd_clip.artefact import MODALITIES
 from cifd_clip.bottleneck import InformationBottleneck
 from cifd_clip.distributed import World
 from cifd_clip.losses import (
@@ -41,6 +42,7 @@ class Projectors(nn.Module):
         teacher_dims: T of each teacher space.
         generator: draws the initial weights.
         shared: whether image and text embeddings go through one map.
+        modalities: of each teacher space; both of all of them where it is not given.
     """
 
     def __init__(
@@ -49,12 +51,18 @@ class Projectors(nn.Module):
         teacher_dims: list[int],
         generator: torch.Generator | None,
         shared: bool = True,
+        modalities: Sequence[Sequence[str]] | None = None,
     ):
         super().__init__()
+        modalities = modalities or [MODALITIES] * len(teacher_dims)
         self.heads = nn.ModuleDict(
             {
-                name: nn.ModuleList(_projector(dim, t, generator) for t in teacher_dims)
-                for name in (("both",) if shared else Pooled._fields)
+                name: nn.ModuleList(
+                    # what no loss would reach is not made: DDP would wait for its gradient
+                    _projector(dim, t if shared or name in there else dim, generator)
+                    for t, there in zip(teacher_dims, modalities)
+                )
+                for name in (("both",) if shared else MODALITIES)
             }
         )
 
@@ -64,14 +72,16 @@ class Projectors(nn.Module):
 
     def forward(
         self, student: StudentEmbeddings, teachers: list[Features]
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """The student's unit-norm image and text embeddings, (b, T), in each teacher's space."""
+    ) -> dict[int, dict[str, Tensor]]:
+        """The student's unit-norm embeddings, (b, T), in each teacher's space, by modality."""
         return {
-            space: (
-                F.normalize(self.head("image", space)(student.image), dim=-1),
-                F.normalize(self.head("text", space)(student.text), dim=-1),
-            )
-            for space in dict.fromkeys(teacher.space for teacher in teachers)
+            space: {
+                modality: F.normalize(
+                    self.head(modality, space)(getattr(student, modality)), dim=-1
+                )
+                for modality in modalities
+            }
+            for space, modalities in {t.space: t.modalities for t in teachers}.items()
         }
 
 
@@ -131,6 +141,7 @@ class Method(nn.Module):
         teacher_dims: T of each teacher space.
         options: values of declared options; the others keep their defaults.
         generator: draws the initial weights of what the method trains.
+        modalities: of each teacher space, where one has a single one.
 
     Raises:
         ValueError: an option that the method doesn't declare, or a value that is none of its
@@ -145,12 +156,13 @@ class Method(nn.Module):
         teacher_dims: list[int],
         options: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
+        modalities: Sequence[Sequence[str]] | None = None,
     ):
         super().__init__()
         self.options = self.declaration.resolve(options or {})
         if projector := self.options.get("projector"):
             shared = projector != "separate"
-            self.projectors = Projectors(student.dim, teacher_dims, generator, shared)
+            self.projectors = Projectors(student.dim, teacher_dims, generator, shared, modalities)
         has_ibm = self.options.get("ibm", False)
         self.bottlenecks = Bottlenecks(student.widths, generator) if has_ibm else None
 

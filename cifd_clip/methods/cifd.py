@@ -10,6 +10,7 @@ DECLARATION = {
     "spans": {"lambda_cl": (1e-5, 1e-2)},
     "uses": ["projector", "reduction", "ibm", "ibm_branch", "contrastive"],
     "defaults": {"ibm": True},
+    "one_modality": True,
 }
 
 

@@ -58,7 +58,7 @@ class CLIPKD(Method):
         scale = self.cross_logit_scale if raw else self.cross_logit_scale.exp()
         feature, reduction = 0.0, self.options["loss_reduction"]
         for teacher in teachers:
-            image, text = projected[teacher.space]
+            image, text = projected[teacher.space].values()
             # Student rows against the gathered teacher: no gradient has to cross ranks.
             rows += [Features(image, text, scale), teacher]
             columns += 2 * [world.columns(teacher)]

@@ -1,5 +1,6 @@
 """Feature distillation: match the teachers' embeddings, nothing else."""
 
+from cifd_clip.artefact import MODALITIES
 from cifd_clip.losses import Features, element_weight, embedding_loss
 from cifd_clip.methods import DECLARED
 from cifd_clip.methods.base import Losses, Method, Report, total_weight
@@ -8,6 +9,7 @@ from cifd_clip.student import StudentEmbeddings
 DECLARATION = {
     "summary": "feature distillation: match the teacher's embeddings, nothing else",
     "uses": ["projector", "reduction", "ibm"],
+    "one_modality": True,
 }
 
 
@@ -30,23 +32,27 @@ class FeatureDistillation(Method):
     ) -> tuple[Losses, Report]:
         """Σ_n λ_n‖Û − X_n‖² of each modality, over teachers and assistants alike (eq. 8, 12).
 
-        Of several teachers it reports how much each pulls: its part of both sums, its assistants'
-        with it.
+        Of a modality, those count that have it. Of several teachers it reports how much each pulls:
+        its part of both sums, its assistants' with it.
         """
-        image_loss = text_loss = 0.0
+        losses: Losses = {}
         pulls: Report = {}
         several = len({teacher.teacher for teacher in teachers}) > 1
         projected = self.projectors(student, teachers)
         reduction = self.options["loss_reduction"]
-        whole = total_weight(teachers) if reduction == "relative" else 1.0
+        whole = dict.fromkeys(MODALITIES, 1.0)
+        if reduction == "relative":
+            having = {m: [t for t in teachers if m in t.modalities] for m in MODALITIES}
+            whole = {m: total_weight(some) for m, some in having.items()}
         for teacher in teachers:
-            image, text = projected[teacher.space]
-            weight = teacher.weight * element_weight(reduction, image.shape[-1]) / whole
-            of_image = weight * embedding_loss(image, teacher.image)
-            of_text = weight * embedding_loss(text, teacher.text)
-            image_loss, text_loss = image_loss + of_image, text_loss + of_text
+            terms = []
+            for modality, ours in projected[teacher.space].items():
+                weight = teacher.weight * element_weight(reduction, ours.shape[-1])
+                weight /= whole[modality]
+                terms.append(weight * embedding_loss(ours, getattr(teacher, modality)))
+                name = f"{modality}_embedding_loss"
+                losses[name] = losses.get(name, 0.0) + terms[-1]
             if several:
                 name = f"teacher{teacher.teacher}"
-                pulls[name] = pulls.get(name, 0.0) + (of_image + of_text).detach()
-        losses = {"image_embedding_loss": image_loss, "text_embedding_loss": text_loss}
+                pulls[name] = pulls.get(name, 0.0) + sum(terms).detach()
         return losses, pulls

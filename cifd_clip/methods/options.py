@@ -33,6 +33,8 @@ class Declaration:
     options: tuple[Option, ...]
     assistants: bool
     """Whether it can learn from the assistants of an RDM bank; without any, it has no teacher."""
+    one_modality: bool
+    """Whether it can learn from teachers that embed images alone, or texts alone."""
 
     def resolve(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Every option's value: the given ones, and defaults.
@@ -130,7 +132,8 @@ def declare(name: str, literal: Mapping[str, Any]) -> Declaration:
         name: the method's.
         literal: ``summary``; ``uses``: names of `GROUPS`; ``options``: its own, as in a group;
             ``defaults``: other defaults of the groups' options; ``spans``: what tuning tries of
-            its own; ``assistants``: whether it can learn from any (True).
+            its own; ``assistants``: whether it can learn from any (True); ``one_modality``: whether
+            from teachers that lack the other (False).
     """
     assistants = literal.get("assistants", True)
     groups = [*literal.get("uses", ()), *(["assistants"] if assistants else [])]
@@ -148,4 +151,5 @@ def declare(name: str, literal: Mapping[str, Any]) -> Declaration:
             for option, (default, help, *choices) in options.items()
         ),
         assistants,
+        literal.get("one_modality", False),
     )

@@ -72,8 +72,7 @@ def parse(argv: Sequence[str]) -> CostConfig:
     caches = construct(Config, given).caches
     written = [read_cache_config(c) for c in caches if (c / "config.json").is_file()]
     files = flags.named_files({k: v for k, v in given.items() if k != "teacher_cache"})
-    if written:
-        files["cache"] = written[0]
+    files["caches"] = written
     run = flags.resolve(given, max(1, given.get("gpus", 1)), "cuda", **files)
     names = [teacher.model for teacher in run.teachers] or [c["teacher"]["model"] for c in written]
     config = construct(CostConfig, {**given, **vars(run), "architectures": names})

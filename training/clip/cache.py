@@ -1,11 +1,11 @@
 """The teacher cache: a frozen teacher's embeddings, computed once for V views of every sample.
 
 A cache is a folder: ``config.json`` says whose embeddings these are and of which views; each shard
-has ``NAME.safetensors`` with ``image`` (V, samples, T) and ``text`` (V or 1, samples, T), float16
-or coded (`training.clip.coded`), where views are stored ``NAME.viewN.tar``
-(`training.data.stored`), and ``NAME.json`` with the files' hashes, written last. NAME holds the
-shard's own digest, so a cache serves any data set made of shards it has, in any order. A sample
-that could not be used is all NaN, and in no tar.
+has ``NAME.safetensors`` with ``image`` (V, samples, T) and ``text`` (V or 1, samples, T), as far as
+the teacher embeds them, float16 or coded (`training.clip.coded`), where views are stored
+``NAME.viewN.tar`` (`training.data.stored`), and ``NAME.json`` with the files' hashes, written last.
+NAME holds the shard's own digest, so a cache serves any data set made of shards it has, in any
+order. A sample that could not be used is all NaN, and in no tar.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from cifd_clip.artefact import MODALITIES, modalities_of
 from cifd_clip.files import BadFile, file_hash, read_json, write_json, write_tensors
 from cifd_clip.losses import Features
 from training.clip.config import CACHE_FORMAT, TeacherName, read_cache_config
@@ -35,7 +36,6 @@ from training.errors import Failure, UsageError
 if TYPE_CHECKING:
     from training.clip.coded import CodedRows
 
-MODALITIES = ("image", "text")
 HELD_OUT = "-held-out"  # ends the name of a held-out shard
 #: How far float16 may move the square of a unit vector's norm.
 NORM_TOLERANCE = 0.01
@@ -95,7 +95,7 @@ def write_shard(
     Args:
         directory: the cache.
         name: of the shard, see `shard_name`.
-        embeddings: ``image`` (V, samples, T), ``text`` (V or 1, samples, T).
+        embeddings: ``image`` (V, samples, T), ``text`` (V or 1, samples, T), as far as there are.
         views: the stored ones, if they are.
         not_finite: keys of samples of which the teacher made no finite features.
     """
@@ -144,11 +144,11 @@ def read_embeddings(path: Path) -> "dict[str, np.ndarray | CodedRows]":
     """A shard's embeddings, whose values are read from the file when they are looked at."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if len(tensors) > len(MODALITIES):
+    if any("/" in name for name in tensors):
         from training.clip.coded import coded_rows
 
         return coded_rows(path.parent, tensors)
-    return {modality: tensors[modality].numpy() for modality in MODALITIES}
+    return {m: tensors[m].numpy() for m in MODALITIES if m in tensors}
 
 
 def missing(rows: "np.ndarray | CodedRows", view: int, place: int) -> str | None:
@@ -196,8 +196,7 @@ class CacheFetcher(Fetcher):
     def check(self, row: int, view: int) -> None:
         shard, place = self.sources.place(row)
         _verified(self.directory, self.names[shard])
-        for modality in MODALITIES:
-            array = self._array(shard, modality)
+        for array in self._arrays(shard).values():
             if what := missing(array, view % len(array), place):
                 raise BadSample(f"teacher cache: {what}")
 
@@ -206,18 +205,17 @@ class CacheFetcher(Fetcher):
         shards = np.searchsorted(self.sources.first_row, rows, side="right") - 1
         places = rows - self.sources.first_row[shards]
         embeddings = {}
-        for modality in MODALITIES:
-            width = self._array(int(shards[0]), modality).shape[-1]
-            out = np.empty((len(rows), width), np.float16)
+        for modality, first in self._arrays(int(shards[0])).items():
+            out = np.empty((len(rows), first.shape[-1]), np.float16)
             for shard in np.unique(shards):
                 mine = shards == shard
-                array = self._array(int(shard), modality)
+                array = self._arrays(int(shard))[modality]
                 out[mine] = array[views[mine] % len(array), places[mine]]
             embeddings[f"teacher{self.space}/{modality}"] = torch.from_numpy(out)
         return embeddings
 
-    def _array(self, shard: int, modality: str) -> "np.ndarray | CodedRows":
-        return _mapped(self.directory / f"{self.names[shard]}.safetensors")[modality]
+    def _arrays(self, shard: int) -> "dict[str, np.ndarray | CodedRows]":
+        return _mapped(self.directory / f"{self.names[shard]}.safetensors")
 
 
 # once in each process
@@ -301,11 +299,12 @@ class CachedTeachers:
         return [self._features(batch, i, t) for i, t in enumerate(self.identities)]
 
     def _features(self, batch: Batch, space: int, identity: dict) -> Features:
-        image, text = (
-            F.normalize(batch.extras[f"teacher{space}/{m}"].float(), dim=-1) for m in MODALITIES
-        )
+        units = {
+            m: F.normalize(batch.extras[f"teacher{space}/{m}"].float(), dim=-1)
+            for m in modalities_of(identity)
+        }
         # new_full, not new_tensor, which would copy from the host and wait for it in every step
-        scale = image.new_full((), identity["logit_scale"])
-        bias = identity["logit_bias"]
-        bias = None if bias is None else image.new_full((), bias)
-        return Features(image, text, scale, bias, space)
+        number = next(iter(units.values())).new_full
+        scale, bias = (identity.get(f"logit_{name}") for name in ("scale", "bias"))
+        scale, bias = (None if value is None else number((), value) for value in (scale, bias))
+        return Features(units.get("image"), units.get("text"), scale, bias, space, space)

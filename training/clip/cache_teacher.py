@@ -22,7 +22,8 @@ from open_clip_train.precision import get_autocast
 from torch import Tensor
 from tqdm import tqdm
 
-from cifd_clip import Features, World
+from cifd_clip import Features, Teacher, World
+from cifd_clip.artefact import MODALITIES
 from cifd_clip.files import write_json
 from training.clip.cache import (
     check_config,
@@ -36,7 +37,7 @@ from training.clip.cache import (
 from training.clip.config import CACHE_FORMAT, CacheConfig, read_cache_config
 from training.clip.flags import cache_config
 from training.clip.live import LiveTeachers, Transforms
-from training.clip.models import add_model_configs, build_teachers, model_config, student_config
+from training.clip.models import add_model_configs, build_teachers, student_config, teacher_config
 from training.data.index import Sources, index_shards
 from training.data.loader import Batch, Reader, Recipe, sequential
 from training.data.shard import Shard
@@ -117,21 +118,24 @@ class Caches:
             raise UsageError(
                 f"--teacher-cache names {len(config.caches)} folders for {len(names)} teachers"
             )
-        configs = [model_config(name, "--distill-model") for name, _ in names]
+        configs = [teacher_config(name) for name, _ in names]
         self.transforms = Transforms(config.aug_cfg, config.image_backend)
         live = build_teachers(config, device)
         self.teachers = LiveTeachers(live, configs, self.transforms)
         self.coder = self._coder() if config.code_with else None
         self.autocast = get_autocast(config.precision, device.type)
         # With the first caption only, no view changes the text.
-        self.text_views = 1 if config.captions == "first" else config.views
+        self.views = {"image": config.views, "text": config.views}
+        if config.captions == "first":
+            self.views["text"] = 1
         self.writer = self._view_writer() if config.store_views else None
 
     def of_held_out(self) -> "Caches":
         """``--val-data`` in the same folders: one view, not augmented and not stored."""
         other = copy.copy(self)
         other.config = replace(self.config, views=1, captions="first")
-        other.text_views, other.writer, other.held_out = 1, None, True
+        other.views = dict.fromkeys(MODALITIES, 1)
+        other.writer, other.held_out = None, True
         other._read(self.config.val_data, "--val-data")
         return other
 
@@ -153,6 +157,8 @@ class Caches:
     def _view_writer(self) -> ViewWriter:
         """What stores views, by default as large as who wants the most of them."""
         config, specs = self.config, self.transforms.specs
+        if not specs:
+            raise UsageError("--store-views: no teacher of --distill-model reads images")
         if self.transforms.normalised:
             raise UsageError(
                 "--store-views: this --aug-cfg works on normalised images (random erasing), and "
@@ -172,16 +178,20 @@ class Caches:
         folders = self.config.caches
         return [n for n in self.numbers if not all(is_complete(f, self.names[n]) for f in folders)]
 
-    def bytes_of(self, dim: int) -> int:
-        """What embeddings of this width take that are not there yet."""
+    def embeddings_of(self, teacher: Teacher) -> int:
+        """How many embeddings of a sample a teacher's cache holds."""
+        return sum(self.views[modality] for modality in teacher.modalities)
+
+    def bytes_of(self, teacher: Teacher) -> int:
+        """What a teacher's embeddings take that are not there yet."""
         samples = int(self.sources.counts[self.left].sum())
-        return samples * (self.config.views + self.text_views) * dim * 2
+        return samples * self.embeddings_of(teacher) * teacher.dim * 2
 
     def describe_work(self) -> None:
         """Say what is left to do, and what it takes on the disk."""
         views, left = self.config.views, self.left
         samples = int(self.sources.counts[left].sum())
-        size = sum(map(self.bytes_of, self.teachers.dims))
+        size = sum(map(self.bytes_of, self.teachers.teachers))
         print(
             f"{len(self.numbers) - len(left)} of {len(self.numbers)} "
             f"{'held-out ' if self.held_out else ''}shards are there; "
@@ -200,10 +210,9 @@ class Caches:
             "quality": self.writer.quality,
             "subsampling": SUBSAMPLING,
         }
-        teachers = zip(self.teachers.teachers, self.teachers.dims, self.config.caches)
-        for teacher, dim, folder in teachers:
+        for teacher, folder in zip(self.teachers.teachers, self.config.caches):
             folder.mkdir(parents=True, exist_ok=True)
-            size, free = self.bytes_of(dim), shutil.disk_usage(folder).free
+            size, free = self.bytes_of(teacher), shutil.disk_usage(folder).free
             if size > free and not self.coder:  # a code's size is not known beforehand
                 raise UsageError(
                     f"--teacher-cache '{folder}': {size / 2**30:.2f} GiB of embeddings, and "
@@ -296,7 +305,8 @@ class Caches:
         self, sources: Sources, numbers: list[int]
     ) -> Iterator[tuple[int, list[dict[str, Tensor]], Tensor]]:
         """(shard number, every teacher's embeddings, (V, samples) which there are), by shard."""
-        views = range(self.config.views)
+        teachers = self.teachers.teachers
+        views = range(max(self.views[m] for teacher in teachers for m in teacher.modalities))
         spans = [(sources.rows_of(n), view) for n in numbers for view in views]
         total = sum(len(rows) for rows, _ in spans)
         bar = tqdm(total=total, unit="image", disable=None, dynamic_ncols=True)
@@ -310,19 +320,20 @@ class Caches:
                 room = partial(torch.full, fill_value=torch.nan, dtype=torch.float16)
                 of_shard = [
                     {
-                        "image": room((len(views), len(rows), dim), device=self.device),
-                        "text": room((self.text_views, len(rows), dim), device=self.device),
+                        m: room((self.views[m], len(rows), teacher.dim), device=self.device)
+                        for m in teacher.modalities
                     }
-                    for dim in self.teachers.dims
+                    for teacher in teachers
                 ]
                 while batch is not None and int(batch.rows[0]) in rows:
                     view, places = int(batch.views[0]), batch.rows - rows.start
                     placed[view, places] = True
                     places = places.to(self.device, non_blocking=True)
                     for own, teacher in zip(of_shard, features):
-                        own["image"][view].index_copy_(0, places, teacher.image.half())
-                        if view < self.text_views:
-                            own["text"][view].index_copy_(0, places, teacher.text.half())
+                        for modality, stored in own.items():
+                            if view < len(stored):
+                                new = getattr(teacher, modality).half()
+                                stored[view].index_copy_(0, places, new)
                     bar.update(len(batch))
                     batch, features = next(batches, (None, []))
                 yield number, of_shard, placed
@@ -370,25 +381,27 @@ class Caches:
 
     def _describe_code(self) -> None:
         """Say how many bits an embedding takes."""
-        (folder,), (dim,) = self.config.caches, self.teachers.dims
+        (folder,), (teacher,) = self.config.caches, self.teachers.teachers
         sizes = ((folder / f"{self.names[n]}.safetensors").stat().st_size for n in self.numbers)
-        count = int(self.sources.counts[self.numbers].sum()) * (self.config.views + self.text_views)
+        count = int(self.sources.counts[self.numbers].sum()) * self.embeddings_of(teacher)
         bits = 8 * sum(sizes) / max(1, count)
-        print(f"{bits:.0f} bits an embedding, of {16 * dim} in float16", flush=True)
+        print(f"{bits:.0f} bits an embedding, of {16 * teacher.dim} in float16", flush=True)
 
     def _recompute(self, number: int) -> None:
         rows = self.sources.rows_of(number)
         sources = self.sources
         if self.writer:
             sources = StoredViews(sources, self.store_views([number]))
-        for batch, features in self._features(sources, [(rows[: self.config.batch_size], 0)]):
+        for batch, every in self._features(sources, [(rows[: self.config.batch_size], 0)]):
             places = (batch.rows - rows.start).numpy()
-            for folder, own in zip(self.config.caches, features):
-                stored = read_embeddings(folder / f"{self.names[number]}.safetensors")["image"]
-                image = own.image.cpu().numpy()
+            for folder, own in zip(self.config.caches, every):
+                modality = own.modalities[0]
+                stored = read_embeddings(folder / f"{self.names[number]}.safetensors")[modality]
+                features = getattr(own, modality)
+                anew = features.cpu().numpy()
                 if self.coder:
-                    image = self.coder.decoded(folder, "image", own.image.half())
-                away = abs(stored[0, places] - image).max(axis=-1)
+                    anew = self.coder.decoded(folder, modality, features.half())
+                away = abs(stored[0, places] - anew).max(axis=-1)
                 # Of coded rows some have a value between two integers: the median row has none.
                 worst = np.median(away) if self.coder else away.max()
                 if not worst <= TOLERANCE[self.config.precision]:

@@ -2,39 +2,41 @@
 
 One bank with a sweep of rates is trained in one pass on a teacher cache. Its RDMs are then asked
 held-out training pairs: the caption of an image among N. A rate's share is its accuracy over the
-teacher's own; the rate of a wanted share is read off the monotone curve through the sweep, between
-its points on a logarithmic scale. What is held out are rows of the cache: no test split is looked
-at, no label is needed.
+teacher's own; its bits are those of an embedding, the mean of images and texts where the teacher
+embeds both. The rate of a wanted share, or of wanted bits, is read off the monotone curve through
+the sweep, between its points on a logarithmic scale. What is held out are rows of the cache: no
+test split is looked at, no label is needed. Of a teacher of one modality there are bits alone.
 
 Written: FILE.json with the curve and how it was measured, and FILE.args for ``training.main
-@FILE.args``. Asked again for other shares, it reads the curve from FILE.json.
+@FILE.args``; of several caches FILE1.json, FILE1.args and so on too, whose banks are trained one by
+one. Asked again for other shares or bits, it reads the curve from FILE.json.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 from torch.optim import Optimizer
 
 from cifd_clip import Features, RDMBank, RDMTask
+from cifd_clip.artefact import MODALITIES, modalities_of
 from cifd_clip.files import file_hash, read_json, write_json, write_text
 from cifd_clip.noise import derive_seed
 from training.clip.cache import (
     HELD_OUT,
-    MODALITIES,
     are_unit,
     read_embeddings,
     shard_name,
     verify_shard,
 )
 from training.clip.config import CalibrationConfig, read_cache_config
+from training.clip.curve import measure, rates_for, teacher_accuracy
 from training.clip.flags import calibration_config
 from training.clip.stages import make_bank
 from training.data.index import index_shards
@@ -49,54 +51,80 @@ from training.engine.trainer import Trainer
 from training.errors import UsageError
 
 FORMAT = 1
+WANTED = ("shares", "bits", "rates")  # what a file holds beside its curve
 #: Flags that the curve depends on, beside the cache.
 SETTINGS = (
     "sweep", "seed", "steps", "batch_size", "lr", "wd", "density_lr", "beta1", "beta2", "eps",
     "warmup", "warmup_epochs", "lr_scheduler", "epochs_cooldown", "lr_cooldown_end",
     "lr_cooldown_power", "rdm_hidden", "rdm_channels", "among", "held_out", "samples",
 )  # fmt: skip
-EXACT = "donot_use_mm_for_euclid_dist"
 
 
 class Pairs(NamedTuple):
-    """Cached unit embeddings of N samples in V views, float16."""
+    """Cached unit embeddings of N samples in V views, float16; None where the teacher has none."""
 
-    image: Tensor
+    image: Tensor | None
     """(V, N, T)"""
-    text: Tensor
+    text: Tensor | None
     """(V or 1, N, T)"""
 
-    def rows(self, rows: Tensor, view: int = 0) -> tuple[Tensor, Tensor]:
+    def to(self, device: torch.device) -> "Pairs":
+        """The same on a device."""
+        return Pairs(*(x if x is None else x.to(device) for x in self))
+
+    @property
+    def like(self) -> Tensor:
+        """One of the two: of N samples, on their device."""
+        return self.text if self.image is None else self.image
+
+    def rows(self, rows: Tensor, view: int = 0) -> list[Tensor | None]:
         """Float32 unit embeddings (B, T) of images and texts of rows (B,) at one view."""
-        pick = rows.to(self.image.device)
-        return tuple(F.normalize(x[view % len(x), pick].float(), dim=-1) for x in self)
-
-
-class Point(NamedTuple):
-    """What the RDMs of one rate keep."""
-
-    rate: float
-    accuracy: float
-    """Top-1 of held-out captions among N, both embeddings reconstructed."""
-    bits: dict[str, float]
-    distortion: dict[str, float]
+        pick = rows.to(self.like.device)
+        taken = (x if x is None else x[view % len(x), pick] for x in self)
+        return [x if x is None else F.normalize(x.float(), dim=-1) for x in taken]
 
 
 def start(given: Given) -> int:
-    """Train the sweep, read the rates off its curve, and write them."""
+    """Train the sweep of every cache, read the rates off its curve, and write them."""
     world, device = start_processes(construct(ProcessConfig, given))
     start_logging(world)
     if world.size > 1:
         raise UsageError(f"calibration is one process's work, got {world.size}: start it plainly")
     config = calibration_config(given)
-    (directory,), out = config.caches, Path(config.out)
-    # The curve: an earlier command's, or measured now.
+    for directory in config.caches:
+        check_cache(config, directory)
+    for number, directory in enumerate(config.caches):
+        out = Path(config.out)
+        out = out.with_stem(f"{out.stem}{number or ''}")
+        calibrate(replace(config, teacher_cache=str(directory)), out, device)
+    return 0
+
+
+def check_cache(config: CalibrationConfig, directory: Path) -> None:
+    """Refuse a cache on which nothing, or no share of an accuracy, can be calibrated.
+
+    Raises:
+        UsageError: see above.
+    """
     cache = read_cache_config(directory)
     if cache.get("code"):
         raise UsageError(
             f"--teacher-cache '{directory}' is coded: rates are calibrated on the teacher's own "
             "embeddings, of a cache without --code-with"
         )
+    modalities = modalities_of(cache["teacher"])
+    if config.shares and modalities != MODALITIES:
+        raise UsageError(
+            f"--shares: the teacher of --teacher-cache '{directory}' embeds {modalities[0]}s "
+            "alone, and finds no image's caption: give --bits"
+        )
+
+
+def calibrate(config: CalibrationConfig, out: Path, device: torch.device) -> None:
+    """Find and write the rates of one cache."""
+    (directory,) = config.caches
+    # The curve: an earlier command's, or measured now.
+    cache = read_cache_config(directory)
     shards = find_shards(directory, config.train_data, config.index_dir)
     settings = conditions(config, cache, shards)
     curve = earlier_curve(out, settings)
@@ -106,23 +134,30 @@ def start(given: Given) -> int:
         write(out, curve)  # a share that can't be reached must not lose it
     # What it says.
     teacher, among = curve["teacher_accuracy"], curve["among"]
-    print(f"image → text top-1 among {among} held-out pairs: the teacher {100 * teacher:.1f} %")
+    if teacher is not None:
+        print(f"image → text top-1 among {among} held-out pairs: the teacher {100 * teacher:.1f} %")
     for point in curve["curve"]:
-        bits = ", ".join(f"{v:.0f} bits per {m}" for m, v in point["bits"].items())
-        kept = f"{100 * point['accuracy']:5.1f} %, share {point['share']:.3f}, {bits}"
+        kept = ", ".join(f"{v:.0f} bits per {m}" for m, v in point["bits"].items())
+        if teacher:
+            kept = f"{100 * point['accuracy']:5.1f} %, share {point['share']:.3f}, {kept}"
         print(f"  R = {point['rate']:<8g} {kept}")
-    # The rates of the wanted shares.
-    measured = ([point[k] for point in curve["curve"]] for k in ("rate", "share"))
+    # The rates of the wanted shares, or bits.
+    name = "shares" if config.shares else "bits"
+    wanted, sweep_rates = getattr(config, name), [point["rate"] for point in curve["curve"]]
+    if name == "shares":
+        check_teacher(directory, teacher, among)
+        measured = [point["share"] for point in curve["curve"]]
+    else:
+        measured = [fmean(point["bits"].values()) for point in curve["curve"]]
     try:
-        rates = rates_for(config.shares, *measured)
+        rates = rates_for(wanted, sweep_rates, measured, f"--{name}")
     except UsageError as error:
-        raise UsageError(f"{error}; {out} keeps the curve for other shares") from None
-    write(out, {"shares": config.shares, "rates": rates, **curve})
+        raise UsageError(f"{error}; {out} keeps the curve for other {name}") from None
+    write(out, {name: wanted, "rates": rates, **curve})
     flags = f"--rdm-reduction sum --rates {' '.join(f'{rate:g}' for rate in rates)}"
     write_text(out.with_suffix(".args"), f"# training.calibrate, see {out.name}\n{flags}\n")
     print(f"{out}, {out.with_suffix('.args')}")
-    print(f"keeping {' '.join(f'{k:g}' for k in config.shares)}: {flags}")
-    return 0
+    print(f"{name} {' '.join(f'{k:g}' for k in wanted)}: {flags}")
 
 
 def conditions(config: CalibrationConfig, cache: dict, shards: list[str]) -> dict:
@@ -149,7 +184,7 @@ def earlier_curve(out: Path, settings: dict) -> dict | None:
     if content.get("conditions") != settings:
         return None
     print(f"{out} holds the curve of this cache and these settings: read", flush=True)
-    return {name: value for name, value in content.items() if name not in ("shares", "rates")}
+    return {name: value for name, value in content.items() if name not in WANTED}
 
 
 def write(out: Path, content: dict) -> None:
@@ -164,28 +199,30 @@ def sweep(
     """Train the sweep and measure it.
 
     Returns:
-        ``among`` (captions an image chose from), ``teacher_accuracy``, and ``curve``: the points
-        with their shares of it.
+        ``among`` (captions an image chose from), ``teacher_accuracy`` (None of one modality), and
+        ``curve``: the points with their shares of it, where it is not zero.
 
     Raises:
-        UsageError: the teacher's accuracy is nearly none, which is known before any training.
+        UsageError: shares are wanted of an accuracy that is nearly none, which is known before any
+            training.
     """
     (directory,) = config.caches
     pairs = read_pairs(directory, shards, config.samples, config.seed)
-    training, held_out = split(pairs.image.shape[1], config.held_out, config.among, config.seed)
+    training, held_out = split(pairs.like.shape[1], config.held_out, config.among, config.seed)
     among = min(config.among, len(held_out))
     print(
         f"{directory}: {len(training):,} pairs to train on, {len(held_out):,} held out, "
         f"{len(config.sweep)} rates in {config.steps} steps of {config.batch_size}",
         flush=True,
     )
-    pairs = Pairs(*(x.to(device) for x in pairs))
+    pairs = pairs.to(device)
     held_out_pairs = pairs.rows(held_out)
     own = teacher_accuracy(*held_out_pairs, among)
-    check_teacher(directory, own, among)
+    if config.shares:
+        check_teacher(directory, own, among)
     bank = train_sweep(config, pairs, training, teacher).eval()
     curve = measure(bank, *held_out_pairs, among)
-    points = [{**p._asdict(), "share": p.accuracy / own} for p in curve]
+    points = [p._asdict() | ({"share": p.accuracy / own} if own else {}) for p in curve]
     return {"among": among, "teacher_accuracy": own, "curve": points}
 
 
@@ -239,20 +276,18 @@ def read_pairs(directory: Path, shards: list[str], most: int, seed: int) -> Pair
     for shard in shards:
         verify_shard(directory, shard)
     embeddings = [read_embeddings(directory / f"{shard}.safetensors") for shard in shards]
-    arrays = {modality: [e[modality] for e in embeddings] for modality in MODALITIES}
-    usable = [np.all([are_unit(e[m]).all(axis=0) for m in MODALITIES], axis=0) for e in embeddings]
+    usable = [np.all([are_unit(x).all(axis=0) for x in e.values()], axis=0) for e in embeddings]
     shard_of = np.repeat(np.arange(len(shards)), [len(u) for u in usable])
     place = np.concatenate([np.arange(len(u)) for u in usable])
     rows = np.flatnonzero(np.concatenate(usable))
     generator = torch.Generator().manual_seed(derive_seed(seed, "calibrate", "samples"))
     rows = np.sort(rows[torch.randperm(len(rows), generator=generator)[:most].numpy()])
     taken = [(n, place[rows[shard_of[rows] == n]]) for n in range(len(shards))]
-    return Pairs(
-        *(
-            torch.from_numpy(np.concatenate([arrays[m][n][:, p] for n, p in taken], axis=1))
-            for m in MODALITIES
-        )
-    )
+    arrays = {
+        m: torch.from_numpy(np.concatenate([embeddings[n][m][:, p] for n, p in taken], axis=1))
+        for m in embeddings[0]
+    }
+    return Pairs(arrays.get("image"), arrays.get("text"))
 
 
 def split(samples: int, held_out: int, among: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -274,14 +309,14 @@ def split(samples: int, held_out: int, among: int, seed: int) -> tuple[Tensor, T
 
 @dataclass
 class PairBatch:
-    """Some pairs' unit embeddings, (B, T) float32."""
+    """Some pairs' unit embeddings, (B, T) float32, as far as there are."""
 
-    image: Tensor
-    text: Tensor
+    image: Tensor | None
+    text: Tensor | None
     skipped: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.image)
+        return len(self.text if self.image is None else self.image)
 
     def to(self, device: torch.device) -> "PairBatch":
         """Itself: cached pairs are on the device already."""
@@ -330,101 +365,14 @@ class SweepStage(Stage[PairBatch]):
 
     def targets(self, batch: PairBatch) -> list[Features]:
         """The teacher's features."""
-        return [Features(batch.image, batch.text, batch.image.new_ones(()))]
+        return [Features(batch.image, batch.text, None)]
 
 
 def train_sweep(config: CalibrationConfig, pairs: Pairs, rows: Tensor, teacher: dict) -> RDMBank:
     """One bank with all rates of the sweep, trained as stage 1 trains."""
-    device = pairs.image.device
+    device = pairs.like.device
     bank = make_bank(config, teacher, config.sweep, config.seed)
     trainer = Trainer(SweepStage(bank, device), config, config.steps, device=device)
     train(trainer, PairLoader(pairs, rows, min(config.batch_size, len(rows)), config.seed), config)
     trainer.check_finite()
     return bank
-
-
-@torch.no_grad()
-def teacher_accuracy(images: Tensor, texts: Tensor, among: int) -> float:
-    """The teacher's top-1 on held-out pairs (N, T): what `measure` is of its RDMs."""
-    groups = _groups(images, texts, among)
-    return sum(top1_hits(image, text, same) for image, text, same in groups) / len(images)
-
-
-@torch.no_grad()
-def measure(bank: RDMBank, images: Tensor, texts: Tensor, among: int) -> list[Point]:
-    """What each rate's RDMs keep, on held-out pairs (N, T).
-
-    Args:
-        bank: in evaluation mode: rounding in place of noise, as in stage 2.
-        images, texts: unit teacher embeddings.
-        among: captions that each image chooses from.
-    """
-    hits = torch.zeros(len(bank.rates), dtype=torch.float64)
-    report: dict[str, Tensor] = {}
-    for image, text, same in _groups(images, texts, among):
-        spaces = zip(bank.image.reconstruct(image), bank.text.reconstruct(text))
-        for k, (x, y) in enumerate(spaces):
-            hits[k] += top1_hits(x, y, same)
-        for name, value in bank(image, text, None)[1].items():
-            report[name] = report.get(name, 0) + value.double().cpu() * len(image)
-    accuracy = (hits / len(images)).tolist()
-    means = {name: (value / len(images)).tolist() for name, value in report.items()}
-    return [
-        Point(
-            rate,
-            accuracy[k],
-            {m: means[f"{m}/bits"][k] for m in MODALITIES},
-            {m: means[f"{m}/distortion"][k] for m in MODALITIES},
-        )
-        for k, rate in enumerate(bank.rates)
-    ]
-
-
-def _groups(images: Tensor, texts: Tensor, among: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pairs that are asked together, and which of their captions are the same to the teacher."""
-    for image, text in zip(images.split(among), texts.split(among)):
-        yield image, text, torch.cdist(text, text, compute_mode=EXACT) < 1e-3
-
-
-def top1_hits(images: Tensor, texts: Tensor, same: Tensor) -> int:
-    """How many images (N, T) have their own caption (N, T) nearest.
-
-    Args:
-        same: (N, N) captions that are equal in the teacher's space count as one's own. A tie with
-            another caption is a miss, so that what maps everything to one point knows nothing.
-    """
-    scores = images.double() @ texts.double().T
-    own = scores.masked_fill(~same, -torch.inf).amax(dim=1)
-    other = scores.masked_fill(same, -torch.inf).amax(dim=1)
-    return int((own > other + 1e-9).sum())
-
-
-def rates_for(wanted: list[float], sweep: list[float], shares: list[float]) -> list[float]:
-    """The rate of each wanted share: read off the monotone curve, three significant digits.
-
-    Args:
-        wanted: shares of the teacher's accuracy.
-        sweep: ascending rates.
-        shares: what was measured at them, noise included.
-
-    Raises:
-        UsageError: a share is outside of what the sweep reaches.
-    """
-    fitted, x = isotonic_regression(shares), np.log(sweep)
-    rates = []
-    for share in wanted:
-        if share > fitted[-1]:
-            raise UsageError(
-                f"--shares {share:g} can't be reached: the largest rate, R = {sweep[-1]:g}, keeps "
-                f"{fitted[-1]:.3f}; extend --sweep upwards, raise --steps, or ask for less"
-            )
-        if share < fitted[0]:
-            raise UsageError(
-                f"--shares {share:g} can't be reached: the smallest rate, R = {sweep[0]:g}, still "
-                f"keeps {fitted[0]:.3f}; extend --sweep downwards, or ask for more"
-            )
-        i = max(1, int(np.searchsorted(fitted, share)))
-        step = fitted[i] - fitted[i - 1]
-        part = (share - fitted[i - 1]) / step if step else 0.0
-        rates.append(float(f"{math.exp(x[i - 1] + part * (x[i] - x[i - 1])):.3g}"))
-    return rates

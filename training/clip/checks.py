@@ -1,8 +1,11 @@
 """What is refused of a configuration before anything of it is read or made."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from cifd_clip.artefact import MODALITIES, modalities_of
 from cifd_clip.methods import DECLARED
 from cifd_clip.names import nearby
 from training.clip.config import OWN_WEIGHTS, Config, MethodConfig
@@ -78,6 +81,37 @@ def _check_zeroshot(config: Config) -> None:
         )
 
 
+def check_modalities(config: Config, teachers: Sequence[dict[str, Any]]) -> None:
+    """Refuse teachers of one modality of whom a method, or a tower, can't learn.
+
+    Args:
+        config: of the run.
+        teachers: their identities, as far as their modalities go.
+    """
+    single = [teacher["model"] for teacher in teachers if modalities_of(teacher) != MODALITIES]
+    if not single or config.distill == "rdm":
+        return
+    if not DECLARED[config.distill].one_modality:
+        able = " and ".join(name for name, method in DECLARED.items() if method.one_modality)
+        raise UsageError(
+            f"--distill {config.distill} compares images with texts, and the teacher {single[0]} "
+            f"embeds one of the two: such teachers are for {able}, and rdm for their banks"
+        )
+    frozen = {
+        "image": config.lock_image and not config.lock_image_unlocked_groups,
+        "text": config.lock_text and not config.lock_text_unlocked_layers,
+    }
+    taught = {modality for teacher in teachers for modality in modalities_of(teacher)}
+    for modality in MODALITIES:
+        idle = modality not in taught and not frozen[modality]
+        if idle and not config.options.get("lambda_cl"):
+            raise UsageError(
+                f"--distill {config.distill}: {', '.join(single)} embeds no {modality}s, and "
+                f"nothing else trains the student's {modality} tower: add a teacher that does, "
+                f"--lock-{modality}, or cifd's contrastive term (--lambda-cl)"
+            )
+
+
 def _check_teachers(config: Config) -> None:
     names, weights = config.teachers, list(filter(None, config.distill_pretrained.split(",")))
     count = max(len(names), len(config.caches))
@@ -114,6 +148,6 @@ def check_teacher_weights(config: MethodConfig) -> None:
     if len(weights) != needed:
         raise UsageError(
             f"--distill-pretrained names {len(weights)} weights, but --distill-model "
-            f"'{config.distill_model}' needs {needed} (none for a run or a "
-            f"model folder){nearby(config.distill_model)}"
+            f"'{config.distill_model}' needs {needed} (none for a run, a model "
+            f"folder or hf-text:FOLDER){nearby(config.distill_model)}"
         )

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cifd_clip import RDMBank
+from cifd_clip.artefact import MODALITIES
 from cifd_clip.files import file_hash, read_json, write_tensors
-from cifd_clip.rdm import MODALITIES, RateDistortionModules
+from cifd_clip.rdm import RateDistortionModules
 from cifd_clip.teacher import weights_hash
 from training.engine.run import bank_folder
 from training.errors import Failure, UsageError
@@ -136,7 +137,8 @@ def read_codecs(directory: Path) -> dict[str, Codec]:
     if file_hash(path) != read_json(directory / "config.json")["code"]["sha256"]:
         raise Failure(f"{path} is damaged, and with it all of the cache: write it anew")
     tensors = load_file(path)
-    return {modality: Codec.of(tensors, modality) for modality in MODALITIES}
+    there = {name.partition("/")[0] for name in tensors}
+    return {modality: Codec.of(tensors, modality) for modality in MODALITIES if modality in there}
 
 
 class CodedRows:
@@ -191,7 +193,7 @@ class Coder:
         """Write a cache's tables, if they are not there, and say what it is coded with."""
         path = directory / FILE
         if not path.is_file():
-            made = {m: tables(getattr(self.bank, m), self.module) for m in MODALITIES}
+            made = {m: tables(getattr(self.bank, m), self.module) for m in self.bank.modalities}
             write_tensors(path, {f"{m}/{n}": t for m, own in made.items() for n, t in own.items()})
         rate, bank = self.bank.rates[self.module], weights_hash(self.bank)
         return {"rate": rate, "bank": bank, "sha256": file_hash(path)}

@@ -25,7 +25,9 @@ DISTILL = (*DECLARED, "rdm")
 RATES = (10000.0, 3000.0, 1000.0)
 MODEL_CONFIG = "open_clip_config.json"  # of an OpenCLIP folder
 CACHE_FORMAT = 2
-OWN_WEIGHTS = ("local-dir:", "hf-hub:")  # models that bring their own
+OWN_WEIGHTS = ("local-dir:", "hf-hub:", "hf-text:")  # models that bring their own
+#: What begins the names of teachers that embed one modality.
+ONE_MODALITY = {"timm:": "image", "hf-text:": "text"}
 
 
 class Bank(NamedTuple):
@@ -41,12 +43,23 @@ def summed_rates(rates: Sequence[float], reduction: str, dim: int) -> list[float
     return [rate / dim if reduction == "mean" else rate for rate in rates]
 
 
+def modality_of(name: str) -> str | None:
+    """The modality of a teacher that embeds one alone, by its name; None of an OpenCLIP model."""
+    return next((m for prefix, m in ONE_MODALITY.items() if name.startswith(prefix)), None)
+
+
 class TeacherName(NamedTuple):
     """A teacher as the command line names it."""
 
     model: str
     weights: str | None
     """A tag or a file; None where the model brings its own."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its name says of it, as `cifd_clip.Teacher.identity` has it."""
+        modality = modality_of(self.model)
+        return {"model": self.model} | ({"modalities": [modality]} if modality else {})
 
 
 def model_folder(spec: str) -> Path | None:
@@ -67,7 +80,8 @@ class MethodConfig:
     )
     distill_model: str = flag(
         "",
-        "teachers: architectures, runs or model folders",
+        "teachers: architectures, runs or model folders; for fd, cifd and rdm also timm:NAME (of "
+        "images alone) and hf-text:FOLDER (of texts alone)",
         metavar="NAME|RUN[,...]",
         moves=True,
     )
@@ -330,6 +344,9 @@ class CalibrationConfig(Config):
     """What `training.calibrate` is told: a run's flags, and how rates are to be found."""
 
     shares: tuple[float, ...] = flag((), "of the teacher's accuracy, such as 0.95 0.85 0.7")
+    bits: tuple[float, ...] = flag(
+        (), "in place of --shares: of an embedding, the mean of a teacher's modalities", above=0
+    )
     sweep: tuple[float, ...] = flag(
         (10.0, 22.0, 46.0, 100.0, 220.0, 460.0, 1000.0, 2200.0, 4600.0, 10000.0),
         "rates to measure",

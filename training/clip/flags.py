@@ -11,7 +11,12 @@ from typing import Any
 
 from cifd_clip.artefact import read_bank_config
 from cifd_clip.methods import DECLARED, Option
-from training.clip.checks import check, check_captions, check_teacher_weights
+from training.clip.checks import (
+    check,
+    check_captions,
+    check_modalities,
+    check_teacher_weights,
+)
 from training.clip.config import (
     RATES,
     Bank,
@@ -163,11 +168,13 @@ def parse_calibration(argv: Sequence[str]) -> Given:
     p = parser(
         "training.calibrate",
         "Choose the rates R by what their RDMs keep of the teacher: one bank with a sweep of rates "
-        "is trained on a teacher cache and asked held-out training pairs; no test split is looked "
-        "at. Takes the flags of training.main (a recipe serves both). Written: FILE.json with the "
-        "curve, and FILE.args for training.main @FILE.args.",
-        "python -m training.calibrate [@recipe.args] --teacher-cache DIR --shares X [X ...]\n"
-        "           [--sweep R R ...] [--steps N] [--out FILE.json] [flags]",
+        "is trained on each teacher cache and asked held-out training pairs; no test split is "
+        "looked at. Takes the flags of training.main (a recipe serves both). Written: FILE.json "
+        "with the curve, and FILE.args for training.main @FILE.args; of a second cache FILE1.json "
+        "and FILE1.args.",
+        "python -m training.calibrate [@recipe.args] --teacher-cache DIR[,DIR]\n"
+        "           (--shares X [X ...] | --bits B [B ...]) [--sweep R R ...] [--steps N]\n"
+        "           [--out FILE.json] [flags]",
     )
     add_flags(p.add_argument_group("calibration"), CalibrationConfig, besides=Config)
     given = p.given(argv)
@@ -192,8 +199,8 @@ def named_files(given: Given) -> dict[str, Any]:
     if folders and all(map(holds_bank, folders)):
         read = [(folder, read_bank_config(folder)) for folder in folders]
         said["banks"] = [Bank(str(folder), bank["rates"], bank["dim"]) for folder, bank in read]
-    if given.get("teacher_cache"):
-        said["cache"] = read_cache_config(Path(given["teacher_cache"].split(",")[0]))
+    caches = filter(None, given.get("teacher_cache", "").split(","))
+    said["caches"] = [read_cache_config(Path(folder)) for folder in caches]
     return said
 
 
@@ -202,7 +209,7 @@ def resolve(
     world_size: int = 1,
     device_type: str = "cpu",
     banks: Sequence[Bank] = (),
-    cache: dict[str, Any] | None = None,
+    caches: Sequence[dict[str, Any]] = (),
 ) -> Config:
     """The configuration that flags amount to.
 
@@ -210,13 +217,15 @@ def resolve(
         given: flags, see `parse`.
         world_size: number of processes.
         device_type: where they compute.
-        banks, cache: what files say, see `named_files`.
+        banks, caches: what files say, see `named_files`.
 
     Raises:
         UsageError: a flag is missing, out of range, or contradicts another.
     """
-    config = construct(Config, resolved(given, world_size, device_type, banks, cache))
+    config = construct(Config, resolved(given, world_size, device_type, banks, caches))
     check(config)
+    teachers = [cache["teacher"] for cache in caches] or [t.identity for t in config.teachers]
+    check_modalities(config, teachers)
     return config
 
 
@@ -225,14 +234,14 @@ def resolved(
     world_size: int = 1,
     device_type: str = "cpu",
     banks: Sequence[Bank] = (),
-    cache: dict[str, Any] | None = None,
+    caches: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Flags, and those that others, files or processes decide about where they are not given.
 
     Args:
         given, world_size, device_type: see `resolve`.
         banks: those that ``--rdm-bank`` names.
-        cache: ``config.json`` of the (first) cache that ``--teacher-cache`` names.
+        caches: ``config.json`` of those that ``--teacher-cache`` names.
     """
     values = dict(given)
     distill = given.get("distill", Config.distill)
@@ -256,7 +265,7 @@ def resolved(
         values.setdefault("rates", RATES)
     else:  # recipes are shared among methods
         values["rates"] = ()
-    if cache is not None:
+    for cache in caches[:1]:
         values["views"] = given.get("views") or cache["views"]
         for name in ("view_seed", "image_backend"):
             values.setdefault(name, cache[name])
@@ -330,10 +339,14 @@ def calibration_config(given: Given) -> CalibrationConfig:
     values |= {"epochs": 1, "accum_freq": 1, "batch_size": values["global_batch"]}
     values.setdefault("log_every_n_steps", max(1, steps // 10))
     config = construct(CalibrationConfig, values)
-    if len(config.caches) != 1:
-        raise UsageError("--teacher-cache DIR is needed: the cache of one teacher")
-    if not config.shares or not all(0 < share < 1 for share in config.shares):
-        raise UsageError("--shares needs numbers between 0 and 1, such as --shares 0.95 0.85 0.7")
+    if not config.caches:
+        raise UsageError("--teacher-cache DIR is needed: the cache of a teacher, or several's")
+    if config.shares and config.bits:
+        raise UsageError("--shares and --bits both say what is to be kept: give one")
+    if not config.bits and not (config.shares and all(0 < share < 1 for share in config.shares)):
+        raise UsageError(
+            "--shares needs numbers between 0 and 1, such as --shares 0.95 0.85 0.7 (or --bits)"
+        )
     if len(config.sweep) < 2:
         raise UsageError("--sweep needs two positive rates or more")
     if not config.out.endswith(".json"):

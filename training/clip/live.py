@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import open_clip
 import torch
+from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 
 from cifd_clip import Teacher
 from cifd_clip.losses import Features
+from training.clip.config import modality_of
 from training.clip.models import quiet
 from training.data.index import Sources
 from training.data.loader import Batch, Fetcher
@@ -64,9 +66,12 @@ class Transforms:
     def add_texts(self, name: str, config: dict) -> int:
         """The place in ``Batch.texts`` of a model's tokens."""
         text = config.get("text_cfg", {})
+        length, source = text.get("context_length"), text.get("hf_tokenizer_name", "")
         with quiet():
-            tokenizer = open_clip.get_tokenizer(name, context_length=text.get("context_length"))
-        source = text.get("hf_tokenizer_name", "")
+            if modality_of(name):
+                tokenizer = HFTokenizer(source, context_length=length)
+            else:
+                tokenizer = open_clip.get_tokenizer(name, context_length=length)
         options = repr(sorted(text.get("tokenizer_kwargs", {}).items()))
         key = (type(tokenizer).__name__, tokenizer.context_length, source, options)
         if key not in self._tokenizer_keys:
@@ -90,9 +95,14 @@ class LiveTeachers:
 
     def __init__(self, teachers: list[Teacher], configs: list[dict], transforms: Transforms):
         self.teachers = teachers
-        self.specs = [ImageSpec.of(t.model.visual.preprocess_cfg) for t in teachers]
-        self.images = [transforms.add_images(spec) for spec in self.specs]
-        self.texts = [transforms.add_texts(t.name, c) for t, c in zip(teachers, configs)]
+        self.specs = [
+            ImageSpec.of(t.preprocess) if "image" in t.modalities else None for t in teachers
+        ]
+        self.images = [spec and transforms.add_images(spec) for spec in self.specs]
+        self.texts = [
+            transforms.add_texts(t.name, c) if "text" in t.modalities else None
+            for t, c in zip(teachers, configs)
+        ]
         self._bad: Tensor | None = None  # how many samples, and which of the newest
         self._newest: deque[tuple[list[str], Tensor]] = deque(maxlen=NEWEST)
 
@@ -121,7 +131,10 @@ class LiveTeachers:
     def features(self, batch: Batch) -> list[Features]:
         """Every teacher's features of a batch, whatever they are."""
         return [
-            teacher(normalise(batch.images[image], spec), batch.texts[text])
+            teacher(
+                spec and normalise(batch.images[image], spec),
+                None if text is None else batch.texts[text],
+            )
             for teacher, spec, image, text in zip(
                 self.teachers, self.specs, self.images, self.texts
             )
@@ -136,7 +149,7 @@ class LiveTeachers:
         every = self.features(batch)
         if not every:
             return every
-        finite = [f.image.isfinite().all(dim=-1) & f.text.isfinite().all(dim=-1) for f in every]
+        finite = [getattr(f, m).isfinite().all(dim=-1) for f in every for m in f.modalities]
         bad = ~torch.stack(finite).all(dim=0)
         self._bad = bad.sum() + (0 if self._bad is None else self._bad)
         self._newest.append((batch.keys, bad))
@@ -144,7 +157,7 @@ class LiveTeachers:
         rows = torch.where(bad, (~bad).int().argmax(), rows)
         batch.images = [images[rows] for images in batch.images]
         batch.texts = [texts[rows] for texts in batch.texts]
-        return [f._replace(image=f.image[rows], text=f.text[rows]) for f in every]
+        return [f.map(lambda x: x[rows]) for f in every]
 
     def bad_samples(self) -> Counter[str]:
         """Samples replaced since it was last called; reads the device."""

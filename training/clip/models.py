@@ -24,7 +24,8 @@ from cifd_clip.names import did_you_mean, nearby
 from cifd_clip.noise import derive_seed
 from cifd_clip.teacher import Teacher
 from cifd_clip.towers import use_custom_blocks
-from training.clip.config import OWN_WEIGHTS, Config, StudentConfig, model_folder
+from training.clip import one_modality
+from training.clip.config import OWN_WEIGHTS, Config, StudentConfig, modality_of, model_folder
 from training.errors import UsageError
 
 TEACHER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --distill-precision
@@ -50,6 +51,10 @@ def model_config(name: str, flag: str) -> dict:
     Raises:
         UsageError: there is none.
     """
+    if modality_of(name):
+        raise UsageError(
+            f"{flag} '{name}' is a teacher of one modality: expected an OpenCLIP model here"
+        )
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
         if not path.is_file():
@@ -78,6 +83,13 @@ def model_config(name: str, flag: str) -> dict:
             f"{did_you_mean(name, open_clip.list_models()) or nearby(name)}"
         )
     return copy.deepcopy(config)
+
+
+def teacher_config(name: str) -> dict:
+    """What `model_config` says of a teacher; of one modality, its tokens if it reads any."""
+    if modality_of(name) == "text":
+        return one_modality.text_config(name, "--distill-model")
+    return {} if modality_of(name) else model_config(name, "--distill-model")
 
 
 def check_weights(name: str, pretrained: str, flag: str, force_quick_gelu: bool = False) -> None:
@@ -111,16 +123,21 @@ def check_here(name: str, pretrained: str | None, flag: str, cache_dir: str | No
     Raises:
         UsageError: names the command that fetches them where there is a network.
     """
-    tag = open_clip.get_pretrained_cfg(name, pretrained or "") or {}
     hub = name.startswith("hf-hub:")
-    repository = name.removeprefix("hf-hub:") if hub else tag.get("hf_hub", "").rpartition("/")[0]
+    if modality_of(name):
+        repository = one_modality.repository(name, pretrained)
+    else:
+        tag = open_clip.get_pretrained_cfg(name, pretrained or "") or {}
+        repository = (
+            name.removeprefix("hf-hub:") if hub else tag.get("hf_hub", "").rpartition("/")[0]
+        )
     if not repository:
         return
     try:
         snapshot_download(repository, cache_dir=cache_dir, local_files_only=True)
     except LocalEntryNotFoundError:
         if trouble := unreachable():
-            spec = f"{name}:{pretrained}" if tag else name
+            spec = name if hub else f"{name}:{pretrained}"
             where = f" --cache-dir {cache_dir}" if cache_dir else ""
             raise UsageError(
                 f"{flag} '{spec}': its weights are not here, and {trouble}; fetch them where there "
@@ -255,21 +272,35 @@ def build_teachers(config: Config, device: torch.device) -> list[Teacher]:
     """The frozen teachers on their device, each with its own embedding space."""
     teachers = []
     for space, (name, pretrained) in enumerate(config.teachers):
-        options = {"cache_dir": config.cache_dir, "require_pretrained": True}
-        if pretrained:
-            check_weights(name, pretrained, "--distill-pretrained")
-            options["force_preprocess_cfg"] = images_of(pretrained)
-        model = _create(name, pretrained, "--distill-model", **options)
+        modality, prepared = modality_of(name), None
+        if modality:
+            one_modality.check(name, pretrained, "--distill-model")
+            check_here(name, pretrained, "--distill-model", config.cache_dir)
+            model, prepared = one_modality.build(
+                name, pretrained, "--distill-model", config.cache_dir
+            )
+        else:
+            options = {"cache_dir": config.cache_dir, "require_pretrained": True}
+            if pretrained:
+                check_weights(name, pretrained, "--distill-pretrained")
+                options["force_preprocess_cfg"] = images_of(pretrained)
+            model = _create(name, pretrained, "--distill-model", **options)
         if config.custom_blocks:
             use_custom_blocks(model)
-        teachers.append(Teacher(model, name, space))  # known by its weights as they were read
-        teachers[-1].cast(TEACHER_DTYPES[config.distill_precision])
+        # known by its weights as they were read
+        teacher = Teacher(model, name, space, modality=modality, preprocess=prepared)
+        teachers.append(teacher)
+        teacher.cast(TEACHER_DTYPES[config.distill_precision])
         model.to(device, memory_format=torch.channels_last)  # convolutions run faster
         if config.torchcompile:
-            teachers[-1].compile()
-        images = {k: model.visual.preprocess_cfg[k] for k in ("size", "mean", "std")}
-        shown = ", ".join(f"{key} {value}" for key, value in images.items())
-        logging.info("teacher %s, weights %s, images of %s", name, teachers[-1].weights[:12], shown)
+            teacher.compile()
+        known = ("size", "mean", "std", "context_length", "pooler")
+        shown = (f"{key} {teacher.preprocess[key]}" for key in known if key in teacher.preprocess)
+        logging.info(
+            "teacher %s, weights %s, %s of %s",
+            *(name, teacher.weights[:12], "texts" if modality == "text" else "images"),
+            ", ".join(shown),
+        )
     return teachers
 
 

@@ -23,7 +23,7 @@ from cifd_clip import (
     World,
     with_assistants,
 )
-from cifd_clip.artefact import read_bank_config
+from cifd_clip.artefact import modalities_of, read_bank_config
 from cifd_clip.losses import Features
 from cifd_clip.noise import Noise, derive_seed
 from cifd_clip.teacher import weights_hash
@@ -35,9 +35,9 @@ from training.clip.models import (
     build_student,
     build_teachers,
     has_batch_norm,
-    model_config,
     save_student,
     student_config,
+    teacher_config,
 )
 from training.data.loader import Batch
 from training.data.views import (
@@ -90,8 +90,7 @@ class ClipStage(Stage[Batch]):
     def concatenate(self, parts: list[list[Features]]) -> list[Features]:
         return [
             features[0]._replace(
-                image=torch.cat([f.image for f in features]),
-                text=torch.cat([f.text for f in features]),
+                **{m: torch.cat([getattr(f, m) for f in features]) for m in features[0].modalities}
             )
             for features in zip(*parts)
         ]
@@ -192,15 +191,16 @@ class StudentStage(ClipStage):
         self.banks = {n: bank.to(device) for n, bank in load_banks(banks, self.source).items()}
         self.options = config.options
         self.lambdas = share_weights(config.options.get("lambda_n", ()), self.banks)
-        dims = list(self.source.dims)
+        dims, modalities = list(self.source.dims), list(map(modalities_of, self.source.identities))
         self.first_space = {}  # of a teacher's assistants, where each has a projector of its own
         for teacher, bank in self.banks.items():
             if self.options.get("projector") == "each":
                 self.first_space[teacher] = len(dims)
                 dims += [dims[teacher]] * len(bank.rates)
+                modalities += [modalities[teacher]] * len(bank.rates)
         # What trains, and the average of its weights.
         self.rates = []
-        self.task = make_task(config, model, dims, world, config.seed)
+        self.task = make_task(config, model, dims, world, config.seed, modalities)
         self.task.to(device, memory_format=torch.channels_last)  # convolutions run faster
         if not self.task.method.uses_logit_scale:
             self._fix_temperature(model)
@@ -210,10 +210,12 @@ class StudentStage(ClipStage):
             compile_towers(self.task.student)
 
     def _fix_temperature(self, model: nn.Module) -> None:
-        """No term trains the temperature: ship the teacher's, and give it no gradient."""
+        """No term trains the temperature: ship a teacher's, if one has any; it gets no gradient."""
         model.logit_scale.requires_grad_(False)
+        scales = filter(None, (teacher.get("logit_scale") for teacher in self.source.identities))
         with torch.no_grad():
-            model.logit_scale.fill_(self.source.identities[0]["logit_scale"]).log_()
+            if scale := next(scales, None):
+                model.logit_scale.fill_(scale).log_()
         if model.logit_bias is not None:
             model.logit_bias.requires_grad_(False)
 
@@ -311,12 +313,17 @@ def check_accumulation(config: Config, model: nn.Module) -> None:
 
 
 def make_task(
-    config: MethodConfig, model: nn.Module, teacher_dims: list[int], world: World, seed: int
+    config: MethodConfig,
+    model: nn.Module,
+    teacher_dims: list[int],
+    world: World,
+    seed: int,
+    modalities: Sequence[Sequence[str]] | None = None,
 ) -> DistillationTask:
-    """A student under its method."""
+    """A student under its method; arguments as of `cifd_clip.Method`."""
     student = Student(model, config.options.get("ibm_site", "projection"))
     generator = torch.Generator().manual_seed(derive_seed(seed, "method"))
-    method = METHODS[config.distill](student, teacher_dims, config.options, generator)
+    method = METHODS[config.distill](student, teacher_dims, config.options, generator, modalities)
     return DistillationTask(student, method, world)
 
 
@@ -342,7 +349,7 @@ def make_teachers(
         cached = CachedTeachers(config.caches, config.teachers, wanted)
         transforms.stored = cached.stored
         return cached
-    configs = [model_config(name, "--distill-model") for name, _ in config.teachers]
+    configs = [teacher_config(name) for name, _ in config.teachers]
     return LiveTeachers(build_teachers(config, device), configs, transforms)
 
 
