@@ -1,5 +1,6 @@
 """README is true: its code runs, commands are read by their own parsers, files are there."""
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -59,10 +60,21 @@ def commands(shell: str) -> list[tuple[str, list[str]]]:
 
 *SHELL, TREE = blocks("")
 EVERY = commands("".join(SHELL))
+METHODS_MEASURED = ("none", "fd", "clipkd", "cifd")
 
 
 def test_it_is_short_enough_to_read():
     assert len(PAGE.splitlines()) <= 200
+
+
+def test_its_speed_on_a_gpu_is_what_was_measured():
+    students = json.loads((ROOT / "results/gpu/steps.json").read_text())["students"]
+    rows = re.findall(r"\| (ViT-\S+) \| (cached|live) \|(.*)\|\n", PAGE)
+    assert len(rows) == 4
+    for student, way, cells in rows:
+        speeds = students[student]["compiled"][way]["images_per_s"]
+        expected = [f"{speeds[m]:,.0f}" if m in speeds else "" for m in METHODS_MEASURED]
+        assert [cell.strip() for cell in cells.split("|")] == expected
 
 
 def test_its_python_runs():
