@@ -1,5 +1,6 @@
 """README is true: its code runs, commands are read by their own parsers, files are there."""
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -63,6 +64,18 @@ EVERY = commands("".join(SHELL))
 
 def test_it_is_short_enough_to_read():
     assert len(PAGE.splitlines()) <= 200
+
+
+def test_its_speed_on_a_gpu_is_what_was_measured():
+    students = json.loads((ROOT / "results/gpu/steps.json").read_text())["students"]
+    rows = re.findall(r"\| (ViT-\S+) \| (.*) \|\n", PAGE)
+    assert len(rows) == 2
+    for student, cells in rows:
+        measured = students[student]["compiled"]
+        speeds = [
+            measured[w]["images_per_s"][m] for w in ("cached", "live") for m in ("fd", "cifd")
+        ]
+        assert cells == " | ".join(f"{speed:,.0f}" for speed in speeds)
 
 
 def test_its_python_runs():
