@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.datasets import CIFAR100
 
 from cifd_clip import RDMBank
-from cifd_clip.artefact import read_bank_config
+from cifd_clip.artefact import MODALITIES, modalities_of, read_bank_config
 from cifd_clip.names import nearby
 from cifd_clip.teacher import weights_hash
 from eval import datasets, metrics, models, zeroshot
@@ -130,6 +130,12 @@ class ClipBank(Bank):
     def __init__(self, folder: Path, args: Namespace, forward: Forward):
         if not (args.data_root and args.datasets):
             raise UsageError(f"'{folder}' is a CLIP's bank: say --data-root DIR --datasets NAME")
+        modalities = modalities_of(read_bank_config(folder)["teacher"])
+        if modalities != MODALITIES:
+            raise UsageError(
+                f"'{folder}' is the bank of a teacher of {modalities[0]}s alone, which has no "
+                "zero-shot figures; its bits are in its run's metrics.jsonl"
+            )
         run = read_run(folder.parent) if (folder.parent / "config.json").is_file() else None
         if not (args.out or run):
             raise UsageError(f"'{folder}': the bank is in no run directory; say --out DIR")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from eval import cost as estimate
 from slurm.jobs import Job, Line, Site, read_lines
-from training.clip.config import Config
+from training.clip.config import OWN_WEIGHTS, Config, modality_of
 from training.clip.flags import parse, resolve
-from training.clip.models import add_model_configs, check_weights, model_config
+from training.clip.models import add_model_configs, check_model
 from training.errors import UsageError
 
 
@@ -75,14 +75,12 @@ def check_models(config: Config, known: dict[str, str]) -> None:
                 f"{model} '{name}' is an earlier line's --model-config {known[name]}: give it to "
                 "this line too"
             )
-        file = weights_file(name, tag)
-        own_weights = name.startswith(("local-dir:", "hf-hub:"))
-        if own_weights and not (file and file.is_file()):
+        file, modality = weights_file(name, tag), modality_of(name)
+        known_here = file.is_file() if file else modality
+        if (modality or name.startswith(OWN_WEIGHTS)) and not known_here:
             continue  # `missing`, or only the hub knows
-        model_config(name, model)
-        if tag and not file:
-            quick = config.force_quick_gelu and model == "--model"
-            check_weights(name, tag, weights, quick)
+        quick = config.force_quick_gelu and model == "--model"
+        check_model(name, tag if modality or not file else None, model, weights, quick)
 
 
 def models(config: Config) -> list[tuple[str, str, str, str | None]]:
@@ -94,8 +92,9 @@ def models(config: Config) -> list[tuple[str, str, str, str | None]]:
 
 def weights_file(name: str, weights: str | None) -> Path | None:
     """The file that a model comes from, if one; a tag has neither folder nor suffix."""
-    if name.startswith("local-dir:"):
-        return Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+    for kind, file in (("local-dir:", "open_clip_config.json"), ("hf-text:", "config.json")):
+        if name.startswith(kind):
+            return Path(name.removeprefix(kind)) / file
     if not weights or not ("/" in weights or Path(weights).suffix or Path(weights).is_file()):
         return None
     return Path(weights)

@@ -16,8 +16,11 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from cifd_clip import Features, RDMBank
 from cifd_clip.artefact import read_bank_config
 from cifd_clip.losses import element_weight, embedding_loss
+from eval.bank import main as eval_bank
 from runs import ROOT, assert_bit_equal, final, lines, word_tokenizer
+from slurm.clip import Line, check_models, missing
 from tiny import clip, pairs, task
+from training import prefetch
 from training.cache_teacher import main as write_cache
 from training.clip.flags import parse_args
 from training.clip.live import LiveTeachers, Transforms
@@ -216,6 +219,8 @@ def test_each_teacher_has_a_bank_of_its_modalities(flags, caches, tmp_path):
     named = ["--rdm-bank", ",".join(map(str, banks[::-1])), "--name", "named"]
     assert main([*command, *named]) == 0
     assert_bit_equal(final(tmp_path / "named"), final(tmp_path / "run"))
+    with pytest.raises(UsageError, match="of a teacher of images alone, which has no zero-shot"):
+        eval_bank([str(banks[1]), "--data-root", str(tmp_path), "--datasets", "digits"])
 
 
 def test_two_processes_train_what_one_does(flags, caches, tmp_path):
@@ -268,6 +273,23 @@ def test_a_refusal_that_the_command_line_shows_needs_no_torch(flags, backbone):
     command = [sys.executable, "-c", code, *flags, "--distill", "kd", *backbone]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "embeds one of the two" in done.stderr and done.stderr.strip().endswith("[]")
+
+
+def test_what_loads_from_this_disk_is_here_for_prefetch_and_for_a_study(backbone, encoder, capsys):
+    file = backbone[3]
+    assert prefetch.main([f"{backbone[1]}:{file}", encoder[1]]) == 0
+    assert capsys.readouterr().out.count("is here") == 2
+
+    def planned(*flags: str) -> list[str]:
+        config = parse_args(["--train-data", "none", "--distill", "cifd", *flags])
+        check_models(config, {})
+        return missing([Line([], config)])
+
+    assert planned(*backbone) == planned(*encoder) == []
+    assert planned(*backbone[:2], "--distill-pretrained", "gone/vit.pth") == ["gone/vit.pth"]
+    assert planned("--distill-model", "hf-text:gone") == ["gone/config.json"]
+    with pytest.raises(UsageError, match="its tags: r160_in1k"):
+        planned(*backbone[:2], "--distill-pretrained", "r161")
 
 
 def test_names_and_weights_that_are_none_are_refused(flags, backbone, encoder, tmp_path):

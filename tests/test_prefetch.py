@@ -54,6 +54,10 @@ def test_weights_that_are_not_here_are_refused_at_once_with_the_line_that_fetche
         teacher = ["--distill-model=ViT-B-32", "--distill-pretrained=laion2b_s34b_b79k"]
         config = parse_args(["--train-data=x", "--distill=kd", *teacher])
         build_teachers(config, torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"python -m training\.prefetch timm:test_vit:r160_in1k$"):
+        teacher = ["--distill-model=timm:test_vit", "--distill-pretrained=r160_in1k"]
+        config = parse_args(["--train-data=x", "--distill=cifd", *teacher])
+        build_teachers(config, torch.device("cpu"))
     with pytest.raises(UsageError, match=r"did you mean ViT-B-32"):
         models.load("ViT-B-33:laion2b_s34b_b79k", torch.device("cpu"))
     assert time.monotonic() - start < 10
@@ -95,6 +99,12 @@ def test_wrong_names_end_before_anything_is_fetched():
         prefetch.main(["ViT-B-17"])
     with pytest.raises(UsageError, match="neither a file nor a tag"):
         prefetch.main(["ViT-B-16:nothing"])
+    with pytest.raises(UsageError, match="did you mean test_vit"):
+        prefetch.main(["timm:test_vti:r160_in1k"])
+    with pytest.raises(UsageError, match=r"is neither a file nor a tag .*r160_in1k"):
+        prefetch.main(["timm:test_vit:r161"])
+    with pytest.raises(UsageError, match="names no weights"):
+        prefetch.main(["timm:test_vit"])
     with pytest.raises(UsageError, match="needs --data-root"):
         prefetch.main(["--datasets", "imagenetv2"])
     with pytest.raises(UsageError, match="does not exist"):

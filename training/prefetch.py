@@ -14,6 +14,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from training.clip.config import ONE_MODALITY, OWN_WEIGHTS, modality_of
 from training.engine.flags import CommandLine
 from training.errors import Failure, UsageError, cli
 
@@ -89,30 +90,32 @@ def fetch_dataset(name: str, root: Path) -> str:
 
 def check(spec: str) -> None:
     """Refuse what is no model, and weights that it has not."""
-    from training.clip.models import check_weights, model_config
+    from training.clip.models import check_model
 
-    name, pretrained = split(spec)
-    model_config(name, "MODEL")
-    if pretrained:
-        check_weights(name, pretrained, "MODEL")
+    check_model(*split(spec), "MODEL")
 
 
 def split(spec: str) -> tuple[str, str | None]:
-    """``NAME:PRETRAINED`` apart; ``local-dir:`` and ``hf-hub:`` belong to the name."""
-    if spec.startswith(("local-dir:", "hf-hub:")):
+    """``NAME:PRETRAINED`` apart; what says of which kind it is belongs to the name."""
+    if spec.startswith(OWN_WEIGHTS):
         return spec, None
-    name, _, pretrained = spec.partition(":")
-    return name, pretrained or None
+    kind = next((prefix for prefix in ONE_MODALITY if spec.startswith(prefix)), "")
+    name, _, pretrained = spec.removeprefix(kind).partition(":")
+    return kind + name, pretrained or None
 
 
 def load(spec: str, cache_dir: str | None) -> None:
     """Make the model and its tokenizer, as a job would; with a network, this fetches them."""
     import open_clip
 
+    from training.clip import one_modality
     from training.clip.models import quiet
 
     name, pretrained = split(spec)
     try:
+        if modality_of(name):
+            one_modality.build(name, pretrained, "MODEL", cache_dir)
+            return
         with quiet():
             open_clip.create_model(name, pretrained, device="cpu", cache_dir=cache_dir)
             open_clip.get_tokenizer(name)(["a photo"])

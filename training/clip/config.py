@@ -80,8 +80,7 @@ class MethodConfig:
     )
     distill_model: str = flag(
         "",
-        "teachers: architectures, runs or model folders; for fd, cifd and rdm also timm:NAME (of "
-        "images alone) and hf-text:FOLDER (of texts alone)",
+        "teachers: models, runs, folders, timm:NAME, hf-text:FOLDER",
         metavar="NAME|RUN[,...]",
         moves=True,
     )

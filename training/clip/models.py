@@ -92,6 +92,31 @@ def teacher_config(name: str) -> dict:
     return {} if modality_of(name) else model_config(name, "--distill-model")
 
 
+def check_model(
+    name: str,
+    pretrained: str | None,
+    flag: str,
+    weights_flag: str | None = None,
+    force_quick_gelu: bool = False,
+) -> None:
+    """Refuse what is no model, of one modality or both, and weights that it has not.
+
+    Args:
+        name, pretrained: the model and its tag or file, if it has one.
+        flag, weights_flag: that name them; one flag names both without the second.
+        force_quick_gelu: as the model is made.
+
+    Raises:
+        UsageError: see above.
+    """
+    if modality_of(name):
+        one_modality.check(name, pretrained, flag)
+        return
+    model_config(name, flag)
+    if pretrained:
+        check_weights(name, pretrained, weights_flag or flag, force_quick_gelu)
+
+
 def check_weights(name: str, pretrained: str, flag: str, force_quick_gelu: bool = False) -> None:
     """Refuse weights that don't exist or were trained with the other GELU.
 

@@ -65,12 +65,14 @@ def check(name: str, weights: str | None, flag: str) -> None:
     if name.startswith(TEXTS):
         text_config(name, flag)
         return
+    if not weights:
+        raise UsageError(f"{flag} '{name}' names no weights: give a tag or a file")
     architecture, named, tags = backbone(name)
     if not timm.is_model(architecture):
         raise UsageError(
             f"{flag} '{name}' is no timm model{did_you_mean(architecture, timm.list_models())}"
         )
-    for tag in filter(None, (named, None if weights and Path(weights).is_file() else weights)):
+    for tag in filter(None, (named, None if Path(weights).is_file() else weights)):
         if tag not in tags:
             raise UsageError(
                 f"{flag} '{name}': '{tag}' is neither a file nor a tag of {architecture} (its "
