@@ -308,4 +308,4 @@ class CachedTeachers:
         scale = image.new_full((), identity["logit_scale"])
         bias = identity["logit_bias"]
         bias = None if bias is None else image.new_full((), bias)
-        return Features(image, text, scale, bias, space)
+        return Features(image, text, scale, bias, space, space)
