@@ -14,7 +14,7 @@ from eval import bank, benchmark, cost, report
 from runs import CONFIGS
 from slurm.plan import grid_path
 from test_layers import ROOT
-from training import check_data, pack, prefetch
+from training import check_data, pack, prefetch, reinforced
 from training.classifier import config as classifier
 from training.clip import flags
 from training.commands import COMMANDS
@@ -29,6 +29,7 @@ PARSERS: dict[str, Callable] = {
     "training.check_data": lambda words: check_data._parser().parse_args(words),
     "training.prefetch": lambda words: prefetch._parser().parse_args(words),
     "training.pack": pack.parse,
+    "training.reinforced": reinforced.parse,
     "training.tune": plan.parse,
     "eval.benchmark": benchmark.parse,
     "eval.bank": bank.parse,
