@@ -223,6 +223,36 @@ def test_each_teacher_has_a_bank_of_its_modalities(flags, caches, tmp_path):
         eval_bank([str(banks[1]), "--data-root", str(tmp_path), "--datasets", "digits"])
 
 
+def test_a_cache_of_texts_alone_decodes_no_image(
+    flags, encoder, caches, tmp_path, monkeypatch, capsys
+):
+    """One pass over the captions, whose embeddings are those of the common pass."""
+    monkeypatch.setattr("training.data.loader.decode_image", None)
+    folder = tmp_path / "texts"
+    command = [*flags, *encoder, "--views", "2", "--teacher-cache", str(folder)]
+    assert write_cache(command) == 0
+    assert "96 text passes" in capsys.readouterr().out
+    for path in folder.glob("*.safetensors"):
+        rows = load_file(path)["text"]
+        torch.testing.assert_close(rows, load_file(Path(caches[2]) / path.name)["text"])
+    with pytest.raises(UsageError, match="no teacher of --distill-model reads images"):
+        write_cache([*command, "--store-views"])
+
+
+def test_a_bank_of_one_modality_codes_its_teachers_cache(flags, backbone, caches, tmp_path):
+    pytest.importorskip("constriction")
+    teacher = json.loads((Path(caches[1]) / "config.json").read_text())["teacher"]
+    draw = torch.Generator().manual_seed(0)
+    RDMBank(teacher, [300.0], teacher["dim"], generator=draw).save(tmp_path / "bank")
+    command = [*flags, *backbone, "--views", "2", "--teacher-cache", str(tmp_path / "coded")]
+    assert write_cache([*command, "--code-with", str(tmp_path / "bank")]) == 0
+    (shard,) = (f for f in (tmp_path / "coded").glob("*.safetensors") if f.stem != "code")
+    assert sorted(load_file(shard)) == ["image", "image/words"]
+    read = [*flags, "--teacher-cache", f"{caches[0]},{tmp_path / 'coded'}", "--distill", "fd"]
+    assert main([*read, "--logs", str(tmp_path), "--name", "run"]) == 0
+    assert lines(tmp_path / "run")[-1]["teacher1"] > 0
+
+
 def test_two_processes_train_what_one_does(flags, caches, tmp_path):
     """A projector for each modality, of teachers that have one: DDP waits for every gradient."""
     common = [*flags, "--teacher-cache", ",".join(caches), "--logs", str(tmp_path)]

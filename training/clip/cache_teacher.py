@@ -176,6 +176,11 @@ class Caches:
         folders = self.config.caches
         return [n for n in self.numbers if not all(is_complete(f, self.names[n]) for f in folders)]
 
+    @property
+    def passes(self) -> int:
+        """How many views of a sample are embedded: as many as one of the teachers wants."""
+        return max(self.views[m] for teacher in self.teachers.teachers for m in teacher.modalities)
+
     def embeddings_of(self, teacher: Teacher) -> int:
         """How many embeddings of a sample a teacher's cache holds."""
         return sum(self.views[modality] for modality in teacher.modalities)
@@ -187,19 +192,20 @@ class Caches:
 
     def describe_work(self) -> None:
         """Say what is left to do, and what it takes on the disk."""
-        views, left = self.config.views, self.left
+        left, kind = self.left, "image" if self.transforms.specs else "text"
         samples = int(self.sources.counts[left].sum())
         size = sum(map(self.bytes_of, self.teachers.teachers))
         print(
             f"{len(self.numbers) - len(left)} of {len(self.numbers)} "
             f"{'held-out ' if self.held_out else ''}shards are there; "
-            f"{samples * views:,} image passes and {'far less than ' * bool(self.coder)}"
+            f"{samples * self.passes:,} {kind} passes and {'far less than ' * bool(self.coder)}"
             f"{size / 2**30:.2f} GiB of embeddings to go",
             flush=True,
         )
         if self.writer and left:
             each = self.writer.bytes_of(self.sources.rows_of(left[0])[:32])
-            print(f"and about {samples * views * each / 2**30:.2f} GiB of stored views", flush=True)
+            size = samples * self.passes * each
+            print(f"and about {size / 2**30:.2f} GiB of stored views", flush=True)
 
     def begin(self) -> None:
         """Write the configurations, or refuse folders that hold other caches."""
@@ -291,8 +297,7 @@ class Caches:
         self, sources: Sources, numbers: list[int]
     ) -> Iterator[tuple[int, list[dict[str, Tensor]], Tensor]]:
         """(shard number, every teacher's embeddings, (V, samples) which there are), by shard."""
-        teachers = self.teachers.teachers
-        views = range(max(self.views[m] for teacher in teachers for m in teacher.modalities))
+        teachers, views = self.teachers.teachers, range(self.passes)
         spans = [(sources.rows_of(n), view) for n in numbers for view in views]
         total = sum(len(rows) for rows, _ in spans)
         bar = tqdm(total=total, unit="image", disable=None, dynamic_ncols=True)

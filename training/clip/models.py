@@ -301,9 +301,10 @@ def build_teachers(config: Config, device: torch.device) -> list[Teacher]:
         if modality:
             one_modality.check(name, pretrained, "--distill-model")
             check_here(name, pretrained, "--distill-model", config.cache_dir)
-            model, prepared = one_modality.build(
-                name, pretrained, "--distill-model", config.cache_dir
-            )
+            with quiet():
+                model, prepared = one_modality.build(
+                    name, pretrained, "--distill-model", config.cache_dir
+                )
         else:
             options = {"cache_dir": config.cache_dir, "require_pretrained": True}
             if pretrained:
