@@ -81,8 +81,9 @@ def test_rates_trained_alone_keep_the_shares_that_were_asked_for(calibrated, cac
     training, held_out = calibrate.split(pairs.image.shape[1], 400, 20, 0)
     teacher = json.loads((cache / "config.json").read_text())["teacher"]
     bank = calibrate.train_sweep(config, pairs, training, teacher).eval()
-    own = calibrate.teacher_accuracy(*pairs.rows(held_out), 20)
-    points = calibrate.measure(bank, *pairs.rows(held_out), 20)
+    held_out = calibrate.at_rows(pairs, held_out)
+    own = calibrate.teacher_accuracy(held_out, 20)
+    points = calibrate.measure(bank, held_out, 20)
     kept = [point.accuracy / own for point in points]
     assert kept == pytest.approx([0.4, 0.6], abs=0.12), found["curve"]
 
@@ -171,8 +172,10 @@ def test_held_out_pairs_are_never_trained_on_and_unusable_ones_are_left_out(cach
 def test_a_cap_on_samples_keeps_images_and_captions_together(cache):
     shards = calibrate.find_shards(cache, None)
     pairs = calibrate.read_pairs(cache, shards, 500, 0)
-    images, texts = pairs.rows(torch.arange(500))
-    assert (images * texts).sum(-1).min() > 0.8, "an image lies beside another sample's caption"
+    pairs = calibrate.at_rows(pairs, torch.arange(500))
+    assert (pairs.image * pairs.text).sum(-1).min() > 0.8, (
+        "an image lies beside another sample's caption"
+    )
 
 
 def test_a_share_is_read_off_the_monotone_curve_on_a_logarithmic_scale():

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,30 +57,6 @@ SETTINGS = (
     "warmup", "warmup_epochs", "lr_scheduler", "epochs_cooldown", "lr_cooldown_end",
     "lr_cooldown_power", "rdm_hidden", "rdm_channels", "among", "held_out", "samples",
 )  # fmt: skip
-
-
-class Pairs(NamedTuple):
-    """Cached unit embeddings of N samples in V views, float16; None where the teacher has none."""
-
-    image: Tensor | None
-    """(V, N, T)"""
-    text: Tensor | None
-    """(V or 1, N, T)"""
-
-    def to(self, device: torch.device) -> "Pairs":
-        """The same on a device."""
-        return Pairs(*(x if x is None else x.to(device) for x in self))
-
-    @property
-    def like(self) -> Tensor:
-        """One of the two: of N samples, on their device."""
-        return self.text if self.image is None else self.image
-
-    def rows(self, rows: Tensor, view: int = 0) -> list[Tensor | None]:
-        """Float32 unit embeddings (B, T) of images and texts of rows (B,) at one view."""
-        pick = rows.to(self.like.device)
-        taken = (x if x is None else x[view % len(x), pick] for x in self)
-        return [x if x is None else F.normalize(x.float(), dim=-1) for x in taken]
 
 
 def start(given: Given) -> int:
@@ -208,20 +183,21 @@ def sweep(
     """
     (directory,) = config.caches
     pairs = read_pairs(directory, shards, config.samples, config.seed)
-    training, held_out = split(pairs.like.shape[1], config.held_out, config.among, config.seed)
+    samples = getattr(pairs, pairs.modalities[0]).shape[1]
+    training, held_out = split(samples, config.held_out, config.among, config.seed)
     among = min(config.among, len(held_out))
     print(
         f"{directory}: {len(training):,} pairs to train on, {len(held_out):,} held out, "
         f"{len(config.sweep)} rates in {config.steps} steps of {config.batch_size}",
         flush=True,
     )
-    pairs = pairs.to(device)
-    held_out_pairs = pairs.rows(held_out)
-    own = teacher_accuracy(*held_out_pairs, among)
+    pairs = pairs.map(lambda x: x.to(device))
+    held_out_pairs = at_rows(pairs, held_out)
+    own = teacher_accuracy(held_out_pairs, among)
     if config.shares:
         check_teacher(directory, own, among)
     bank = train_sweep(config, pairs, training, teacher).eval()
-    curve = measure(bank, *held_out_pairs, among)
+    curve = measure(bank, held_out_pairs, among)
     points = [p._asdict() | ({"share": p.accuracy / own} if own else {}) for p in curve]
     return {"among": among, "teacher_accuracy": own, "curve": points}
 
@@ -271,8 +247,11 @@ def find_shards(directory: Path, train_data: str | None, index_dir: str | None =
     return there
 
 
-def read_pairs(directory: Path, shards: list[str], most: int, seed: int) -> Pairs:
-    """At most ``most`` usable samples, spread over all shards, each in all its views."""
+def read_pairs(directory: Path, shards: list[str], most: int, seed: int) -> Features:
+    """At most ``most`` (N) usable samples, spread over all shards, each in all its views.
+
+    Of images (V, N, T), of texts (V or 1, N, T), in float16.
+    """
     for shard in shards:
         verify_shard(directory, shard)
     embeddings = [read_embeddings(directory / f"{shard}.safetensors") for shard in shards]
@@ -287,7 +266,12 @@ def read_pairs(directory: Path, shards: list[str], most: int, seed: int) -> Pair
         m: torch.from_numpy(np.concatenate([embeddings[n][m][:, p] for n, p in taken], axis=1))
         for m in embeddings[0]
     }
-    return Pairs(arrays.get("image"), arrays.get("text"))
+    return Features(arrays.get("image"), arrays.get("text"), None)
+
+
+def at_rows(pairs: Features, rows: Tensor, view: int = 0) -> Features:
+    """Float32 unit embeddings (B, T) of rows (B,) of what `read_pairs` read, at one view."""
+    return pairs.map(lambda x: F.normalize(x[view % len(x), rows.to(x.device)].float(), dim=-1))
 
 
 def split(samples: int, held_out: int, among: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -309,14 +293,13 @@ def split(samples: int, held_out: int, among: int, seed: int) -> tuple[Tensor, T
 
 @dataclass
 class PairBatch:
-    """Some pairs' unit embeddings, (B, T) float32, as far as there are."""
+    """Some pairs' unit embeddings, (B, T) float32."""
 
-    image: Tensor | None
-    text: Tensor | None
+    features: Features
     skipped: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.text if self.image is None else self.image)
+        return len(getattr(self.features, self.features.modalities[0]))
 
     def to(self, device: torch.device) -> "PairBatch":
         """Itself: cached pairs are on the device already."""
@@ -334,7 +317,7 @@ class PairLoader:
         seed: of the draws.
     """
 
-    pairs: Pairs
+    pairs: Features
     rows: Tensor
     size: int
     seed: int
@@ -346,7 +329,7 @@ class PairLoader:
         for step in range(start_step, stop_step):
             draws = torch.Generator().manual_seed(derive_seed(self.seed, "calibrate", step))
             picked = self.rows[torch.randint(len(self.rows), (self.size,), generator=draws)]
-            yield PairBatch(*self.pairs.rows(picked, step))
+            yield PairBatch(at_rows(self.pairs, picked, step))
 
 
 class SweepStage(Stage[PairBatch]):
@@ -365,12 +348,12 @@ class SweepStage(Stage[PairBatch]):
 
     def targets(self, batch: PairBatch) -> list[Features]:
         """The teacher's features."""
-        return [Features(batch.image, batch.text, None)]
+        return [batch.features]
 
 
-def train_sweep(config: CalibrationConfig, pairs: Pairs, rows: Tensor, teacher: dict) -> RDMBank:
+def train_sweep(config: CalibrationConfig, pairs: Features, rows: Tensor, teacher: dict) -> RDMBank:
     """One bank with all rates of the sweep, trained as stage 1 trains."""
-    device = pairs.like.device
+    device = getattr(pairs, pairs.modalities[0]).device
     bank = make_bank(config, teacher, config.sweep, config.seed)
     trainer = Trainer(SweepStage(bank, device), config, config.steps, device=device)
     train(trainer, PairLoader(pairs, rows, min(config.batch_size, len(rows)), config.seed), config)

@@ -9,7 +9,7 @@ import torch
 from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
-from cifd_clip import RDMBank
+from cifd_clip import Features, RDMBank
 from cifd_clip.artefact import MODALITIES
 from training.errors import UsageError
 
@@ -28,43 +28,41 @@ class Point(NamedTuple):
 
 
 @torch.no_grad()
-def teacher_accuracy(images: Tensor | None, texts: Tensor | None, among: int) -> float | None:
+def teacher_accuracy(pairs: Features, among: int) -> float | None:
     """The teacher's top-1 on held-out pairs (N, T): what `measure` is of its RDMs."""
-    if images is None or texts is None:
+    if pairs.modalities != MODALITIES:
         return None
-    groups = _groups(images, texts, among)
-    return sum(top1_hits(image, text, same) for image, text, same in groups) / len(images)
+    groups = _groups(pairs, among)
+    return sum(top1_hits(g.image, g.text, _same(g.text)) for g in groups) / len(pairs.image)
 
 
 @torch.no_grad()
-def measure(bank: RDMBank, images: Tensor | None, texts: Tensor | None, among: int) -> list[Point]:
+def measure(bank: RDMBank, pairs: Features, among: int) -> list[Point]:
     """What each rate's RDMs keep, on held-out pairs (N, T).
 
     Args:
         bank: in evaluation mode: rounding in place of noise, as in stage 2.
-        images, texts: unit teacher embeddings, as far as the teacher has them.
+        pairs: unit teacher embeddings.
         among: captions that each image chooses from.
     """
     hits = torch.zeros(len(bank.rates), dtype=torch.float64)
     report: dict[str, Tensor] = {}
-    there = {"image": images, "text": texts}
-    count, pairs = len(there[bank.modalities[0]]), bank.modalities == MODALITIES
-    if pairs:
-        for image, text, same in _groups(images, texts, among):
-            spaces = zip(bank.image.reconstruct(image), bank.text.reconstruct(text))
+    for few in _groups(pairs, among):
+        if both := few.modalities == MODALITIES:
+            spaces = zip(bank.image.reconstruct(few.image), bank.text.reconstruct(few.text))
+            same = _same(few.text)
             for k, (x, y) in enumerate(spaces):
                 hits[k] += top1_hits(x, y, same)
-    for start in range(0, count, among):
-        few = {m: None if x is None else x[start : start + among] for m, x in there.items()}
-        for name, value in bank(*few.values(), None)[1].items():
-            size = len(few[bank.modalities[0]])
+        size = len(getattr(few, few.modalities[0]))
+        for name, value in bank(few.image, few.text, None)[1].items():
             report[name] = report.get(name, 0) + value.double().cpu() * size
+    count = len(getattr(pairs, pairs.modalities[0]))
     accuracy = (hits / count).tolist()
     means = {name: (value / count).tolist() for name, value in report.items()}
     return [
         Point(
             rate,
-            accuracy[k] if pairs else None,
+            accuracy[k] if both else None,
             {m: means[f"{m}/bits"][k] for m in bank.modalities},
             {m: means[f"{m}/distortion"][k] for m in bank.modalities},
         )
@@ -72,10 +70,15 @@ def measure(bank: RDMBank, images: Tensor | None, texts: Tensor | None, among: i
     ]
 
 
-def _groups(images: Tensor, texts: Tensor, among: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pairs that are asked together, and which of their captions are the same to the teacher."""
-    for image, text in zip(images.split(among), texts.split(among)):
-        yield image, text, torch.cdist(text, text, compute_mode=EXACT) < 1e-3
+def _groups(pairs: Features, among: int) -> Iterator[Features]:
+    """Pairs that are asked together."""
+    for start in range(0, len(getattr(pairs, pairs.modalities[0])), among):
+        yield pairs.map(lambda x: x[start : start + among])  # noqa: B023
+
+
+def _same(texts: Tensor) -> Tensor:
+    """(N, N) which captions (N, T) are the same to the teacher."""
+    return torch.cdist(texts, texts, compute_mode=EXACT) < 1e-3
 
 
 def top1_hits(images: Tensor, texts: Tensor, same: Tensor) -> int:
