@@ -369,7 +369,7 @@ def test_a_bank_may_be_named_by_its_run_and_belongs_to_its_teachers_images(
     config = json.loads((other / "config.json").read_text())
     config["teacher"]["preprocess"]["mean"] = [0.5, 0.5, 0.5]
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="was trained on images prepared as"):
+    with pytest.raises(UsageError, match="was trained on inputs prepared as"):
         main([*command, "--rdm-bank", str(other), "--name", "other"])
 
 
