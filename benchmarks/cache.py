@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants import add_flags, common_flags, random_batch, random_teacher
+from benchmarks.contestants import add_flags, common_flags, random_batch
 from benchmarks.harness import command_line, paired, ratios, record, spelled
 from benchmarks.loader import generate
 from cifd_clip import World
 from training.cache_teacher import main as write_cache
 from training.clip.cache_teacher import Caches
-from training.clip.flags import cache_config, named_files, parse, parse_cache, resolve
+from training.clip.flags import cache_config, named_files, parse, parse_args, parse_cache, resolve
+from training.clip.models import add_model_configs, build_student, save_student, student_config
 from training.clip.run import epoch_steps, make_loader
 from training.clip.stages import RDMStage, StudentStage
 from training.data.index import index_shards
@@ -118,7 +119,10 @@ def main(argv: list[str]) -> None:
         common.append(f"--workers={args.workers}")
         if args.index_dir:
             common.append(f"--index-dir={args.index_dir}")
-        live = [f"--distill-model={random_teacher(args, folder)}"]
+        add_model_configs(args.model_config)
+        teacher = parse_args([*common, f"--model={args.teacher}"])
+        save_student(build_student(teacher, args.seed), student_config(teacher), folder / "teacher")
+        live = [f"--distill-model=local-dir:{folder / 'teacher'}"]
         cached = [f"--teacher-cache={folder / 'cache'}"]
         if args.end_to_end:
             figures = writing(args, [*common, *live, *cached, "--store-views"])

@@ -72,7 +72,7 @@ def ceilings(bench: Bench) -> dict[str, float]:
 
 def teacher(bench: Bench) -> dict[str, Any]:
     """Images per second of the teacher's forms, and how far their features are from float32's."""
-    plain = bench.plain.teachers[0]
+    plain = bench.teachers.teachers[0]
     forms = {"stock, autocast": plain, "custom, autocast": copy.deepcopy(plain)}
     use_custom_blocks(forms["custom, autocast"].model)
     for name in ("stock", "custom"):
@@ -81,7 +81,7 @@ def teacher(bench: Bench) -> dict[str, Any]:
     forms["custom, bf16, compiled"] = copy.deepcopy(forms["custom, bf16"])
     forms["custom, bf16, compiled"].compile()
     student = bench.student(bench.args.students[0], "none")
-    spec, rows = bench.plain.specs[0], bench.args.batch_size
+    spec, rows = bench.teachers.specs[0], bench.args.batch_size
     images, texts = normalise(student.batch.images[0], spec), student.batch.texts[0]
 
     def forward(form: Any) -> Callable[[], Any]:
@@ -123,7 +123,7 @@ def steps(bench: Bench, figures: dict[str, Any]) -> None:
         # As it was: torch's attention, an eager density, the teacher under autocast.
         with torch.compiler.set_stance("force_eager"):
             few = {method: line[method] for method in ("fd", "cifd")}
-            own["before"] = both_ways(bench, name, few, bench.plain, 3)
+            own["before"] = both_ways(bench, name, few, bench.teachers, 3)
             own["before"]["profile"] = longest(bench, line["cifd"])
         # By default.
         for contestant in line.values():
