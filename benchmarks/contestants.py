@@ -95,14 +95,18 @@ class Students:
 
 
 class Remembered:
-    """Teachers whose features of the one batch are computed once, as if they came from a cache."""
+    """Teachers whose features of the one batch are computed once, as if they came from a cache.
+
+    Of a part of it they are those of the first rows.
+    """
 
     def __init__(self, teachers: LiveTeachers, batch: Batch):
         self.identities, self.dims = teachers.identities, teachers.dims
         self.features = teachers(batch)
 
     def __call__(self, batch: Batch) -> list:
-        return list(self.features)
+        n = len(batch)
+        return [f._replace(image=f.image[:n], text=f.text[:n]) for f in self.features]
 
 
 class Contestant:

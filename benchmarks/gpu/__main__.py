@@ -43,9 +43,7 @@ STAGES = {
     "correct": Stage(correct.correct, 45),  # while other processes compile
     "steps": Stage(speed.steps, 240),
     "card": Stage(speed.card, 30),
-    "density": Stage(speed.density, 30),
     "memory": Stage(speed.memory, 45),
-    "blocks": Stage(speed.blocks, 60),
 }
 
 
