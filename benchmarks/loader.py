@@ -27,13 +27,12 @@ from benchmarks.fabricate import Pictures
 from benchmarks.harness import command_line, ratios, record, spelled
 from experiments.shards import write_shards
 from experiments.study import output
-from training.data.decode import Caps, decode_image
 from training.data.index import Sources, index_shards
 from training.data.loader import Loader, Reader, Recipe
 from training.data.order import Order
 from training.data.shard import index_shard
 from training.data.stored import StoredViews, ViewWriter
-from training.data.views import ImageSpec, draw, normalise, stored_view, train_view
+from training.data.views import ImageSpec, stored_view, train_view
 from training.errors import UsageError, cli
 
 FLICKR = Path("../shared/data/flickr8k/train")
@@ -80,8 +79,6 @@ def main(argv: list[str]) -> None:
 def compare(urls: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Paired measurements of one data set."""
     sources = index_shards(urls, cache_dir=folder)
-    check_pixels(sources, args.size, args.seed)
-    print(f"Pillow's pixels equal OpenCLIP's, torch's nearly; {sources.num_samples} images")
     views = store(sources, args.size, args.seed, folder)
     job = {"urls": urls, "folder": str(folder), "size": args.size, "batch": args.batch_size}
     for shard in [*sources.shards, *views]:  # into the page cache
@@ -175,25 +172,6 @@ def _torchvision(sources, spec, tokenizer, batch, workers, seed) -> Iterator:
     urls = [shard.path for shard in sources.shards]
     data = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).map(sample)
     return iter(torch.utils.data.DataLoader(data, batch, num_workers=workers, drop_last=True))
-
-
-def check_pixels(sources: Sources, size: int, seed: int, samples: int = 50) -> None:
-    """All pipelines turn the same bytes and the same draw into the same images; torch's nearly."""
-    from open_clip.transform import image_transform
-    from webdataset.autodecode import ImageHandler
-
-    spec = ImageSpec(size=size)
-    pillow, decode = train_view(spec), ImageHandler("pilrgb")
-    fast = Recipe([train_view(spec, backend="torch")], [], seed)
-    stock = image_transform(size, is_train=True, mean=spec.mean, std=spec.std)
-    for row in range(0, sources.num_samples, max(1, sources.num_samples // samples)):
-        shard, record = sources.record(row, view=0)
-        data, key = shard.read(*record["image"].tolist()), record["key"]
-        mine = draw(pillow, decode_image(data, Caps()), seed, 0, key)
-        theirs = draw(stock, decode("x.jpg", data), seed, 0, key)
-        assert torch.equal(normalise(mine[None], spec)[0], theirs), f"row {row}: pixels differ"
-        _, (quick,) = fast.sample(key, 0, lambda *_, data=data: data)
-        assert (quick.float() - mine.float()).abs().mean() < 4, f"row {row}: another image"
 
 
 def generate(folder: Path, images: int, low: int, high: int) -> str:
