@@ -7,7 +7,6 @@ needs what it left in the logs.
 """
 
 import argparse
-import importlib
 import json
 import os
 import re
@@ -186,7 +185,7 @@ class Study:
         """Execute what is left, and keep the results of what is finished.
 
         Args:
-            jobs: runs at a time; 0: one after the other, in this process.
+            jobs: runs at a time.
             threads: of each run.
             show: let the runs write to the terminal, not to ``NAME.log`` in the logs.
 
@@ -200,8 +199,7 @@ class Study:
         self.check()
         for run in filter(self.finished, self.runs.values()):
             self.keep(self, run)
-        execution = _Execution(self, jobs, threads, show)
-        return execution.side_by_side() if jobs else execution.here()
+        return _Execution(self, max(1, jobs), threads, show).side_by_side()
 
     def begin(self, run: Run, commit: str | None) -> None:
         content = {"command": self.spelled(run), "commit": commit, "flags": list(run.flags)}
@@ -233,20 +231,6 @@ class _Execution:
         self.commit = origin()["commit"]
         if self.waiting and (self.commit or "").endswith("-dirty"):
             print("note: the checkout has changes that are not committed, and results will say so")
-
-    def here(self) -> bool:
-        """One after the other in this process."""
-        while self.waiting:
-            run, begin = self.waiting[0], time.monotonic()
-            self.study.begin(run, self.commit)
-            _, module, *flags = self.study.command(run)
-            code = importlib.import_module(module).main(flags) or 0
-            if code == STOPPED:
-                return False
-            if code:
-                raise Failure(f"{run.name} failed; its message is above")
-            self._finished(self.waiting.pop(0), begin)
-        return True
 
     def side_by_side(self) -> bool:
         with signals(self._stop):
@@ -303,7 +287,7 @@ class _Execution:
         left = [*self.waiting, *(run for run, _ in self.active.values())]
         text = f"{time.strftime('%H:%M')} {run.name} is finished after {duration(minutes)}"
         if left:
-            shared = sum(run.cost for run in left) / max(1, self.jobs)
+            shared = sum(run.cost for run in left) / self.jobs
             longest = max(self.chain[run.name] for run in left)
             rest = duration(max(shared, longest) * self.minutes / self.cost)
             text += f"; {len(left)} of {self.total} to go, about {rest}"
