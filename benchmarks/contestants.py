@@ -1,4 +1,4 @@
-"""Students under every method, ready to take steps: what `step`, `scaling` and `gpu` time."""
+"""Students under every method, ready to take steps: what `step` and `gpu` time."""
 
 import argparse
 from functools import cached_property
@@ -114,7 +114,6 @@ class Contestant:
 
     Args:
         flags: of `training.main`.
-        world: this process's place.
         cached: leave the teachers' forward pass out.
         source: teachers of the same images and tokens.
     """
@@ -122,19 +121,17 @@ class Contestant:
     def __init__(
         self,
         flags: list[str],
-        world: World | None = None,
         cached: bool = False,
         source: LiveTeachers | None = None,
     ):
-        world, given = world or World(), parse(["--train-data=-", *flags])
+        given = parse(["--train-data=-", *flags])
         device = torch.device(given["device"])
         config = resolve(given, device_type=device.type)
-        self.stage = StudentStage(config, device, world, config.banks, source)
+        self.stage = StudentStage(config, device, World(), config.banks, source)
         self.stage.task.train()
-        self.trainer = Trainer(self.stage, config, 1000, world, device, config.precision)
-        seed = config.seed + world.rank
-        self.batch = random_batch(self.stage.transforms, config.batch_size, seed)
-        self.batch = self.batch.to(device)
+        self.trainer = Trainer(self.stage, config, 1000, World(), device, config.precision)
+        batch = random_batch(self.stage.transforms, config.batch_size, config.seed)
+        self.batch = batch.to(device)
         if cached:
             self.stage.source = Remembered(self.stage.source, self.batch)
 

@@ -1,35 +1,27 @@
-"""``python -m benchmarks.scaling``: what several processes say to each other, and what it costs.
+"""``python -m benchmarks.scaling``: what a step's messages between processes cost, by a model.
 
-Modelled: the bytes that one training step of each method hands to torch.distributed, by the formula
-of `messages`, at 8, 64 and 512 GPUs; tests count those of real processes, and they agree. With
---timing, measured: samples per second of one process and of two, in turn (weak scaling on CPU
-cores, the teacher's forward left out).
+The bytes that one training step of each method hands to torch.distributed are those of a formula,
+`messages`; tests count the messages of real processes, and they agree. What they take, at 8, 64 and
+512 GPUs, follows from a ring's bandwidth and latency.
 """
 
-import argparse
-import json
-import statistics
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.contestants import Students, add_flags
-from benchmarks.harness import Seconds, command_line, paired, ratios, record
+from benchmarks.harness import record
 from cifd_clip import METHODS, DistillationTask, Features, World
 from cifd_clip.student import Pooled
 from experiments.seeds import table
 from training.clip.flags import parse_args
 from training.clip.models import add_model_configs
 from training.clip.stages import make_task
-from training.engine.control import StopFlag
+from training.engine.flags import CommandLine
 from training.errors import cli
 
 FLOAT32 = 4
@@ -147,85 +139,24 @@ def model(student: str, teacher: str, methods: list[str], cluster: Cluster) -> l
     return rows
 
 
-# -- two processes ---------------------------------------------------------------------------------
-
-
-def throughput(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
-    """Samples per second of one process and of two, and half their ratio, of every method."""
-    Students(args, folder).bank(3)
-    mp.spawn(_process, args=(args, folder), nprocs=2)
-    result = {}
-    for method, seconds in json.loads((folder / "seconds.json").read_text()).items():
-        rates = {n: int(n) * args.batch_size / statistics.median(s) for n, s in seconds.items()}
-        efficiency = ratios(seconds, "1", "2")
-        result[method] = {"seconds": seconds, "samples_per_s": rates, "efficiency": efficiency}
-    return result
-
-
-def _process(rank: int, args: argparse.Namespace, folder: Path) -> None:
-    torch.set_num_threads(1)
-    place = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
-    students = Students(args, folder)
-    seconds = {method: _turns(students, method, rank) for method in args.methods}
-    if rank == 0:
-        (folder / "seconds.json").write_text(json.dumps(seconds))
-    dist.destroy_process_group()
-
-
-def _turns(students: Students, method: str, rank: int) -> Seconds:
-    """Seconds of a step of one process and of two, in turn, as the loop takes it."""
-    world = World(rank, 2)
-    shared, stop = students.under(method, world=world, cached=True), StopFlag(world)
-
-    def together() -> None:
-        dist.barrier()
-        shared()
-        stop.agreed()
-
-    def rest() -> None:
-        """Rank 1, while rank 0 is alone, waits at the barrier of the next shared step."""
-
-    alone = students.under(method, cached=True) if rank == 0 else rest
-    seconds = paired({"1": alone, "2": together}, students.args.rounds, 2)
-    stop.close()
-    return seconds
-
-
 # -- the command -----------------------------------------------------------------------------------
 
 
 def main(argv: list[str]) -> None:
-    """Model, measure, print."""
-    parser = command_line("scaling", __doc__, rounds=10)
-    add_flags(parser, "ViT-L-14", "ViT-B-16")
+    """Model and print."""
+    parser = CommandLine("benchmarks.scaling", __doc__.partition(": ")[2])
     add = parser.add_argument
+    add("--teacher", default="ViT-L-14", help="architecture")
+    add("--student", default="ViT-B-16", help="architecture")
+    add("--model-config", nargs="+", default=[], metavar="FILE.json", help="of other models")
     add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="which of them")
-    add("--timing", action="store_true", help="measure samples per second too")
+    add("--json", type=Path, metavar="FILE", help="save the figures here")
     args = parser.parse_args(argv)
     add_model_configs(args.model_config)
     cluster = Cluster()
     rows = model(args.student, args.teacher, args.methods, cluster)
     print(f"{args.teacher} -> {args.student}\n{model_table(rows)}", end="")
-    figures = {"model": {"cluster": cluster._asdict(), "rows": rows}}
-    if args.timing:
-        args.device, args.precision = "cpu", "fp32"
-        with tempfile.TemporaryDirectory() as folder:
-            figures["throughput"] = throughput(args, Path(folder))
-        print(
-            f"2 gloo processes x {args.batch_size}\n{timing_table(figures['throughput'])}", end=""
-        )
-    record("scaling", args, figures)
-
-
-def timing_table(methods: dict[str, dict[str, Any]]) -> str:
-    """What was measured, as Markdown."""
-    rows = []
-    for method, measured in methods.items():
-        rate, kept = measured["samples_per_s"], measured["efficiency"]
-        share = f"{kept['median']:.2f} ({kept['min']:.2f} to {kept['max']:.2f})"
-        rows.append([method, f"{rate['1']:.1f}", f"{rate['2']:.1f}", share])
-    return table(["method", "samples/s, 1", "2", "efficiency"], rows)
+    record("scaling", args, {"model": {"cluster": cluster._asdict(), "rows": rows}})
 
 
 def model_table(modelled: list[dict[str, Any]]) -> str:
