@@ -17,15 +17,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
-from benchmarks.fabricate import Pictures
 from benchmarks.harness import command_line, ratios, record, spelled
-from experiments.shards import write_shards
+from experiments.shards import encoded, write_shards
 from experiments.study import output
 from training.data.index import Sources, index_shards
 from training.data.loader import Loader, Reader, Recipe
@@ -175,18 +177,27 @@ def _torchvision(sources, spec, tokenizer, batch, workers, seed) -> Iterator:
 
 
 def generate(folder: Path, images: int, low: int, high: int) -> str:
-    """Four shards of photo-like JPEGs (noise of many scales) of ``low`` to ``high`` pixels."""
-    scales = (4, 8, 16, 32, 64, 128, 256)
-    pictures = Pictures(
-        images, low, high, distinct=256, scales=scales, power=0.8, contrast=50, quality=92
-    )
-    captions = (f"a picture of clouds, number {n}, wide and soft and grey" for n in range(images))
-    samples = (
+    """Four shards of photo-like JPEGs of ``low`` to ``high`` pixels, of which 256 differ."""
+    generators = map(np.random.default_rng, range(min(images, 256)))
+    photos = cycle([_photo(generator, low, high) for generator in generators])
+    captions = [f"a picture of clouds, number {n}, wide and soft and grey" for n in range(images)]
+    members = (
         {"jpg": image, "txt": text.encode(), "json": json.dumps({"caption": text}).encode()}
-        for image, text in zip(pictures("JPEG"), captions)
+        for image, text in zip(photos, captions)
     )
-    write_shards(folder, samples, -(-images // 4), "{:09}", "{:05}")
+    write_shards(folder, members, -(-images // 4), "{:09}", "{:05}")
     return str(folder)
+
+
+def _photo(rng: np.random.Generator, low: int, high: int) -> bytes:
+    """Noise of many scales."""
+    width, height = (int(side) for side in rng.integers(low, high + 1, 2))
+    total = np.zeros((height, width, 3), dtype=np.float32)
+    for cells in (4, 8, 16, 32, 64, 128, 256):
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        total += np.asarray(noise.resize((width, height))) / np.float32(cells**0.8)
+    pixels = 120 + 50 * (total - total.mean()) / total.std()
+    return encoded(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), "JPEG", quality=92)
 
 
 def store(sources: Sources, size: int, seed: int, folder: Path) -> list:

@@ -13,9 +13,8 @@ import pytest
 import torch
 from clip_benchmark.datasets.builder import build_dataset, get_dataset_default_task
 
-from benchmarks.fabricate import Pictures
 from eval import benchmark, datasets
-from paper_sets import RETRIEVAL, local, webdataset
+from paper_sets import RETRIEVAL, Pictures, local, webdataset
 from tests.test_eval_benchmark import model_folder, results
 
 ROOT = Path(__file__).parents[1]
