@@ -118,12 +118,7 @@ class Contestant:
         source: teachers of the same images and tokens.
     """
 
-    def __init__(
-        self,
-        flags: list[str],
-        cached: bool = False,
-        source: LiveTeachers | None = None,
-    ):
+    def __init__(self, flags: list[str], cached: bool = False, source: LiveTeachers | None = None):
         given = parse(["--train-data=-", *flags])
         device = torch.device(given["device"])
         config = resolve(given, device_type=device.type)

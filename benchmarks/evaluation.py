@@ -11,8 +11,9 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.harness import command_line, paired, ratios, record, spelled
+from cifd_clip.files import read_json
 from eval.datasets import open_folder
-from experiments.study import output, read_result
+from experiments.study import output
 from training.errors import Failure, cli
 
 EQUAL = 1e-4
@@ -20,7 +21,7 @@ EQUAL = 1e-4
 
 def figures(folder: Path) -> dict[str, dict[str, float]]:
     """Metrics by data set, of result files."""
-    results = [read_result(path) for path in folder.glob("*.json")]
+    results = [read_json(path) for path in folder.glob("*.json")]
     return {result["dataset"].removeprefix("wds/"): result["metrics"] for result in results}
 
 

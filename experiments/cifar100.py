@@ -10,7 +10,7 @@ weights and they are not in --logs.
 from pathlib import Path
 from statistics import mean
 
-from cifd_clip.files import write_text
+from cifd_clip.files import read_json, write_text
 from experiments.seeds import spread, table
 from experiments.study import (
     STOPPED,
@@ -18,7 +18,6 @@ from experiments.study import (
     Study,
     command_line,
     curve,
-    read_result,
     read_results,
     write_result,
 )
@@ -123,7 +122,7 @@ def keep_results(study: Study, run: Run) -> None:
     for file, kept in study.kept(run).items():
         if not kept.is_file():
             added = {"flags": list(run.flags), "curve": curve(directory, ("step", "loss", "acc1"))}
-            write_result(kept, read_result(directory / file) | added)
+            write_result(kept, read_json(directory / file) | added)
     if run.name.startswith("rdm") and not any((study.results / "bank").glob(f"*{run.name}*")):
         from eval import bank  # takes seconds to import
 

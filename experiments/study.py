@@ -205,11 +205,6 @@ class Study:
         content = {"command": self.spelled(run), "commit": commit, "flags": list(run.flags)}
         write_json(self.logs / run.name / "study.json", content, FORMAT)
 
-    def origin(self, run: Run) -> dict[str, Any]:
-        """Command and commit of a run, as it was started last."""
-        content = read_json(self.logs / run.name / "study.json", FORMAT)
-        return {name: content[name] for name in ("command", "commit")}
-
     def end(self, run: Run, seconds: float) -> None:
         """Mark the end of a run, where its command does not, and keep its results."""
         if not self.finished(run):
@@ -312,14 +307,9 @@ def say(text: str) -> None:
     print(f"\n\033[1m▸ {text}\033[0m" if sys.stdout.isatty() else f"\n> {text}", flush=True)
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """A result, kept or in a run directory."""
-    return read_json(path)
-
-
 def read_results(results: Path) -> dict[str, dict[str, Any]]:
     """Every kept result by its name, in the order of the names."""
-    return {path.stem: read_result(path) for path in sorted((results / "runs").glob("*.json"))}
+    return {path.stem: read_json(path) for path in sorted((results / "runs").glob("*.json"))}
 
 
 def write_result(path: Path, content: Any) -> None:
@@ -327,14 +317,8 @@ def write_result(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
-def metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's training log."""
-    lines = read_metrics(directory)
-    return [line for line in lines if line["kind"] == "train"]
-
-
 def curve(directory: Path, keys: Iterable[str]) -> dict[str, list]:
     """Some columns of a run's training log; those it does not have are left out."""
-    lines = metrics(directory)
+    lines = [line for line in read_metrics(directory) if line["kind"] == "train"]
     columns = {key: [line.get(key) for line in lines] for key in keys}
     return {key: values for key, values in columns.items() if any(values)}
