@@ -48,7 +48,7 @@ def plan(data: str, epochs: int, seeds: int) -> list[Run]:
         cache = (*taught, "--views=4", "--teacher-cache={here}/cache", *own)
         runs.append(Run(kind, "training.cache_teacher", cache, ("--workers=1",)))
         student = (*common, HELD, "--model=student", "--distill=fd", f"--epochs={epochs}")
-        student += (f"--teacher-cache={{{kind}}}/cache",)
+        student += (f"--teacher-cache={{{kind}}}/cache", "--in-memory")
         for seed in range(seeds):
             flags = (*student, f"--seed={seed}")
             runs.append(Run(f"{kind}-{seed}", "training.main", flags, where))
@@ -88,10 +88,11 @@ def main(argv: list[str]) -> int:
     add("--logs", type=Path, default=Path("logs/caches"), metavar="DIR", help="of the runs")
     add("--epochs", type=int, default=20, help="of bank and students; twice that of the teacher")
     add("--seeds", type=int, default=3, help="of students")
+    add("--jobs", type=int, default=2, help="runs at a time, one thread each")
     add("--json", type=Path, default=Path("results/caches.json"), metavar="FILE")
     args = parser.parse_args(argv)
     study = Study(plan(args.train_data, args.epochs, args.seeds), args.logs)
-    if not study.execute(1, show=True):
+    if not study.execute(args.jobs):
         return STOPPED
     recalls = {k: {s: recall(args.logs / f"{k}-{s}") for s in range(args.seeds)} for k in KINDS}
     apart = {kind: paired(own, recalls["float16"]) for kind, own in recalls.items()}

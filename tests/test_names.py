@@ -57,6 +57,10 @@ EVERY = {
         ("{logs} captions.csv --ot x", "--out"),
     ],
     "cifd-prefetch": [("ViT-B-31", "ViT-B-32"), ("--data-rot x", "--data-root")],
+    "cifd-reinforced": [
+        ("--train-data {data}/00000.tra --views 1 --teacher-cache a,b", "00000.tar"),
+        ("--train-data {data} --views 1 --teacher-cash a,b", "--teacher-cache"),
+    ],
     "cifd-report": [("{logs}/techer", "teacher"), ("{logs}/teacher --titel x", "--title")],
     "cifd-train": [
         ("--train-data {data} --model ViT-S-31", "ViT-S-32"),

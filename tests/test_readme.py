@@ -1,5 +1,6 @@
 """README is true: its code runs, commands are read by their own parsers, files are there."""
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from eval import bank, benchmark, cost, report
 from runs import CONFIGS
 from slurm.plan import grid_path
 from test_layers import ROOT
-from training import check_data, pack, prefetch
+from training import check_data, pack, prefetch, reinforced
 from training.classifier import config as classifier
 from training.clip import flags
 from training.commands import COMMANDS
@@ -28,6 +29,7 @@ PARSERS: dict[str, Callable] = {
     "training.check_data": lambda words: check_data._parser().parse_args(words),
     "training.prefetch": lambda words: prefetch._parser().parse_args(words),
     "training.pack": pack.parse,
+    "training.reinforced": reinforced.parse,
     "training.tune": plan.parse,
     "eval.benchmark": benchmark.parse,
     "eval.bank": bank.parse,
@@ -63,6 +65,18 @@ EVERY = commands("".join(SHELL))
 
 def test_it_is_short_enough_to_read():
     assert len(PAGE.splitlines()) <= 200
+
+
+def test_its_speed_on_a_gpu_is_what_was_measured():
+    students = json.loads((ROOT / "results/gpu/steps.json").read_text())["students"]
+    rows = re.findall(r"\| (ViT-\S+) \| (.*) \|\n", PAGE)
+    assert len(rows) == 2
+    for student, cells in rows:
+        measured = students[student]["compiled"]
+        speeds = [
+            measured[w]["images_per_s"][m] for w in ("cached", "live") for m in ("fd", "cifd")
+        ]
+        assert cells == " | ".join(f"{speed:,.0f}" for speed in speeds)
 
 
 def test_its_python_runs():

@@ -301,3 +301,7 @@ def test_several_teachers_are_cached_in_one_pass_over_the_images(
     read = ["--distill", "mobileclip", "--teacher-cache", names, "--logs", str(tmp_path)]
     flags = command[: command.index("--distill-model")]
     assert main([*flags, *read, "--name", "run"]) == 0
+    # The second's bank reads no view, and the student is told which of the two pulls how much.
+    read[1:2] = ["cifd", "--rates", "30", "--rdm-epochs", "1"]
+    assert main([*flags, *read, "--name", "cifd"]) == 0
+    assert lines(tmp_path / "cifd")[-1].keys() >= {"teacher0", "teacher1"}

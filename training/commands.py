@@ -19,6 +19,7 @@ COMMANDS = {
     "cifd-export": "cifd_clip.export",
     "cifd-pack": "training.pack",
     "cifd-prefetch": "training.prefetch",
+    "cifd-reinforced": "training.reinforced",
     "cifd-report": "eval.report",
     "cifd-train": "training.main",
     "cifd-tune": "training.tune",

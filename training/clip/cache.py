@@ -9,6 +9,7 @@ that could not be used is all NaN, and in no tar.
 """
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,6 +70,26 @@ def check_config(directory: Path, wanted: dict[str, Any]) -> None:
                 f"--teacher-cache '{directory}' is stale: its {name} is {config.get(name)!r}, this "
                 f"run needs {value!r}; write another with `python -m training.cache_teacher`"
             )
+
+
+def begin_cache(directory: Path, description: dict[str, Any], pretrained: str | None) -> None:
+    """Write a cache's ``config.json``, or refuse a folder that holds another cache.
+
+    Args:
+        directory: the cache.
+        description: all that a run compares.
+        pretrained: what the weights were called, for who reads the cache with a name.
+    """
+    path, description = directory / "config.json", json.loads(json.dumps(description))
+    if not path.is_file():
+        write_json(path, {**description, "pretrained": pretrained}, CACHE_FORMAT)
+        return
+    check_config(directory, description)
+    if read_cache_config(directory)["views"] != description["views"]:
+        raise UsageError(
+            f"--teacher-cache '{directory}' holds another number of views than --views "
+            f"{description['views']}"
+        )
 
 
 def is_complete(directory: Path, name: str) -> bool:
@@ -308,4 +329,4 @@ class CachedTeachers:
         scale = image.new_full((), identity["logit_scale"])
         bias = identity["logit_bias"]
         bias = None if bias is None else image.new_full((), bias)
-        return Features(image, text, scale, bias, space)
+        return Features(image, text, scale, bias, space, space)

@@ -5,7 +5,6 @@ them, finished ones are skipped, and what was written is verified at the end.
 """
 
 import copy
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -23,9 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cifd_clip import Features, World
-from cifd_clip.files import write_json
 from training.clip.cache import (
-    check_config,
+    begin_cache,
     is_complete,
     read_embeddings,
     shard_name,
@@ -33,7 +31,7 @@ from training.clip.cache import (
     view_path,
     write_shard,
 )
-from training.clip.config import CACHE_FORMAT, CacheConfig, read_cache_config
+from training.clip.config import CacheConfig
 from training.clip.flags import cache_config
 from training.clip.live import LiveTeachers, Transforms
 from training.clip.models import add_model_configs, build_teachers, model_config, student_config
@@ -209,7 +207,6 @@ class Caches:
                     f"--teacher-cache '{folder}': {size / 2**30:.2f} GiB of embeddings, and "
                     f"{free / 2**30:.2f} GiB are free there: make room, or lower --views"
                 )
-            path = folder / "config.json"
             description = {
                 "teacher": teacher.identity,
                 "view_seed": self.config.view_seed,
@@ -222,18 +219,7 @@ class Caches:
                 "stored_views": stored,
                 "code": self.coder and self.coder.begin(folder),
             }
-            description = json.loads(json.dumps(description))
-            if path.is_file():
-                check_config(folder, description)
-                if read_cache_config(folder)["views"] != description["views"]:
-                    raise UsageError(
-                        f"--teacher-cache '{folder}' holds another number of views than --views "
-                        f"{self.config.views}"
-                    )
-                continue
-            # What the weights were called, for who reads the cache with a name.
-            description["pretrained"] = self.config.teachers[teacher.space].weights
-            write_json(path, description, CACHE_FORMAT)
+            begin_cache(folder, description, self.config.teachers[teacher.space].weights)
 
     def write(self) -> None:
         """Compute and store the shards that are not there yet, each while the next is computed."""

@@ -284,7 +284,8 @@ def make_loader(
         kept=kept,
     )
     options["fetchers"] = stage.source.fetchers(sources)
-    read = order, stage.source.images_of(sources), *inputs
+    # A bank reads no image; those of a second teacher's are in the first one's cache.
+    read = order, stage.source.images_of(sources) if inputs[0] else sources, *inputs
     if config.in_memory:
         return MemoryLoader(*read, device=trainer.device, **options)
     return Loader(*read, **options)

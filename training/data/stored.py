@@ -8,7 +8,7 @@ JSON, so that a view's tars are a data set of their own.
 import contextlib
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,21 @@ def encoded(image: Tensor, quality: int) -> bytes:
     return buffer.getvalue()
 
 
+@contextlib.contextmanager
+def view_tar(path: Path) -> Iterator[Callable[[Mapping[str, bytes]], None]]:
+    """What adds members by their names to a tar, which appears when the block ends well."""
+    layout = {"format": tarfile.GNU_FORMAT, "encoding": "utf-8"}
+    with writing(path) as file, tarfile.open(fileobj=file, mode="w", **layout) as tar:
+
+        def add(members: Mapping[str, bytes]) -> None:
+            for name, content in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+        yield add
+
+
 @dataclass
 class ViewWriter(Dataset):
     """Job number -> the tar of one view of one shard, written if it isn't there.
@@ -58,21 +73,10 @@ class ViewWriter(Dataset):
     def __getitem__(self, number: int) -> Shard:
         shard, view, path = self.jobs[number]
         if not path.is_file():
-            layout = {"format": tarfile.GNU_FORMAT, "encoding": "utf-8"}
-            with (
-                writing(path) as file,
-                tarfile.open(fileobj=file, mode="w", **layout) as tar,
-                private_randomness(),
-            ):
+            with view_tar(path) as add, private_randomness():
                 for row in self.reader.sources.rows_of(shard):
-                    try:
-                        members = self.members(row, view)
-                    except BadSample:
-                        continue
-                    for name, content in members.items():
-                        member = tarfile.TarInfo(name)
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
+                    with contextlib.suppress(BadSample):
+                        add(self.members(row, view))
         return index_shard(str(path), check=True)
 
     def bytes_of(self, rows: Sequence[int]) -> float:
