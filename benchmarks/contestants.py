@@ -1,34 +1,32 @@
-"""Students under every method, ready to take steps: what `step`, `scaling` and `cache` time."""
+"""Students under every method, ready to take steps: what `step` and `gpu` time."""
 
 import argparse
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import open_clip
 import torch
 
-from cifd_clip import RDMBank, World
-from training.clip.config import Config
-from training.clip.flags import parse, parse_args, resolve
+from cifd_clip import RDMBank, Teacher, World
+from training.clip.flags import parse, resolve
 from training.clip.live import LiveTeachers, Transforms
-from training.clip.models import add_model_configs, build_student, save_student, student_config
-from training.clip.stages import StudentStage, make_teachers
+from training.clip.models import add_model_configs, model_config, quiet
+from training.clip.stages import StudentStage
 from training.data.loader import Batch
 from training.engine.trainer import Trainer
 
 RATES = (1000.0, 300.0, 100.0)
 
 
-def add_flags(
-    parser: argparse.ArgumentParser, teacher: str, student: str, gpu: bool | None = None
-) -> None:
+def add_flags(parser: argparse.ArgumentParser, teacher: str, student: str) -> None:
     """The flags of a student, its teacher and where they run; larger by default on a GPU.
 
     Args:
         parser: where to.
         teacher, student: the defaults on a CPU.
-        gpu: whether it runs on one; None: where there is one.
     """
-    gpu = torch.cuda.is_available() if gpu is None else gpu
-    add = parser.add_argument
+    gpu, add = torch.cuda.is_available(), parser.add_argument
     add("--teacher", default="ViT-L-14" if gpu else teacher, help="architecture, random weights")
     add("--student", default="ViT-B-16" if gpu else student, help="architecture")
     add("--model-config", nargs="+", default=[], metavar="FILE.json", help="of other models")
@@ -46,44 +44,69 @@ def common_flags(args: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
 
 
-def random_teacher(args: argparse.Namespace, folder: Path) -> str:
-    """A randomly initialised teacher as a ``local-dir:`` model: its speed is that of a real one."""
-    add_model_configs(args.model_config)
-    config = parse_args(["--train-data=-", f"--model={args.teacher}", f"--seed={args.seed}"])
-    save_student(build_student(config, config.seed), student_config(config), folder / "teacher")
-    return f"local-dir:{folder / 'teacher'}"
+def random_teacher(name: str, device: torch.device) -> LiveTeachers:
+    """A randomly initialised teacher, drawn on its device: its speed is that of a real one."""
+    with quiet(), torch.device(device):
+        model = open_clip.create_model(name, device=device)
+    teacher = Teacher(model, name, weights="random")
+    return LiveTeachers([teacher], [model_config(name, "--teacher")], Transforms())
 
 
-def configuration(flags: list[str]) -> Config:
-    """Flags of `training.main` with the defaults of the device that they name."""
-    given = parse(["--train-data=-", *flags])
-    return resolve(given, device_type=torch.device(given.get("device", "cpu")).type)
+class Students:
+    """Students of one random teacher, under any method.
 
+    Args:
+        args: a command line that has `add_flags`'.
+        folder: for banks.
+        teachers: theirs [made of ``args``].
+    """
 
-def teachers(flags: list[str]) -> LiveTeachers:
-    """The teachers that flags name: to be built once, and shared."""
-    config = configuration(flags)
-    transforms = Transforms(config.aug_cfg, config.image_backend)
-    return make_teachers(config, torch.device(config.device), transforms)
+    def __init__(
+        self, args: argparse.Namespace, folder: Path, teachers: LiveTeachers | None = None
+    ):
+        self.args, self.folder, self.device = args, folder, torch.device(args.device)
+        add_model_configs(args.model_config)
+        if teachers:
+            self.teachers = teachers
 
+    @cached_property
+    def teachers(self) -> LiveTeachers:
+        """The one teacher, as OpenCLIP builds it: float32 weights, torch's attention."""
+        return random_teacher(self.args.teacher, self.device)
 
-def untrained_bank(source: LiveTeachers, count: int, folder: Path) -> Path:
-    """A bank of `count` RDMs for the first teacher."""
-    generator = torch.Generator().manual_seed(0)
-    identity, dim = source.identities[0], source.dims[0]
-    RDMBank(identity, list(RATES[:count]), dim, generator=generator).save(folder)
-    return folder
+    def bank(self, count: int) -> Path:
+        """An untrained bank of `count` RDMs of the teacher."""
+        folder = self.folder / f"bank{count}"
+        if not folder.exists():
+            (identity,), (dim,) = self.teachers.identities, self.teachers.dims
+            generator = torch.Generator().manual_seed(0)
+            RDMBank(identity, list(RATES[:count]), dim, generator=generator).save(folder)
+        return folder
+
+    def under(self, method: str, *flags: str, rdms: int = 3, **options: Any) -> "Contestant":
+        """A student under a method, with flags of `training.main`, and options of `Contestant`."""
+        own = [*common_flags(self.args), f"--distill={method}", *flags]
+        if method == "none":
+            return Contestant(own, **options)
+        own.append("--distill-model=local-dir:-")
+        if method == "cifd":
+            own.append(f"--rdm-bank={self.bank(rdms)}")
+        return Contestant(own, **{"source": self.teachers, **options})
 
 
 class Remembered:
-    """Teachers whose features of the one batch are computed once, as if they came from a cache."""
+    """Teachers whose features of the one batch are computed once, as if they came from a cache.
+
+    Of a part of it they are those of the first rows.
+    """
 
     def __init__(self, teachers: LiveTeachers, batch: Batch):
         self.identities, self.dims = teachers.identities, teachers.dims
         self.features = teachers(batch)
 
     def __call__(self, batch: Batch) -> list:
-        return list(self.features)
+        n = len(batch)
+        return [f._replace(image=f.image[:n], text=f.text[:n]) for f in self.features]
 
 
 class Contestant:
@@ -91,27 +114,19 @@ class Contestant:
 
     Args:
         flags: of `training.main`.
-        world: this process's place.
         cached: leave the teachers' forward pass out.
-        source: teachers of the same images and tokens [those that the flags name].
+        source: teachers of the same images and tokens.
     """
 
-    def __init__(
-        self,
-        flags: list[str],
-        world: World | None = None,
-        cached: bool = False,
-        source: LiveTeachers | None = None,
-    ):
-        world, config = world or World(), configuration(flags)
-        add_model_configs(config.model_config)
-        device = torch.device(config.device)
-        self.stage = StudentStage(config, device, world, config.banks, source)
+    def __init__(self, flags: list[str], cached: bool = False, source: LiveTeachers | None = None):
+        given = parse(["--train-data=-", *flags])
+        device = torch.device(given["device"])
+        config = resolve(given, device_type=device.type)
+        self.stage = StudentStage(config, device, World(), config.banks, source)
         self.stage.task.train()
-        self.trainer = Trainer(self.stage, config, 1000, world, device, config.precision)
-        seed = config.seed + world.rank
-        self.batch = random_batch(self.stage.transforms, config.batch_size, seed)
-        self.batch = self.batch.to(device)
+        self.trainer = Trainer(self.stage, config, 1000, World(), device, config.precision)
+        batch = random_batch(self.stage.transforms, config.batch_size, config.seed)
+        self.batch = batch.to(device)
         if cached:
             self.stage.source = Remembered(self.stage.source, self.batch)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cifd_clip.files import write_text
+from cifd_clip.files import write_json
 from experiments import study
 from training.engine.environment import environment
 
@@ -94,7 +94,7 @@ def record(name: str, args: argparse.Namespace, figures: dict[str, Any]) -> None
     if args.json is not None:
         settings = json.loads(json.dumps(vars(args), default=str))
         content = {"benchmark": name, "environment": environment(), "settings": settings, **figures}
-        write_text(args.json, json.dumps(content, indent=2, sort_keys=True) + "\n")
+        write_json(args.json, content)
         print(f"wrote {args.json}")
 
 

@@ -1,79 +1,31 @@
-"""``python -m benchmarks.scaling``: what several processes say to each other, and what it costs.
+"""``python -m benchmarks.scaling``: what a step's messages between processes cost, by a model.
 
-Counted: the bytes that one training step of each method hands to torch.distributed, two real gloo
-processes, every collective included (gradient buckets, gathers, their backward, the stop flag),
-beside the formula of `messages`; they must agree. Modelled: the same formula at 8, 64 and 512 GPUs
-for a full-size pair of models. Measured, with --timing: samples per second of one process and of
-two, in turn (weak scaling, the teacher's forward left out).
+The bytes that one training step of each method hands to torch.distributed are those of a formula,
+`messages`; tests count the messages of real processes, and they agree. What they take, at 8, 64 and
+512 GPUs, follows from a ring's bandwidth and latency.
 """
 
-import json
-import statistics
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from benchmarks.contestants import (
-    RATES,
-    Contestant,
-    add_flags,
-    common_flags,
-    random_teacher,
-    teachers,
-    untrained_bank,
-)
-from benchmarks.harness import command_line, paired, ratios, record
+from benchmarks.harness import record
 from cifd_clip import METHODS, DistillationTask, Features, World
 from cifd_clip.student import Pooled
 from experiments.seeds import table
 from training.clip.flags import parse_args
+from training.clip.models import add_model_configs
 from training.clip.stages import make_task
-from training.engine.control import StopFlag
+from training.engine.flags import CommandLine
 from training.errors import cli
 
-OPERATIONS = {
-    "allreduce_": "all_reduce",
-    "_allgather_base_": "all_gather",
-    "_reduce_scatter_base_": "reduce_scatter",
-}
 FLOAT32 = 4
 BATCHES = (1024, 32768)  # of the model: the whole batch
-
-
-# -- counted -----------------------------------------------------------------------------------
-
-
-class Collectives(TorchDispatchMode):
-    """Counts the collectives issued inside the ``with`` block, DistributedDataParallel's included.
-
-    Attributes:
-        bytes: of each operation's whole message: what is reduced, what has been gathered.
-        calls: of each operation.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.bytes: Counter = Counter()
-        self.calls: Counter = Counter()
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator.namespace == "c10d":
-            name = operator.__name__.partition(".")[0]
-            name = OPERATIONS.get(name, name)
-            tensors = [[t for t in tree_leaves(a) if isinstance(t, Tensor)] for a in args]
-            self.bytes[name] += max(sum(t.nbytes for t in some) for some in tensors)
-            self.calls[name] += 1
-        return operator(*args, **(kwargs or {}))
 
 
 # -- the formula -------------------------------------------------------------------------------
@@ -132,14 +84,6 @@ def messages(parameters: int, rows: int, gathered: tuple[int, int], backend: str
     return [message for message in step if message.bytes]
 
 
-def total(step: list[Message]) -> dict[str, int]:
-    """Bytes by operation."""
-    sums: Counter = Counter()
-    for message in step:
-        sums[message.operation] += message.bytes
-    return dict(sums)
-
-
 # -- the model ---------------------------------------------------------------------------------
 
 
@@ -166,13 +110,14 @@ def sent(message: Message, gpus: int) -> float:
     return message.bytes * (gpus - 1) / gpus * (2 if message.operation == "all_reduce" else 1)
 
 
-def model(student: str, teacher: str, cluster: Cluster) -> dict[str, Any]:
+def model(student: str, teacher: str, methods: list[str], cluster: Cluster) -> list[dict[str, Any]]:
     """Megabytes and milliseconds per step of every method, GPU count and global batch."""
     built = open_clip.create_model(student)
     teacher_dim = open_clip.get_model_config(teacher)["embed_dim"]
     rows = []
-    for method in METHODS:
-        flags = ["--train-data=-", f"--model={student}", *distilled(method, "local-dir:-")]
+    for method in methods:
+        flags = ["--train-data=-", f"--model={student}", f"--distill={method}"]
+        flags += [] if method == "none" else ["--distill-model=local-dir:-"]
         task = make_task(parse_args(flags), built, [teacher_dim], World(), seed=0)
         parameters = sum(p.numel() for p in task.parameters())
         parameters -= not task.method.uses_logit_scale  # frozen then
@@ -191,131 +136,27 @@ def model(student: str, teacher: str, cluster: Cluster) -> dict[str, Any]:
                     "gathers_mb": sum(sent(m, gpus) for m in others) / 1e6,
                     "gathers_ms": sum(cluster.seconds(m, gpus) for m in halves) * 1e3,
                 })  # fmt: skip
-    return {"student": student, "teacher": teacher, "cluster": cluster._asdict(), "rows": rows}
-
-
-# -- two processes ---------------------------------------------------------------------------------
-
-
-def distilled(method: str, teacher: str) -> list[str]:
-    """The flags of a method."""
-    taught = [] if method == "none" else [f"--distill-model={teacher}"]
-    return [f"--distill={method}", *taught]
-
-
-class Talking(Contestant):
-    """A contestant with what the loop says besides."""
-
-    def __init__(self, flags: list[str], world: World):
-        super().__init__(flags, world, cached=True)
-        self.stop = StopFlag(world)
-
-    def __call__(self) -> None:
-        """One step, and the question whether to stop, as the loop asks it."""
-        super().__call__()
-        self.stop.agreed()
-
-
-def count(contestant: Talking, method: str) -> dict[str, Any]:
-    """Bytes by operation that a settled step hands over, and those of the formula."""
-    for _ in range(3):  # DDP arranges its buckets
-        contestant()
-    with Collectives() as counted:
-        contestant()
-    task, rows = contestant.stage.task, len(contestant.batch) * dist.get_world_size()
-    parameters = sum(p.numel() for p in task.parameters() if p.requires_grad)
-    gathered = gathers(task, contestant.stage.source.dims)
-    step = messages(parameters, rows, gathered, dist.get_backend())
-    if dict(counted.bytes) != total(step):
-        raise AssertionError(f"{method}: counted {dict(counted.bytes)}, expected {total(step)}")
-    return {
-        "counted_bytes": dict(counted.bytes),
-        "calls": dict(counted.calls),
-        "formula": [message._asdict() for message in step],
-    }
-
-
-def _process(rank: int, flags: dict[str, list[str]], folder: Path, rounds: int) -> None:
-    torch.set_num_threads(1)
-    place = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
-    results = {}
-    for method, own in flags.items():
-        shared = Talking(own, World(rank, 2))
-        results[method] = count(shared, method)
-        if rounds:
-            results[method]["throughput"] = _weak_scaling(shared, own, rounds)
-        shared.stop.close()
-    (folder / f"results{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
-
-
-def _weak_scaling(shared: Talking, flags: list[str], rounds: int) -> dict[str, Any]:
-    """Seconds of a step of one process and of two, in turn."""
-
-    def together() -> None:
-        dist.barrier()
-        shared()
-
-    def rest() -> None:
-        """Rank 1, while rank 0 is alone, waits at the barrier of the next shared step."""
-
-    alone = Talking(flags, World()) if dist.get_rank() == 0 else rest
-    seconds = paired({"1": alone, "2": together}, rounds, 2)
-    rows = len(shared.batch)
-    return {
-        "seconds": seconds,
-        "samples_per_s": {n: int(n) * rows / statistics.median(s) for n, s in seconds.items()},
-        "efficiency": ratios(seconds, "1", "2"),
-    }
+    return rows
 
 
 # -- the command -----------------------------------------------------------------------------------
 
 
 def main(argv: list[str]) -> None:
-    """Count, model, measure, print."""
-    parser = command_line("scaling", __doc__, rounds=10)
-    add_flags(parser, "ViT-S-32", "ViT-S-32-alt", gpu=False)
+    """Model and print."""
+    parser = CommandLine("benchmarks.scaling", __doc__.partition(": ")[2])
     add = parser.add_argument
-    add("--full-student", default="ViT-B-16", help="what the model is about")
-    add("--full-teacher", default="ViT-L-14", help="its teacher")
+    add("--teacher", default="ViT-L-14", help="architecture")
+    add("--student", default="ViT-B-16", help="architecture")
+    add("--model-config", nargs="+", default=[], metavar="FILE.json", help="of other models")
     add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="which of them")
-    add("--timing", action="store_true", help="measure samples per second too")
+    add("--json", type=Path, metavar="FILE", help="save the figures here")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        teacher, common = random_teacher(args, folder), common_flags(args)
-        flags = {method: [*common, *distilled(method, teacher)] for method in args.methods}
-        if "cifd" in flags:
-            source = teachers([*common, *distilled("fd", teacher)])
-            bank = untrained_bank(source, len(RATES), folder / "bank")
-            flags["cifd"].append(f"--rdm-bank={bank}")
-        mp.spawn(_process, args=(flags, folder, args.rounds if args.timing else 0), nprocs=2)
-        methods = json.loads((folder / "results0.json").read_text())
-    modelled = model(args.full_student, args.full_teacher, Cluster())
-    print(f"{args.teacher} -> {args.student}, 2 gloo processes x {args.batch_size}, per step")
-    print(f"{counts_table(methods)}\n{model_table(modelled['rows'])}", end="")
-    record("scaling", args, {"methods": methods, "model": modelled})
-
-
-def counts_table(methods: dict[str, dict]) -> str:
-    """Counted bytes as Markdown; the formula agreed, or the program had stopped."""
-    heads = ["method", "all_reduce", "all_gather", "more than `none`"]
-    timed = all("throughput" in counted for counted in methods.values())
-    heads += ["samples/s, 1", "2", "efficiency"] if timed else []
-    plain = sum(methods["none"]["counted_bytes"].values()) if "none" in methods else None
-    rows = []
-    for name, counted in methods.items():
-        by = counted["counted_bytes"]
-        more = "" if plain is None else f"{sum(by.values()) - plain:+,}"
-        row = [name, f"{by['all_reduce']:,}", f"{by.get('all_gather', 0):,}", more]
-        if timed:
-            rate, kept = (counted["throughput"][k] for k in ("samples_per_s", "efficiency"))
-            row += [f"{rate['1']:.1f}", f"{rate['2']:.1f}"]
-            row.append(f"{kept['median']:.2f} ({kept['min']:.2f} to {kept['max']:.2f})")
-        rows.append(row)
-    return table(heads, rows)
+    add_model_configs(args.model_config)
+    cluster = Cluster()
+    rows = model(args.student, args.teacher, args.methods, cluster)
+    print(f"{args.teacher} -> {args.student}\n{model_table(rows)}", end="")
+    record("scaling", args, {"model": {"cluster": cluster._asdict(), "rows": rows}})
 
 
 def model_table(modelled: list[dict[str, Any]]) -> str:

@@ -13,43 +13,28 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import torch
-
 from benchmarks import simulate
-from benchmarks.contestants import (
-    Contestant,
-    add_flags,
-    common_flags,
-    random_teacher,
-    teachers,
-    untrained_bank,
-)
+from benchmarks.contestants import Contestant, Students, add_flags
 from benchmarks.harness import command_line, memory, paired, ratios, record, spelled
 from cifd_clip import METHODS
-from training.clip.live import LiveTeachers
 from training.errors import cli
 
 TO = "fd"  # what the others are compared with
+#: Name → the arguments of `Students.under`.
+CONTESTANTS = {method: ([method], {}) for method in METHODS if method != "cifd"}
+CONTESTANTS |= {f"cifd (K={count})": (["cifd"], {"rdms": count}) for count in (1, 3)}
+CONTESTANTS["cifd (K=3, no IBM)"] = ["cifd", "--no-ibm"], {}
 
 
-def contestants(
-    args: argparse.Namespace, folder: Path
-) -> tuple[dict[str, list[str]], LiveTeachers]:
-    """The flags of each contestant, and the teacher of all."""
-    alone = common_flags(args)
-    taught = [*alone, f"--distill-model={random_teacher(args, folder)}"]
-    flags = {"none": alone}
-    flags |= {m: [*taught, f"--distill={m}"] for m in METHODS if m not in ("none", "cifd")}
-    source = teachers(flags[TO])
-    for count in (1, 3):
-        bank = untrained_bank(source, count, folder / f"bank{count}")
-        flags[f"cifd (K={count})"] = [*taught, "--distill=cifd", f"--rdm-bank={bank}"]
-    return flags | {"cifd (K=3, no IBM)": [*flags["cifd (K=3)"], "--no-ibm"]}, source
+def contestant(students: Students, name: str) -> Contestant:
+    """A student under one of `CONTESTANTS`."""
+    words, options = CONTESTANTS[name]
+    return students.under(*words, **options, cached=students.args.cached)
 
 
-def steps(flags: list[str], cached: bool) -> list[Contestant]:
+def steps(args: argparse.Namespace, folder: Path, name: str) -> list[Contestant]:
     """Two steps of a contestant."""
-    return [Contestant(flags, cached=cached)] * 2
+    return [contestant(Students(args, folder), name)] * 2
 
 
 def main(argv: list[str]) -> int | None:
@@ -67,14 +52,12 @@ def main(argv: list[str]) -> int | None:
     if args.simulate:
         return simulate.main(argv, args.simulate, args.flags, args.beside)
     with tempfile.TemporaryDirectory() as temporary:
-        flags, source = contestants(args, Path(temporary))
-        peak = {name: memory(steps, own, args.cached)[1] for name, own in flags.items()}
-        runs = {
-            name: Contestant(own, cached=args.cached, source=None if name == "none" else source)
-            for name, own in flags.items()
-        }
-        seconds = paired(runs, args.rounds, 2, torch.device(args.device))
-    against = {name: ratios(seconds, name, TO) for name in flags}
+        folder = Path(temporary)
+        peak = {name: memory(steps, args, folder, name)[1] for name in CONTESTANTS}
+        students = Students(args, folder)
+        runs = {name: contestant(students, name) for name in CONTESTANTS}
+        seconds = paired(runs, args.rounds, 2, students.device)
+    against = {name: ratios(seconds, name, TO) for name in CONTESTANTS}
     where = f"batch {args.batch_size}, {args.precision}, {args.device}"
     print(f"{args.teacher} -> {args.student}, {where}")
     for name, times in seconds.items():

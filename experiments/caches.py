@@ -4,6 +4,7 @@ A teacher, its bank, a cache of every kind, and from each a student of every see
 a tenth is held out. --json says what students recall of those, and what the code takes and keeps.
 """
 
+import os
 import time
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +13,6 @@ import torch
 
 from cifd_clip.artefact import MODALITIES
 from cifd_clip.files import write_json
-from experiments.every_method import MODELS
 from experiments.seeds import spread
 from experiments.study import STOPPED, Run, Study, command_line
 from training.clip.cache import read_embeddings
@@ -21,6 +21,7 @@ from training.engine.run import read_metrics
 from training.errors import cli
 from training.intervals import paired
 
+MODELS = Path(os.path.relpath(Path(__file__).parent.parent / "demo" / "models"))
 #: Kinds of cache: their flags. The first is what the others are compared with.
 KINDS = {
     "float16": (),

@@ -10,8 +10,7 @@ weights and they are not in --logs.
 from pathlib import Path
 from statistics import mean
 
-from cifd_clip.files import write_text
-from experiments.classifiers import BF16, classifier
+from cifd_clip.files import read_json, write_text
 from experiments.seeds import spread, table
 from experiments.study import (
     STOPPED,
@@ -19,7 +18,6 @@ from experiments.study import (
     Study,
     command_line,
     curve,
-    read_result,
     read_results,
     write_result,
 )
@@ -33,7 +31,13 @@ RATES = {1: [50], 3: [20, 50, 150], 5: [10, 20, 50, 150, 500]}
 
 # The settings, chosen on held-out training images (results/cifar100/tuning); later groups win. What
 # is held out stays out, as in A.2: a teacher that has not seen it can go on to tune students.
-EVERY_RUN = f"--global-batch 128 --momentum 0.9 --wd 1e-4 --augment flip {BF16} --holdout 2500"
+EVERY_RUN = (
+    "--global-batch 128 --momentum 0.9 --wd 1e-4 --augment flip --precision amp_bf16 --holdout 2500"
+)
+PLACE = (
+    "--data={data}", "--logs={logs}", "--name={name}", "--resume=latest",
+    "--teacher-cache={logs}/answers", "--device=cpu",
+)  # fmt: skip
 CLASSIFIERS = "--epochs 15 --lr 0.02"
 SETTINGS = {
     "none": "",
@@ -73,22 +77,16 @@ def plan(seeds: list[int], epochs: int | None = None, subset: int = 0, few: int 
     def add(kind: str, seed: int, method: str, model: str, teachers=(), *more: str, **other) -> str:
         """Add a run; its name."""
         part = few if model == STUDENT else 0
-        settings = [EVERY_RUN, CLASSIFIERS if model else "", MODELS.get(model, "")]
-        settings.append(SETTINGS["ibm" if kind == "ibm" else method])
+        settings = [f"--method={method}", EVERY_RUN, CLASSIFIERS if model else ""]
+        settings += [MODELS.get(model, ""), SETTINGS["ibm" if kind == "ibm" else method]]
         settings.append(f"--subset {part} {LONGER}" if part else "")
-        run = classifier(
-            f"{kind}{FEW if part else ''}_s{seed}",
-            method,
-            f"{' '.join(settings)} {trial} --seed={seed} --final",
-            model,
-            teachers,
-            *more,
-            where=["--teacher-cache={logs}/answers"],
-            cost=COST[model],
-            **{"results": ("",), **other},
-        )
-        runs.append(run)
-        return run.name
+        flags = f"{' '.join(settings)} {trial} --seed={seed} --final".split()
+        flags += [f"--model={model}"] if model else []
+        flags += [f"--teacher={','.join(f'{{{name}}}' for name in teachers)}"] if teachers else []
+        name = f"{kind}{FEW if part else ''}_s{seed}"
+        kept = {"results": ("",), "cost": COST[model], **other}
+        runs.append(Run(name, "training.classify", (*flags, *more), PLACE, **kept))
+        return name
 
     # 1. Of every seed a teacher; of the first, its assistants: TAKD reads the last, DGKD all.
     first = seeds[0]
@@ -124,7 +122,7 @@ def keep_results(study: Study, run: Run) -> None:
     for file, kept in study.kept(run).items():
         if not kept.is_file():
             added = {"flags": list(run.flags), "curve": curve(directory, ("step", "loss", "acc1"))}
-            write_result(kept, read_result(directory / file) | added)
+            write_result(kept, read_json(directory / file) | added)
     if run.name.startswith("rdm") and not any((study.results / "bank").glob(f"*{run.name}*")):
         from eval import bank  # takes seconds to import
 

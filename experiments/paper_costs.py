@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
@@ -30,29 +29,18 @@ IMAGES, RDM_EPOCHS, STUDENT_EPOCHS, KD_EPOCHS = 1_280_000, 30, 88, 100
 #: Figure 1(b), relative to KD, and Table 1's costs (section 4.3), relative to CIFD.
 FIGURE_1B = {"kd": 1.0, "cifd": 1.08, "takd": 3.5, "dgkd": 4.5}
 TABLE_1 = {"takd": 2, "dgkd": 5}
-#: Blocks per stage of ResNets between ResNet-18 and ResNet-34, possible assistants.
-RESNETS = {
-    "resnet20": [2, 2, 3, 2],
-    "resnet22": [2, 3, 3, 2],
-    "resnet24": [2, 3, 4, 2],
-    "resnet26": [3, 3, 3, 3],
-    "resnet28": [3, 3, 4, 3],
-    "resnet30": [3, 4, 4, 3],
-    "resnet32": [3, 4, 5, 3],
-}
+#: FFCV's schedule (the paper's [62], ``rn18_88_epochs.yaml``): epochs by the side of their images.
+FFCV = {160: 71, 192: 17}
 
 
 @lru_cache
 def classifier(name: str, size: int) -> Count:
-    """Forward MACs of an image of ``size`` × ``size`` pixels.
-
-    The name is torchvision's, one of `RESNETS`, or of a CNN of the paper's Table 8.
-    """
+    """Forward MACs of ``size`` × ``size`` pixels in a model of torchvision's or of Table 8's."""
     with torch.device("meta"):
         if name in SIMPLE_CNNS:
             model = simple_cnn(name)
-        elif name in RESNETS:
-            model = ResNet(BasicBlock, RESNETS[name])
+        elif name == "resnet26":  # between ResNet-18 and ResNet-34: an assistant
+            model = ResNet(BasicBlock, [3, 3, 3, 3])
         else:
             model = torchvision.models.get_model(name)
         forward = macs.count_macs(model.eval().requires_grad_(False), torch.empty(1, 3, size, size))
@@ -94,23 +82,17 @@ def chain_macs(
     }
 
 
-def ffcv_pixels(epoch: int) -> int:
-    """Side of FFCV's training images, its ``rn18_88_epochs.yaml`` (the paper's [62])."""
-    ramp = min(max((epoch - 65) / (76 - 65), 0), 1)
-    return round((160 + ramp * (192 - 160)) / 32) * 32
-
-
 def appendix_d2() -> list[tuple[str, str, float, float]]:
     """Appendix D.2: quantity, how it is counted, MACs as printed, MACs as counted."""
     teacher, student = (classifier(n, 224).macs for n in ("resnet34", "resnet18"))
     rdm = classifying_rdm(512, 1000, "reconstruct").macs
     stage1, stage2 = RDM_EPOCHS * IMAGES, STUDENT_EPOCHS * IMAGES
-    ffcv = sum(
-        classifier(name, ffcv_pixels(epoch)).macs * IMAGES
-        for name in ("resnet34", "resnet18")
-        for epoch in range(STUDENT_EPOCHS)
+    ffcv = IMAGES * sum(
+        epochs * (classifier("resnet34", side).macs + classifier("resnet18", side).macs)
+        for side, epochs in FFCV.items()
     )
     fitting = 3 * 5 * 512**2  # what 1.31 M per RDM amounts to
+    forward = (teacher + fitting) * (stage1 + stage2) + student * stage2
     both = chain_macs([teacher, student], 3 * rdm, RDM_EPOCHS / STUDENT_EPOCHS, TRAINED)["cifd"]
     return [
         ("an RDM, an image", "512-512-512-512-512 and 1000 classes", 1.31e6, rdm),
@@ -123,12 +105,7 @@ def appendix_d2() -> list[tuple[str, str, float, float]]:
         ("stage 2", "forward only, 88 epochs, 224 px", 619e15, (teacher + student) * stage2),
         ("", "and the student's backward", 619e15, (teacher + TRAINED * student) * stage2),
         ("", "forward only, at FFCV's 160 and 192 px", 619e15, ffcv),
-        (
-            "total",
-            "forward only",
-            762e15,
-            (teacher + fitting) * stage1 + (teacher + student + fitting) * stage2,
-        ),
+        ("total", "forward only", 762e15, forward),
         ("", "with classifier and backward", 762e15, both * stage2),
     ]
 
@@ -150,20 +127,7 @@ def figure_1b() -> dict[str, dict[str, float]]:
         "with backward": backward,
         "and stage 1 cached": {**backward, "cifd": backward["cifd"] - spared},
     }
-    return {way: {m: v / costs["kd"] for m, v in costs.items()} for way, costs in ways.items()}
-
-
-def assistants_that_fit() -> list[str]:
-    """Which single assistant, trained for how long, gives the 3.5 and 4.5 of Figure 1(b)."""
-    teacher, student = (classifier(n, 224).macs for n in ("resnet34", "resnet18"))
-    fitting = []
-    for name in (*RESNETS, "resnet34"):
-        costs = chain_macs([teacher, classifier(name, 224).macs, student])
-        for epochs in range(80, 260, 10):
-            scale = epochs / KD_EPOCHS / costs["kd"]
-            if all(abs(costs[m] * scale - FIGURE_1B[m]) < 0.05 for m in ("takd", "dgkd")):
-                fitting.append(f"{name} for {epochs} epochs")
-    return fitting
+    return relative(ways, "kd")
 
 
 def table_1() -> dict[str, dict[str, float]]:
@@ -176,25 +140,12 @@ def table_1() -> dict[str, dict[str, float]]:
         "with backward": chain_macs(models, rdm, 1.0, TRAINED),
         "and frozen models cached": chain_macs(models, rdm, 1.0, TRAINED, live=False),
     }
-    return {way: {m: v / costs["cifd"] for m, v in costs.items()} for way, costs in ways.items()}
+    return relative(ways, "cifd")
 
 
-def report() -> tuple[str, dict[str, Any]]:
-    """Appendix D.2, Figure 1(b) and Table 1's costs, printed and counted."""
-    values = {
-        "appendix_d2": appendix_d2(),
-        "figure_1b": figure_1b(),
-        "table_1": table_1(),
-        "assistants": assistants_that_fit(),
-    }
-    head = ["appendix D.2", "counted as", "printed", "counted", "ratio"]
-    rows = [[what, how, si(p), si(c), f"{c / p:.3f}"] for what, how, p, c in values["appendix_d2"]]
-    text = (
-        f"{table(head, rows, words=2)}\n{ways_table('Figure 1(b), × KD', values['figure_1b'])}\n"
-        f"3.5 and 4.5 fit one assistant: {' or '.join(values['assistants'])}.\n\n"
-        f"{ways_table('Table 1, × CIFD', values['table_1'])}"
-    )
-    return text, values
+def relative(ways: dict[str, dict[str, float]], to: str) -> dict[str, dict[str, float]]:
+    """Costs over that of one method."""
+    return {way: {m: v / costs[to] for m, v in costs.items()} for way, costs in ways.items()}
 
 
 def ways_table(title: str, ways: dict[str, dict[str, float]]) -> str:
@@ -218,8 +169,16 @@ def main(argv: list[str]) -> None:
     parser = CommandLine("experiments.paper_costs", __doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON too")
     args = parser.parse_args(argv)
-    text, values = report()
-    print(text, end="")
+    values = {"appendix_d2": appendix_d2(), "figure_1b": figure_1b(), "table_1": table_1()}
+    head = ["appendix D.2", "counted as", "printed", "counted", "ratio"]
+    rows = [[what, how, si(p), si(c), f"{c / p:.3f}"] for what, how, p, c in values["appendix_d2"]]
+    print(
+        table(head, rows, words=2),
+        ways_table("Figure 1(b), × KD", values["figure_1b"]),
+        ways_table("Table 1, × CIFD", values["table_1"]),
+        sep="\n",
+        end="",
+    )
     if args.json:
         write_json(args.json, {**values, "environment": environment()})
 

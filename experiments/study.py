@@ -7,7 +7,6 @@ needs what it left in the logs.
 """
 
 import argparse
-import importlib
 import json
 import os
 import re
@@ -186,7 +185,7 @@ class Study:
         """Execute what is left, and keep the results of what is finished.
 
         Args:
-            jobs: runs at a time; 0: one after the other, in this process.
+            jobs: runs at a time.
             threads: of each run.
             show: let the runs write to the terminal, not to ``NAME.log`` in the logs.
 
@@ -200,17 +199,11 @@ class Study:
         self.check()
         for run in filter(self.finished, self.runs.values()):
             self.keep(self, run)
-        execution = _Execution(self, jobs, threads, show)
-        return execution.side_by_side() if jobs else execution.here()
+        return _Execution(self, max(1, jobs), threads, show).side_by_side()
 
     def begin(self, run: Run, commit: str | None) -> None:
         content = {"command": self.spelled(run), "commit": commit, "flags": list(run.flags)}
         write_json(self.logs / run.name / "study.json", content, FORMAT)
-
-    def origin(self, run: Run) -> dict[str, Any]:
-        """Command and commit of a run, as it was started last."""
-        content = read_json(self.logs / run.name / "study.json", FORMAT)
-        return {name: content[name] for name in ("command", "commit")}
 
     def end(self, run: Run, seconds: float) -> None:
         """Mark the end of a run, where its command does not, and keep its results."""
@@ -233,20 +226,6 @@ class _Execution:
         self.commit = origin()["commit"]
         if self.waiting and (self.commit or "").endswith("-dirty"):
             print("note: the checkout has changes that are not committed, and results will say so")
-
-    def here(self) -> bool:
-        """One after the other in this process."""
-        while self.waiting:
-            run, begin = self.waiting[0], time.monotonic()
-            self.study.begin(run, self.commit)
-            _, module, *flags = self.study.command(run)
-            code = importlib.import_module(module).main(flags) or 0
-            if code == STOPPED:
-                return False
-            if code:
-                raise Failure(f"{run.name} failed; its message is above")
-            self._finished(self.waiting.pop(0), begin)
-        return True
 
     def side_by_side(self) -> bool:
         with signals(self._stop):
@@ -303,7 +282,7 @@ class _Execution:
         left = [*self.waiting, *(run for run, _ in self.active.values())]
         text = f"{time.strftime('%H:%M')} {run.name} is finished after {duration(minutes)}"
         if left:
-            shared = sum(run.cost for run in left) / max(1, self.jobs)
+            shared = sum(run.cost for run in left) / self.jobs
             longest = max(self.chain[run.name] for run in left)
             rest = duration(max(shared, longest) * self.minutes / self.cost)
             text += f"; {len(left)} of {self.total} to go, about {rest}"
@@ -328,14 +307,9 @@ def say(text: str) -> None:
     print(f"\n\033[1m▸ {text}\033[0m" if sys.stdout.isatty() else f"\n> {text}", flush=True)
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """A result, kept or in a run directory."""
-    return read_json(path)
-
-
 def read_results(results: Path) -> dict[str, dict[str, Any]]:
     """Every kept result by its name, in the order of the names."""
-    return {path.stem: read_result(path) for path in sorted((results / "runs").glob("*.json"))}
+    return {path.stem: read_json(path) for path in sorted((results / "runs").glob("*.json"))}
 
 
 def write_result(path: Path, content: Any) -> None:
@@ -343,14 +317,8 @@ def write_result(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
-def metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's training log."""
-    lines = read_metrics(directory)
-    return [line for line in lines if line["kind"] == "train"]
-
-
 def curve(directory: Path, keys: Iterable[str]) -> dict[str, list]:
     """Some columns of a run's training log; those it does not have are left out."""
-    lines = metrics(directory)
+    lines = [line for line in read_metrics(directory) if line["kind"] == "train"]
     columns = {key: [line.get(key) for line in lines] for key in keys}
     return {key: values for key, values in columns.items() if any(values)}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from functools import partialmethod
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from benchmarks.scaling import Collectives, gathers, messages, total
+from benchmarks.scaling import gathers, messages
 from cifd_clip import Features, World
 from combinations import RANKS, ROWS, case_and_flags, table
 from runs import CONFIGS, ROOT
@@ -21,6 +24,11 @@ from test_task import distance
 from trainers import CASES, batch, gradients, part, prepare, trainer, worst
 from training.clip.config import DISTILL
 
+OPERATIONS = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+}
 TABLE = table()
 ACCUMULATED = ["--batch-size", "2", "--accum-freq", "2"]
 #: name → (case, flags of each rank, how near the plain step): the table's cells, every case
@@ -82,6 +90,26 @@ def compare(name: str, home: Path, world: World) -> dict:
     }
 
 
+class Collectives(TorchDispatchMode):
+    """Counts the collectives issued inside the ``with`` block, DistributedDataParallel's included.
+
+    Attributes:
+        bytes: of each operation's whole message: what is reduced, what has been gathered.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bytes: Counter = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "c10d":
+            name = operator.__name__.partition(".")[0]
+            name = OPERATIONS.get(name, name)
+            tensors = [[t for t in tree_leaves(a) if isinstance(t, Tensor)] for a in args]
+            self.bytes[name] += max(sum(t.nbytes for t in some) for some in tensors)
+        return operator(*args, **(kwargs or {}))
+
+
 def communication(case: str, flags: list[str], home: Path, world: World) -> dict:
     """Bytes that a settled step hands to torch.distributed, and those of the formula."""
     made = trainer(case, home, *flags, world=world)
@@ -96,12 +124,15 @@ def communication(case: str, flags: list[str], home: Path, world: World) -> dict
     dims = made.stage.source.dims
     columns = (0, 0) if method == "rdm" else gathers(task, dims)
     said = messages(parameters, ROWS, columns, "gloo")[:-1]
+    formula: Counter = Counter()
+    for message in said:
+        formula[message.operation] += message.bytes
     trains = {id(p) for p in task.parameters()}
     frozen = [p for t in made.stage.source.teachers for p in t.model.parameters()]
     frozen += list(made.stage.banks[0].parameters()) if method == "cifd" else []
     return {
         "counted": dict(counted.bytes),
-        "formula": total(said),
+        "formula": formula,
         "gathers": columns,
         "dims": [0 if method == "rdm" else 2 * task.student.dim, 2 * sum(dims)],
         "gradient": said[0].bytes,

@@ -81,7 +81,7 @@ def test_every_stage_has_its_hours_and_bytes_as_one_json_object(capsys):
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert list(found["hours"]) == list(found["disk_bytes"]) == ["cache", "rdm", "student"]
-    assert found["hours"] == cost.gpu_hours(flags)
+    assert found == cost.summary(cost.parse(flags))
     assert "--dataset-samples" in printed.err
     # 3 M samples, two views of the image and one of the text, 768 float16 each
     assert found["disk_bytes"]["cache"] == 3_000_000 * 3 * 768 * 2
@@ -213,7 +213,7 @@ def test_assistants_have_to_lie_between_teacher_and_student():
 )
 def test_wrong_input_ends_in_one_sentence(flags, message):
     with pytest.raises(UsageError, match=message):
-        cost.gpu_hours(flags)
+        cost.summary(cost.parse(flags))
 
 
 def test_a_sweep_over_caches_needs_a_teacher():

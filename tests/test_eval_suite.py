@@ -13,9 +13,8 @@ import pytest
 import torch
 from clip_benchmark.datasets.builder import build_dataset, get_dataset_default_task
 
-from benchmarks import fabricate
-from benchmarks.fabricate import Pictures
 from eval import benchmark, datasets
+from paper_sets import RETRIEVAL, Pictures, local, webdataset
 from tests.test_eval_benchmark import model_folder, results
 
 ROOT = Path(__file__).parents[1]
@@ -47,10 +46,10 @@ def sets(tmp_path_factory):
     """The seven sets in both layouts."""
     root = tmp_path_factory.mktemp("sets")
     for name, count in COUNTS.items():
-        distinct = None if name in fabricate.RETRIEVAL else 40
+        distinct = None if name in RETRIEVAL else 40
         pictures = Pictures(count, distinct=distinct)
-        fabricate.webdataset(root / "webdataset", name, pictures, templates=3)
-        fabricate.local(root / "local", name, pictures)
+        webdataset(root / "webdataset", name, pictures, templates=3)
+        local(root / "local", name, pictures)
     return root
 
 
@@ -93,7 +92,7 @@ def stock_samples(layout, root, name, transform):
 def test_samples_classes_and_templates_are_stocks(sets, transform, layout, name):
     stock, samples = stock_samples(layout, sets / layout, name, transform)
     ours = datasets.open_folder(sets / layout, name, "test")
-    if name in fabricate.RETRIEVAL:
+    if name in RETRIEVAL:
         assert ours.targets == [captions for _, captions in samples]
     else:
         assert ours.targets == [label for _, label in samples]
@@ -153,7 +152,7 @@ def test_the_papers_suite_runs_offline_and_names_its_gaps(sets, student, layout,
 
 def test_a_damaged_image_is_a_gap_and_the_other_sets_are_evaluated(sets, student, tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
-    for name in fabricate.RETRIEVAL:
+    for name in RETRIEVAL:
         shutil.copytree(sets / "local" / name, data / name)
     image = next((data / "mscoco_captions" / "val2014").iterdir())
     image.write_bytes(image.read_bytes()[:200])

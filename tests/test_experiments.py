@@ -1,4 +1,4 @@
-"""The studies of classifiers: what they run, keep and compare; tuning; every method once."""
+"""The study of CIFAR-100: what it runs, keeps and compares."""
 
 import shutil
 from argparse import Namespace
@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cifd_clip import METHODS as CLIP_METHODS
-from experiments import cifar100, every_classifier, every_method
+from experiments import cifar100
 from experiments.study import Run, Study, priorities, write_result
 from runs import ROOT
-from training.classifier.config import METHODS, parse_args
-from training.clip import flags as clip_flags
+from training.classifier.config import parse_args
 from training.errors import UsageError
 
 CIFAR = ROOT.parent / "shared" / "data"
@@ -104,27 +102,3 @@ def test_rows_of_the_study_are_compared_seed_by_seed(tmp_path):
         "| CIFD (3 RDM) | 3 | 52.00 ± 11.00 | +2.00 ± 2.48 | +0.67 ± 3.79 | 52.0 |"
     )
     assert "TAKD (3 TA)" not in rows
-
-
-@pytest.mark.parametrize("dataset, teacher, student", every_classifier.PAIRS)
-def test_a_pair_of_networks_meets_every_method_in_order(dataset, teacher, student):
-    seen: set[str] = set()
-    methods = []
-    for run in every_classifier.plan(dataset, teacher, student):
-        assert seen.issuperset(run.needs), f"{run.name} comes before one of {run.needs}"
-        seen.add(run.name)
-        args = parsed(run)
-        methods.append(args.method)
-        assert args.model in ("", teacher, student)
-    assert set(methods) == set(METHODS)
-
-
-def test_every_method_of_the_registry_meets_real_data_with_the_teachers_it_needs():
-    args = Namespace(steps=3, batch_size=4, workers=0, index_dir=None)
-    study = Study(every_method.plan(args, "cifar100", "x/{00000..00003}.tar"), Path("l"))
-    parsed = [clip_flags.parse_args(study.command(run)[2:]) for run in study.runs.values()]
-    students = {args.distill: args for args in parsed if args.model == "student"}
-    assert students.keys() == CLIP_METHODS.keys()
-    assert {args.train_data for args in parsed} == {"x/{00000..00003}.tar"}
-    taught = {name: bool(args.distill_model) for name, args in students.items()}
-    assert taught == {name: name != "none" for name in CLIP_METHODS}

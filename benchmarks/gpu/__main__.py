@@ -8,7 +8,6 @@ these go along as wheels: open_clip_torch, webdataset, braceexpand, clip-benchma
 numpy<2.4.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -27,7 +26,7 @@ from benchmarks.contestants import add_flags
 from benchmarks.gpu import correct, speed
 from benchmarks.gpu.bench import LITTLE, Bench
 from benchmarks.harness import command_line
-from cifd_clip.files import write_text
+from cifd_clip.files import write_json
 from training.engine.environment import environment
 from training.errors import UsageError, cli
 
@@ -43,9 +42,7 @@ STAGES = {
     "correct": Stage(correct.correct, 45),  # while other processes compile
     "steps": Stage(speed.steps, 240),
     "card": Stage(speed.card, 30),
-    "density": Stage(speed.density, 30),
     "memory": Stage(speed.memory, 45),
-    "blocks": Stage(speed.blocks, 60),
 }
 
 
@@ -103,7 +100,7 @@ def within(
         others: the command line of the stages after it.
     """
     figures: dict[str, Any] = {"environment": environment()}
-    write(path, figures | {"error": "the process ended in it"})  # what is left if it does
+    write_json(path, figures | {"error": "the process ended in it"})  # what is left if it does
     watchdog = threading.Timer(max(0.0, seconds) + GRACE, give_up, (path, figures, others))
     watchdog.daemon = True
     watchdog.start()
@@ -127,15 +124,10 @@ def within(
         signal.setitimer(signal.ITIMER_REAL, 0)
         watchdog.cancel()
     figures["seconds"] = time.monotonic() - start
-    write(path, figures)
+    write_json(path, figures)
     if bench.on_gpu:
         torch.cuda.empty_cache()
     return figures
-
-
-def write(path: Path, figures: dict[str, Any]) -> None:
-    """A stage's file."""
-    write_text(path, json.dumps(figures, indent=1) + "\n")
 
 
 def give_up(path: Path, figures: dict[str, Any], others: list[str]) -> None:
@@ -146,7 +138,7 @@ def give_up(path: Path, figures: dict[str, Any], others: list[str]) -> None:
     stacks = (traceback.format_stack(frame)[-6:] for frame in sys._current_frames().values())
     where = "\n".join("".join(stack) for stack in stacks)
     print(f"{path.stem}: it did not come back\n{where}", flush=True)
-    write(path, figures | {"error": f"it did not come back; its threads are at\n{where}"})
+    write_json(path, figures | {"error": f"it did not come back; its threads are at\n{where}"})
     os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *others])
 
 

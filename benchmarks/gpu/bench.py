@@ -8,22 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 
-from benchmarks.contestants import RATES, Contestant, common_flags, untrained_bank
+from benchmarks.contestants import Contestant, Students
 from benchmarks.harness import Seconds, paired
-from cifd_clip import Teacher
 from cifd_clip.towers import use_custom_blocks
 from eval.cost.macs import clip
-from training.clip.live import LiveTeachers, Transforms
-from training.clip.models import add_model_configs, model_config, quiet
+from training.clip.live import LiveTeachers
 
 METHODS = ("none", "fd", "clipkd", "cifd")  # of the table of a step
 LITTLE = Path("experiments/map/models")  # small-gap10-vit teaches tiny-gap10-vit
 
 
-class Bench:
+class Bench(Students):
     """A card, its ceilings as they are measured, and what runs on it.
 
     Args:
@@ -32,47 +29,25 @@ class Bench:
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path):
-        self.args, self.folder = args, folder
-        self.device = torch.device(args.device)
+        little = (f"{LITTLE}/{name}-gap10-vit.json" for name in ("tiny", "small"))
+        args.model_config = [*args.model_config, *little]
+        super().__init__(args, folder)
         self.on_gpu = self.device.type == "cuda"
         self.ceiling: float | None = None  # FLOP/s of a large bfloat16 product
         self.warming: list[subprocess.Popen] = []  # processes that compile ahead
-        little = (LITTLE / f"{name}-gap10-vit.json" for name in ("tiny", "small"))
-        add_model_configs([*args.model_config, *map(str, little)])
-
-    # -- teachers ------------------------------------------------------------------------------
-
-    @cached_property
-    def plain(self) -> LiveTeachers:
-        """The teacher as OpenCLIP builds it: float32 weights, torch's attention."""
-        return random_teacher(self.args.teacher, self.device)
 
     @cached_property
     def quick(self) -> LiveTeachers:
         """The teacher as a run on this device has it by default."""
-        quick = copy.deepcopy(self.plain)
+        quick = copy.deepcopy(self.teachers)
         use_custom_blocks(quick.teachers[0].model)
         if self.on_gpu:
             quick.teachers[0].cast(torch.bfloat16)
         return quick
 
-    @cached_property
-    def bank(self) -> Path:
-        """A bank of three RDMs of the teacher."""
-        return untrained_bank(self.plain, len(RATES), self.folder / "bank")
-
-    # -- students ------------------------------------------------------------------------------
-
-    def student(self, name: str, method: str, *flags: str, **options: Any) -> Contestant:
-        """A student of the teacher under a method, as OpenCLIP builds its towers."""
-        args = argparse.Namespace(**{**vars(self.args), "student": name, "model_config": []})
-        own = [*common_flags(args), f"--distill={method}", "--no-custom-blocks", *flags]
-        if method == "none":
-            return Contestant(own, **options)
-        own.append("--distill-model=local-dir:-")
-        if method == "cifd":
-            own.append(f"--rdm-bank={self.bank}")
-        return Contestant(own, **{"source": self.plain, **options})
+    def student(self, name: str, method: str, *flags: str) -> Contestant:
+        """A student under a method, as OpenCLIP builds its towers."""
+        return self.under(method, f"--model={name}", "--no-custom-blocks", *flags)
 
     def flops(self, student: str, live: bool) -> float:
         """Of a step, per image and caption: the student's three passes and the teacher's one."""
@@ -102,11 +77,3 @@ class Bench:
         run()
         torch.cuda.synchronize()
         return {"before": before / 2**30, "most": torch.cuda.max_memory_allocated() / 2**30}
-
-
-def random_teacher(name: str, device: torch.device) -> LiveTeachers:
-    """A randomly initialised teacher, drawn on its device: its speed is that of a real one."""
-    with quiet(), torch.device(device):
-        model = open_clip.create_model(name, device=device)
-    teacher = Teacher(model, name, weights="random")
-    return LiveTeachers([teacher], [model_config(name, "--teacher")], Transforms())

@@ -3,6 +3,7 @@
 import copy
 import math
 import tempfile
+from argparse import Namespace
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.contestants import RATES, Contestant, untrained_bank
-from benchmarks.gpu.bench import Bench, random_teacher
+from benchmarks.contestants import Contestant, Students, random_teacher
+from benchmarks.gpu.bench import Bench
 from cifd_clip import METHODS, Noise
 from cifd_clip.distributed import _Gather
 from training.engine.trainer import Trainer
@@ -55,25 +56,22 @@ class Little:
     def __init__(self, bench: Bench):
         self.bench = bench
         host = random_teacher("small-gap10-vit", torch.device("cpu"))
-        self.teachers = {"cpu": host, bench.device.type: host}
+        teachers = {"cpu": host}
         if bench.on_gpu:
-            self.teachers["cuda"] = copy.deepcopy(host)
-            self.teachers["cuda"].teachers[0].model.to(bench.device)
-        self.bank = untrained_bank(host, len(RATES), bench.folder / "little")
+            teachers["cuda"] = copy.deepcopy(host)
+            teachers["cuda"].teachers[0].model.to(bench.device)
+        folder = bench.folder / "little"
+        own = {"student": "tiny-gap10-vit", "batch_size": ROWS, "seed": 0, "precision": "fp32"}
+        self.on = {
+            device: Students(Namespace(**{**vars(bench.args), **own, "device": device}), folder, of)
+            for device, of in teachers.items()
+        }
 
     def student(self, method: str, device: str, *flags: str) -> Contestant:
         """A contestant; the same seed gives the same weights and batch on every device."""
-        own = ["--model=tiny-gap10-vit", f"--batch-size={ROWS}", "--seed=0", "--warmup=1"]
-        own += [f"--device={device}", "--epochs=1000", f"--distill={method}", "--precision=fp32"]
-        if method == "cifd":
-            own.append(f"--rdm-bank={self.bank}")
-        if method != "none":
-            own.append("--distill-model=local-dir:-")
-        source = None if method == "none" else self.teachers[device]
-        contestant = Contestant([*own, *flags], source=source)
+        contestant = self.on[device].under(method, *flags)
         if "--accum-freq=2" in flags:
-            whole = Contestant([*own], source=source)
-            contestant.batch = whole.batch
+            contestant.batch = self.on[device].under(method).batch
         return contestant
 
 

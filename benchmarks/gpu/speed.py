@@ -1,4 +1,4 @@
-"""How fast, with how much memory: ceilings, steps before and after, the teacher, the density."""
+"""How fast, with how much memory: ceilings, steps before and after, the teacher."""
 
 import contextlib
 import copy
@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.transformer import ResidualAttentionBlock
-from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contestants import Contestant, Remembered
 from benchmarks.gpu.bench import METHODS, Bench
 from benchmarks.harness import paired, ratios
-from cifd_clip import FactorizedDensity
 from cifd_clip.towers import compile_towers, use_custom_blocks
 from experiments.seeds import table as markdown
+from training.data.batch import Batch
 from training.data.views import normalise
 from training.errors import Failure
 
@@ -72,7 +70,7 @@ def ceilings(bench: Bench) -> dict[str, float]:
 
 def teacher(bench: Bench) -> dict[str, Any]:
     """Images per second of the teacher's forms, and how far their features are from float32's."""
-    plain = bench.plain.teachers[0]
+    plain = bench.teachers.teachers[0]
     forms = {"stock, autocast": plain, "custom, autocast": copy.deepcopy(plain)}
     use_custom_blocks(forms["custom, autocast"].model)
     for name in ("stock", "custom"):
@@ -81,7 +79,7 @@ def teacher(bench: Bench) -> dict[str, Any]:
     forms["custom, bf16, compiled"] = copy.deepcopy(forms["custom, bf16"])
     forms["custom, bf16, compiled"].compile()
     student = bench.student(bench.args.students[0], "none")
-    spec, rows = bench.plain.specs[0], bench.args.batch_size
+    spec, rows = bench.teachers.specs[0], bench.args.batch_size
     images, texts = normalise(student.batch.images[0], spec), student.batch.texts[0]
 
     def forward(form: Any) -> Callable[[], Any]:
@@ -123,7 +121,7 @@ def steps(bench: Bench, figures: dict[str, Any]) -> None:
         # As it was: torch's attention, an eager density, the teacher under autocast.
         with torch.compiler.set_stance("force_eager"):
             few = {method: line[method] for method in ("fd", "cifd")}
-            own["before"] = both_ways(bench, name, few, bench.plain, 3)
+            own["before"] = both_ways(bench, name, few, bench.teachers, 3)
             own["before"]["profile"] = longest(bench, line["cifd"])
         # By default.
         for contestant in line.values():
@@ -233,25 +231,7 @@ def warm(bench: Bench, name: str) -> None:
     contestant()
 
 
-def blocks(bench: Bench, figures: dict[str, Any]) -> None:
-    """The first student compiled block by block, as a checkpointed one is, not tower by tower."""
-    name = bench.args.students[0]
-    line = {method: bench.student(name, method) for method in ("fd", "cifd")}
-    for contestant in line.values():
-        contestant.stage.source = Remembered(bench.quick, contestant.batch)
-        use_custom_blocks(contestant.stage.task)
-        for module in contestant.stage.task.modules():
-            if isinstance(module, ResidualAttentionBlock):
-                module.compile(dynamic=False)
-    figures["first_step_s"] = first(line["fd"])
-    figures["images_per_s"] = {
-        method: bench.args.batch_size / statistics.median(seconds)
-        for method, seconds in bench.timed(line, bench.args.rounds).items()
-    }
-    figures["profile"] = longest(bench, line["cifd"])
-
-
-# -- memory, and the density by itself -----------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------
 
 
 def memory(bench: Bench, figures: dict[str, Any]) -> None:
@@ -268,9 +248,8 @@ def memory(bench: Bench, figures: dict[str, Any]) -> None:
             contestant = bench.student(name, "cifd", f"--batch-size={size}", *flags)
             use_custom_blocks(contestant.stage.task)
             if "--accum-freq=4" in flags:
-                contestant.batch = joined(contestant.batch, 4)
-            features = bench.quick(contestant.batch.split(4)[0])
-            contestant.stage.source = Repeated(bench.quick, features)
+                contestant.batch = Batch.joined([contestant.batch] * 4)
+            contestant.stage.source = Remembered(bench.quick, contestant.batch)
             peak = bench.peak(contestant)
             seconds = paired({case: contestant}, 2, 0, bench.device)[case]
             rate = len(contestant.batch) / min(seconds)
@@ -280,59 +259,6 @@ def memory(bench: Bench, figures: dict[str, Any]) -> None:
         contestant = None
         if bench.on_gpu:
             torch.cuda.empty_cache()
-
-
-class Repeated:
-    """A few rows' features in the place of as many as a batch asks for."""
-
-    def __init__(self, teachers: Any, features: list):
-        self.identities, self.dims, self.features = teachers.identities, teachers.dims, features
-
-    def __call__(self, batch: Any) -> list:
-        times = -(-len(batch) // len(self.features[0].image))
-
-        def repeated(rows: Tensor) -> Tensor:
-            return rows.repeat(times, 1)[: len(batch)]
-
-        return [f._replace(image=repeated(f.image), text=repeated(f.text)) for f in self.features]
-
-
-def joined(batch: Any, times: int) -> Any:
-    """A batch of the same rows several times."""
-    return type(batch)(
-        [torch.cat([t] * times) for t in batch.images],
-        [torch.cat([t] * times) for t in batch.texts],
-        torch.cat([batch.rows] * times),
-        torch.cat([batch.views] * times),
-        batch.keys * times,
-    )
-
-
-def density(bench: Bench, figures: dict[str, Any]) -> None:
-    """One density's forward and backward, compiled and eager: milliseconds and peak GiB."""
-    shapes = [(256, 384), (256, 768), (256, 2304), (4096, 768), (32768, 768)]
-    for rows, channels in shapes if bench.on_gpu else shapes[:1]:
-        own = FactorizedDensity(channels).to(bench.device)
-        values = torch.randn(rows, channels, device=bench.device).mul_(3).requires_grad_()
-
-        def run(own: nn.Module = own, values: Tensor = values) -> None:
-            # As in a step, which has compiled it: outside of an autocast that is on.
-            kind = bench.device.type
-            with torch.autocast(kind, torch.bfloat16), torch.autocast(kind, enabled=False):
-                own(values).sum().backward()
-
-        def eager(run: Callable[[], None] = run) -> None:
-            with torch.compiler.set_stance("force_eager"):
-                run()
-
-        runs = {"compiled": run, "eager": eager}
-        with torch.no_grad():
-            nats = own(values)
-            with torch.compiler.set_stance("force_eager"):
-                away = (nats - own(values)).abs().max().item()
-        times = milliseconds(bench, runs)
-        peaks = {name: bench.peak(call) for name, call in runs.items()}
-        figures[f"{rows} x {channels}"] = {"ms": times, "peak_gib": peaks, "nats_apart": away}
 
 
 # -- what is printed ------------------------------------------------------------------------------

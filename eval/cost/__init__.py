@@ -5,16 +5,10 @@ Models are counted from their architectures (`eval.cost.macs`) and make up stage
 """
 
 from collections import Counter
-from collections.abc import Sequence
 
 from eval.cost.config import CostConfig, parse
 
-__all__ = ["CostConfig", "gpu_hours", "parse", "summary"]
-
-
-def gpu_hours(argv: Sequence[str]) -> dict[str, float]:
-    """GPU hours by stage of a command line, see `parse`."""
-    return summary(parse(argv))["hours"]
+__all__ = ["CostConfig", "parse", "summary"]
 
 
 def summary(config: CostConfig) -> dict[str, dict[str, float]]:

@@ -1,8 +1,7 @@
-"""Small copies of the paper's seven test sets, in the layouts of the real ones.
+"""Small copies of the paper's seven test sets, as WebDatasets and as their authors have them.
 
 Class names, class folders and templates are the real ones, as clip_benchmark ships them (ObjectNet
-ships its own); images and captions are generated. `webdataset` writes what
-``clip_benchmark_export_wds`` would, `local` what the data set's authors distribute.
+ships its own); images and captions are generated.
 """
 
 import json
@@ -15,15 +14,15 @@ import numpy as np
 from clip_benchmark.datasets import builder
 from PIL import Image
 
-from experiments.shards import encoded, write_lines, write_split
+from experiments.shards import describe, encoded, write_lines, write_split
 
-CLASSIFICATION = ("imagenet1k", "imagenetv2", "imagenet-r", "imagenet-a", "objectnet")
 RETRIEVAL = ("mscoco_captions", "flickr30k")
+WORDS = "a red, dog runs over the old bridge two children near green water with small white boats"
+
 #: The 113 classes of ObjectNet that ImageNet has too, by their folders.
 OBJECTNET: dict[str, str] = json.loads(Path(__file__).with_name("objectnet.json").read_text())
 #: Three of the 200 classes of ObjectNet that ImageNet has not: they don't count.
 OTHERS = {"air_freshener": "Air freshener", "squeegee": "Squeegee", "toy": "Toy"}
-WORDS = "a red, dog runs over the old bridge two children near green water with small white boats"
 
 
 @dataclass(frozen=True)
@@ -94,24 +93,21 @@ def captions(name: str, pictures: Pictures) -> Iterator[list[str]]:
         yield [" ".join(rng.permutation(words)[:9]) for _ in range(count)]
 
 
-def webdataset(root: Path, name: str, pictures: Pictures, templates: int = 80) -> None:
+def webdataset(root: Path, name: str, pictures: Pictures, templates: int) -> None:
     """Write ``root/name`` in clip_benchmark's WebDataset layout, 500 images a shard."""
-    folder = root / name
+    extension = "png" if name == "objectnet" else "jpg"
+    images = pictures("PNG" if extension == "png" else "JPEG")
     if name in RETRIEVAL:
-        write_lines(folder / "dataset_type.txt", ["retrieval"])
+        describe(root / name)
         targets = [("txt", "\n".join(some)) for some in captions(name, pictures)]
     else:
         names = [label for _, label in classes(name)]
-        chosen = packaged("zeroshot_classification_templates")[:templates]
-        write_lines(folder / "classnames.txt", names)
-        write_lines(folder / "zeroshot_classification_templates.txt", chosen)
+        describe(root / name, names, packaged("zeroshot_classification_templates")[:templates])
         targets = [("cls", str(number % len(names))) for number in range(pictures.count)]
-    extension = "png" if name == "objectnet" else "jpg"
     samples = (
-        {kind: target.encode(), extension: image}
-        for image, (kind, target) in zip(pictures(_format(extension)), targets)
+        {kind: target.encode(), extension: image} for image, (kind, target) in zip(images, targets)
     )
-    write_split(folder, "test", samples, 500, "s{:07}")
+    write_split(root / name, "test", samples, 500, "s{:07}")
 
 
 def local(root: Path, name: str, pictures: Pictures) -> None:
@@ -132,7 +128,7 @@ def local(root: Path, name: str, pictures: Pictures) -> None:
     if name == "objectnet":
         _objectnet_mappings(root / name)
         folders += OTHERS  # of no class: these images are not in the test set
-    for number, image in enumerate(pictures(_format(extension))):
+    for number, image in enumerate(pictures("PNG" if extension == "png" else "JPEG")):
         path = folder / folders[number % len(folders)] / f"ILSVRC2012_val_{number:08}.{extension}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
@@ -173,7 +169,3 @@ def _objectnet_mappings(folder: Path) -> None:
     }.items():
         (folder / file).write_text(json.dumps(content))
     write_lines(folder / "imagenet_to_label_2012_v2", [label.lower() for label in names])
-
-
-def _format(extension: str) -> str:
-    return "PNG" if extension == "png" else "JPEG"
