@@ -132,7 +132,7 @@ def test_who_was_taken_for_dead_saves_nothing_more(path):
 
 def test_of_many_that_find_a_dead_holder_one_takes_over(path):
     Elsewhere(path).stop()
-    won, lost = [], []
+    won, lost, gaps, over = [], [], [], threading.Event()
 
     def start() -> None:
         try:
@@ -140,13 +140,32 @@ def test_of_many_that_find_a_dead_holder_one_takes_over(path):
         except UsageError as error:
             lost.append(error)
 
-    starts = [threading.Thread(target=start) for _ in range(8)]
+    def watch() -> None:
+        while not over.is_set():
+            if not path.exists():
+                gaps.append(time.monotonic())
+
+    watcher, *starts = [threading.Thread(target=f) for f in (watch, *[start] * 16)]
+    watcher.start()
     for thread in starts:
         thread.start()
     for thread in starts:
         thread.join()
-    assert len(won) == 1 and len(lost) == 7
+    over.set()
+    watcher.join()
+    assert len(won) == 1 and len(lost) == 15
+    assert not gaps, "a moment without a lease lets another in"
     won[0].check()
+
+
+def test_who_died_while_taking_over_is_taken_over_too(path):
+    Elsewhere(path).stop()
+    claim = path.with_name("lease.json.claim")
+    claim.touch()
+    start = time.monotonic()
+    Lease(path).release()
+    assert time.monotonic() - start > 2 * lease.DEAD, "the holder's silence, then the claim's"
+    assert not path.parent.exists(), "nothing is left of it"
 
 
 def test_a_lease_ends_with_its_block_and_with_an_error_in_it(path):

@@ -91,11 +91,35 @@ class Lease:
             except FileNotFoundError:  # another one's that was released has just gone
                 continue
             except FileExistsError:
-                self._wait(wait)
-                continue
-            _write(file, self.holder, 0)
+                dead = self._wait(wait)
+                if dead is None or (file := self._take_over(dead)) is None:
+                    continue
+            else:
+                _write(file, self.holder, 0)
             sync_folder(self.path.parent)
             return file
+
+    def _take_over(self, dead: bytes) -> int | None:
+        """The file of this process's lease in a dead one's place; None if another was quicker.
+
+        Who could make the claim, a file that one alone can make, puts it in the dead one's place in
+        one step: there is no moment without a lease.
+        """
+        claim = self.path.with_name(f"{self.path.name}.claim")
+        try:
+            file = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        except FileNotFoundError:  # the folder has just gone
+            return None
+        except FileExistsError:
+            _await_end(claim)
+            return None
+        if _read(self.path) != dead:
+            os.close(file)
+            claim.unlink(missing_ok=True)
+            return None
+        _write(file, self.holder, 0)
+        claim.rename(self.path)
+        return file
 
     def _live(self) -> None:
         # This file and no other: after a takeover these signs of life reach nobody.
@@ -106,8 +130,8 @@ class Lease:
                 _write(self._file, self.holder, beat)
         os.close(self._file)
 
-    def _wait(self, for_any: bool) -> None:
-        """Until nobody holds the lease.
+    def _wait(self, for_any: bool) -> bytes | None:
+        """Until the lease was released, or its holder is dead: then what it holds.
 
         Raises:
             UsageError: the holder lives, and is of no earlier run of the same job.
@@ -116,8 +140,7 @@ class Lease:
         while (content := _read(self.path)) is not None:
             holder, now = _holder(content), time.monotonic()
             if _is_gone(holder) or (content == seen and now - since > DEAD):
-                _bury(self.path, holder)
-                return
+                return content
             if seen is None:
                 log.info("%s: %s may still write here", self.path.parent, _name(holder))
             elif content != seen and holder and not (for_any or (job and holder["job"] == job)):
@@ -128,6 +151,16 @@ class Lease:
             if content != seen:
                 seen, since = content, now
             time.sleep(LOOK)
+        return None
+
+
+def _await_end(claim: Path) -> None:
+    """Until a claim was decided; one that is there for a minute was made by one that then died."""
+    since = time.monotonic()
+    while claim.exists():
+        if time.monotonic() - since > DEAD:
+            claim.unlink(missing_ok=True)
+        time.sleep(LOOK)
 
 
 def _this_process() -> dict[str, Any]:
@@ -191,14 +224,3 @@ def _holder(content: bytes | None) -> dict[str, Any]:
         return {}
     holder.pop("beat", None)
     return holder
-
-
-def _bury(path: Path, holder: dict[str, Any]) -> None:
-    """Remove a dead holder's lease, unless another was quicker and its own stands there."""
-    grave = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(grave)
-        if _holder(_read(grave)) != holder:
-            with contextlib.suppress(FileExistsError):
-                os.link(grave, path)
-        grave.unlink()
