@@ -189,6 +189,18 @@ def sizes(folder) -> int:
     return sum((folder / f"{tower}.onnx").stat().st_size for tower in ("image", "text"))
 
 
+def readers_of_int8(path) -> set[str]:
+    """The kinds of nodes that read an activation which was quantised."""
+    nodes = onnx.load(path).graph.node
+    made = {name: node for node in nodes for name in node.output}
+    quantised = {
+        name
+        for name, node in made.items()
+        if node.op_type == "DequantizeLinear" and node.input[0] in made
+    }
+    return {node.op_type for node in nodes if quantised.intersection(node.input)}
+
+
 def test_int8_graphs_hold_int8_and_the_card_says_what_they_cost(
     student, pairs, scenes, tmp_path, capsys
 ):
@@ -208,6 +220,10 @@ def test_int8_graphs_hold_int8_and_the_card_says_what_they_cost(
         if np.prod(weights.dims) > 2000
     ]
     assert len(large) >= 6 and set(large) <= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+    readers = readers_of_int8(out / "image.onnx") | readers_of_int8(out / "text.onnx")
+    assert "MatMul" in readers and not readers & {"Gelu", "Erf", "Mul", "Div", "Sigmoid"}, (
+        "before its activation function a range is widest"
+    )
     # In stock onnxruntime features point where stock OpenCLIP's do, as far as the card says.
     images, captions = read_pairs(pairs)
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")

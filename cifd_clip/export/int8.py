@@ -114,9 +114,10 @@ def _pairs(path: str) -> Iterator[tuple[Image.Image, str]]:
 def quantise(source: Source, folder: Path, images: list[Image.Image], captions: list[str]) -> Cost:
     """Quantise ``image.onnx`` and ``text.onnx`` of a folder in place, and read them back.
 
-    Weights per channel; what multiplies two activations (attention) stays in float32. Of several
-    ways to cut outliers off an activation's range (`PERCENTILES`) each tower gets the one that
-    leaves its features of the calibration pairs nearest to the student's.
+    Weights per channel; what multiplies two activations (attention) stays in float32, and an output
+    is not quantised before its activation function, where its range is widest. Of several ways to
+    cut outliers off an activation's range (`PERCENTILES`) each tower gets the one that leaves its
+    features of the calibration pairs nearest to the student's.
     """
     transform = image_transform_v2(PreprocessCfg(**source.preprocess), is_train=False)
     pixels = torch.stack([transform(image) for image in images])
@@ -177,6 +178,8 @@ def _quantise(path: Path, rows: Tensor, percentile: float, scratch: Path) -> Pat
                 "MatMulConstBOnly": True,
                 "CalibStridedMinMax": 1,
                 "CalibPercentile": percentile,
+                # each is an input of what follows its activation function, and in range there
+                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm", "Conv"],
             },
         )
     return written
