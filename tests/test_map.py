@@ -34,14 +34,19 @@ def test_rows_are_compared_over_subsets_and_seeds(tmp_path):
     scores = {"clipkd": {"a": (20.0, 21.0), "b": (24.0, 25.0)}}
     scores["cifd"] = {"a": (21.0, 22.5), "b": (25.5, 26.0)}  # 1.25 over, by 1 to 1.5
     for subset in SUBSETS:
+        trials = [{"score": 30.0}, {"score": 34.5}, {"score": 31.0}] if subset == "a" else []
         rows = [
-            {"row": name, "scores": dict(zip("12", own[subset]))} for name, own in scores.items()
+            {"row": name, "scores": dict(zip("12", own[subset])), "trials": trials}
+            for name, own in scores.items()
         ]
+        if subset == SUBSETS[1]:
+            assert "no cell" in write_map(logs, results, ["cell"], SUBSETS), "half a cell is none"
         path = logs / f"cell-{subset}" / "table.json"
         path.parent.mkdir(parents=True)
         write_json(path, {"against": "clipkd", "rows": rows}, FORMAT)
     text = write_map(logs, results, ["cell", "later"], SUBSETS)
     assert "| clipkd | 22.50 |" in text and "| cifd | +1.25 ± 0.46 |" in text
+    assert "| cifd | 31.0 (34.5) |" in text
     assert (results / "map.png").stat().st_size > 1000
     for path in logs.rglob("table.json"):
         path.unlink()

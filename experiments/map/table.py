@@ -1,8 +1,8 @@
-"""The map's table and figure, from the tables of its studies alone."""
+"""The map's tables and figure, from the tables of its studies alone."""
 
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from statistics import fmean, median
+from typing import Any, NamedTuple
 
 from cifd_clip.files import read_json, write_text, writing
 from experiments.seeds import table as markdown
@@ -13,66 +13,110 @@ from training.tuning import table as tuning
 Scores = dict[str, dict[tuple[str, str], float]]  # of each row, by (subset, seed)
 
 
+class Cell(NamedTuple):
+    """A cell that is whole.
+
+    Attributes:
+        against: the row that the others are compared with.
+        scores: on test data, of every row.
+        trials: held-out scores of every row that was tuned.
+    """
+
+    against: str
+    scores: Scores
+    trials: dict[str, list[float]]
+
+    def differences(self) -> dict[str, Difference]:
+        """Of each row to the one that all are compared with, over subsets and seeds."""
+        base = self.scores[self.against]
+        return {row: paired(own, base) for row, own in self.scores.items() if row != self.against}
+
+
 def write_map(logs: Path, results: Path, cells: list[str], subsets: tuple[str, ...]) -> str:
-    """Keep the studies' records; write ``table.md`` and ``map.png`` of the cells that are there.
+    """Keep the studies' records; write ``table.md`` and ``map.png`` of the cells that are whole.
 
     Returns:
-        The table as Markdown.
+        The tables as Markdown.
     """
-    scores: dict[str, Scores] = {}
+    whole = {}
     for cell in cells:
+        records = {}
         for subset in subsets:
             path = logs / f"{cell}-{subset}" / "table.json"
             kept = results / "runs" / f"{cell}-{subset}.json"
             if path.is_file() and not kept.is_file():
                 write_result(kept, read_json(path, tuning.FORMAT))
             if kept.is_file():
-                record = read_json(kept)
-                against = record["against"]
-                for row in record["rows"]:
-                    own = scores.setdefault(cell, {}).setdefault(row["row"], {})
-                    own |= {(subset, seed): value for seed, value in row["scores"].items()}
-    if not scores:
-        return "no study of the map has ended yet"
-    text = to_markdown(scores, against)
+                records[subset] = read_json(kept)
+        if len(records) == len(subsets):
+            whole[cell] = read_cell(records)
+    if not whole:
+        return "no cell of the map is whole yet"
+    text = to_markdown(whole)
     write_text(results / "table.md", text)
-    draw(scores, against, results / "map.png")
+    draw(whole, results / "map.png")
     return text
 
 
-def differences(cell: Scores, against: str) -> dict[str, Difference]:
-    """Of each row to the row that all are compared with, over subsets and seeds."""
-    base = cell[against]
-    return {row: paired(scores, base) for row, scores in cell.items() if row != against}
+def read_cell(records: dict[str, dict[str, Any]]) -> Cell:
+    """A cell from the record of each of its subsets."""
+    cell = Cell(next(iter(records.values()))["against"], {}, {})
+    for subset, record in records.items():
+        for row in record["rows"]:
+            pairs = {(subset, seed): score for seed, score in row["scores"].items()}
+            cell.scores.setdefault(row["row"], {}).update(pairs)
+            if row["trials"]:
+                cell.trials[row["row"]] = [trial["score"] for trial in row["trials"]]
+    return cell
 
 
-def to_markdown(scores: dict[str, Scores], against: str) -> str:
-    """A column for each cell: the baseline's score, the others' differences to it."""
-    rows = list(dict.fromkeys(row for cell in scores.values() for row in cell))
-    by_cell = {name: differences(cell, against) for name, cell in scores.items()}
-    lines = [[against, *(f"{fmean(cell[against].values()):.2f}" for cell in scores.values())]]
-    lines += [
-        [row, *(str(d[row]) if row in d else "" for d in by_cell.values())]
+def to_markdown(cells: dict[str, Cell]) -> str:
+    """Two tables with a column for each cell: differences on test data, and held-out trials."""
+    rows = list(dict.fromkeys(row for cell in cells.values() for row in cell.scores))
+    by_cell = [cell.differences() for cell in cells.values()]
+    (against,) = {cell.against for cell in cells.values()}
+    bases = [f"{fmean(cell.scores[against].values()):.2f}" for cell in cells.values()]
+    differences = [
+        [row, *(str(own[row]) if row in own else "" for own in by_cell)]
         for row in rows
         if row != against
+    ]
+    trials = [
+        [
+            row,
+            *(
+                f"{median(cell.trials[row]):.1f} ({max(cell.trials[row]):.1f})"
+                if row in cell.trials
+                else ""
+                for cell in cells.values()
+            ),
+        ]
+        for row in rows
+        if any(row in cell.trials for cell in cells.values())
     ]
     return (
         "# What each term brings\n\nScore: the mean of zero-shot top-1 (CIFAR-100) and mean "
         f"recall (Flickr8k), percent, on test data. First line: {against} under its best weights; "
         "others: the paired difference over subsets and seeds ± half of its 95 % t-interval. "
-        "Cells: student and labelled images.\n\n" + markdown(["", *scores], lines)
+        "Cells: student and labelled images.\n\n"
+        + markdown(["", *cells], [[against, *bases], *differences])
+        + "\nThe intervals are of seeds and subsets under the weights that were chosen, not of the "
+        "choice. What the choice was made from: held-out recall of each row's trials, the median "
+        "and in brackets the best.\n\n" + markdown(["", *cells], trials)
     )
 
 
-def draw(scores: dict[str, Scores], against: str, path: Path) -> None:
+def draw(cells: dict[str, Cell], path: Path) -> None:
     """The differences with their intervals, a panel for each cell."""
     from matplotlib.figure import Figure
 
-    rows = list(dict.fromkeys(r for cell in scores.values() for r in cell if r != against))[::-1]
-    figure = Figure(figsize=(2.2 + 2.4 * len(scores), 1 + 0.3 * len(rows)), layout="constrained")
-    panels: Any = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
-    for axes, (name, cell) in zip(panels, scores.items()):
-        for row, difference in differences(cell, against).items():
+    by_cell = {name: cell.differences() for name, cell in cells.items()}
+    (against,) = {cell.against for cell in cells.values()}
+    rows = list(dict.fromkeys(row for own in by_cell.values() for row in own))[::-1]
+    figure = Figure(figsize=(2.2 + 2.4 * len(cells), 1 + 0.3 * len(rows)), layout="constrained")
+    panels: Any = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
+    for axes, (name, own) in zip(panels, by_cell.items()):
+        for row, difference in own.items():
             style = {"fmt": "o", "color": "#1f5fa8", "capsize": 3, "markersize": 4}
             axes.errorbar(difference.mean, rows.index(row), xerr=difference.half or 0.0, **style)
         axes.axvline(0, color="0.6", linewidth=1)
