@@ -27,6 +27,8 @@ def test_every_run_comes_after_those_it_needs_and_the_second_subset_takes_the_fi
     assert "cifd0=--distill cifd --rates" not in studies["gap3-20000-a"]
     (clipkd,) = [f for f in studies["gap10-2000-b"] if f.startswith("clipkd=")]
     assert clipkd.startswith("clipkd=@{gap10-2000-a}/best/clipkd.args")
+    some = [run.name for run in plan(SCALES["full"], jobs=2, names=["gap3-20000"])]
+    assert "bank-20000a" in some and not any(name.startswith("gap10") for name in some)
 
 
 def test_rows_are_compared_over_subsets_and_seeds(tmp_path):

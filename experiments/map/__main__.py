@@ -8,13 +8,13 @@ Stopped, it goes on where it was.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from experiments.map.table import write_map
 from experiments.study import STOPPED, Run, Study, command_line
-from training.errors import cli
+from training.errors import UsageError, cli
 
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
 SUBSETS = ("a", "b")
@@ -88,10 +88,10 @@ def cells(scale: Scale) -> list[Cell]:
     return [Cell(n, SMALL) for n in scale.images] + [Cell(scale.images[-1], LARGE)]
 
 
-def plan(scale: Scale, jobs: int) -> Iterator[Run]:
-    """Every run, each after those it needs; those of a cell together."""
+def plan(scale: Scale, jobs: int, names: Collection[str] = ()) -> Iterator[Run]:
+    """Every run of the cells of these names [all], each after those it needs."""
     done = set()
-    for cell in cells(scale):
+    for cell in [cell for cell in cells(scale) if not names or cell.name in names]:
         for subset in SUBSETS:
             data, more = f"{cell.images}{subset}", cell == Cell(scale.images[-1], SMALL)
             if data not in done:
@@ -170,6 +170,7 @@ def main(argv: list[str]) -> int:
     add("--cifar100", type=Path, required=True, metavar="DIR", help="with cifar100_*.npz")
     add("--flickr8k", type=Path, required=True, metavar="DIR", help="with train/*.tar, test/*.tar")
     add("--scale", choices=SCALES, default="full", help="how large everything is")
+    add("--cells", nargs="+", metavar="NAME", help="some of the map, such as gap10-2000")
     add("--jobs", type=int, default=2, help="students at a time, one thread each")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where all of them train")
     add("--logs", type=Path, default=Path("logs/map"), metavar="DIR", help="of the runs")
@@ -177,7 +178,10 @@ def main(argv: list[str]) -> int:
     add("--dry-run", action="store_true", help="print the commands that are left and their cost")
     args = parser.parse_args(argv)
     scale = SCALES[args.scale]._replace(device=args.device)
-    study = Study(list(plan(scale, args.jobs)), args.logs, args.logs / "data")
+    names = [cell.name for cell in cells(scale)]
+    if unknown := set(args.cells or ()).difference(names):
+        raise UsageError(f"--cells {unknown.pop()}: expected some of {' '.join(names)}")
+    study = Study(list(plan(scale, args.jobs, args.cells or ())), args.logs, args.logs / "data")
     if args.dry_run:
         study.dry_run()
         return 0
@@ -186,7 +190,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s | %(message)s", datefmt="%H:%M:%S")
     prepare(args.logs / "data", args.cifar100, args.flickr8k, scale.images, PHOTOS, scale.teacher)
     finished = study.execute(jobs=1)
-    print(write_map(args.logs, args.results, [cell.name for cell in cells(scale)], SUBSETS))
+    print(write_map(args.logs, args.results, names, SUBSETS))
     return 0 if finished else STOPPED
 
 
