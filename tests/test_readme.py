@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from eval import bank, benchmark, cost, report
+from experiments.map.__main__ import SUBSETS
+from experiments.map.table import Cell, read_cell
 from runs import CONFIGS
 from slurm.plan import grid_path
 from test_layers import ROOT
@@ -18,6 +20,7 @@ from training import check_data, pack, prefetch, reinforced
 from training.classifier import config as classifier
 from training.clip import flags
 from training.commands import COMMANDS
+from training.intervals import paired
 from training.tuning import plan
 
 PAGE = (ROOT / "README.md").read_text()
@@ -100,9 +103,35 @@ def test_every_command_is_shown():
 
 
 def test_its_pictures_are_there_and_light():
-    (picture,) = re.findall(r"!\[[^]]+\]\((\S+)\)", PAGE)
-    assert (ROOT / picture).stat().st_size <= 200_000
-    assert f"{picture}" in (ROOT / "Makefile").read_text(), "the command that makes it"
+    report, drawn = re.findall(r"!\[[^]]+\]\((\S+)\)", PAGE)
+    for picture in (report, drawn):
+        assert (ROOT / picture).stat().st_size <= 200_000
+    assert report in (ROOT / "Makefile").read_text(), "the command that makes it"
+    assert drawn == "results/map/map.png" and "python -m experiments.map" in PAGE
+
+
+def test_the_maps_figures_are_those_of_its_records():
+    def read(folder: str) -> Cell:
+        files = {s: ROOT / f"results/map/{folder}/gap10-2000-{s}.json" for s in SUBSETS}
+        return read_cell({s: json.loads(path.read_text()) for s, path in files.items()})
+
+    cell, defaults = read("runs"), read("defaults").scores
+    by_row = cell.differences()
+    for row, text in (
+        ("none", "Distilling brings {lead:.1f} points"),
+        ("fd", "its contrastive and similarity terms {lead:.1f} of them"),
+        ("clipkd-published", "tuning {lead:.1f} ± {half:.1f}"),
+        ("clipkd+ibm", "an IBM in it {gain:.1f} ± {half:.1f}"),
+        ("cifd", "CIFD is {lead:.1f} ± {half:.1f} behind"),
+    ):
+        mean, half, _ = by_row[row]
+        said = text.format(lead=-mean, gain=mean, half=half)
+        assert said in " ".join(PAGE.split()), said
+    results = (ROOT / "docs/results.md").read_text()
+    again = paired(defaults["clipkd+rdm"], cell.scores["clipkd"])
+    assert f"it is {again} from CLIP-KD" in " ".join(results.split())
+    for row, difference in by_row.items():
+        assert f"| {difference} |" in results, row
 
 
 def test_its_files_are_there():

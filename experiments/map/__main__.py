@@ -159,7 +159,7 @@ def tuning(scale: Scale, cell: Cell, subset: str, rows: dict[str, str], jobs: in
         "training.tune",
         ("--methods", *methods, f"--against={AGAINST}", *size, *test, "--", *runs),
         where=("--logs={logs}", "--name={name}", f"--jobs={jobs}"),
-        cost=1.5 * len(rows) * (scale.seeds + scale.trials * first) / jobs,
+        cost=2 * len(rows) * (scale.seeds + scale.trials * first) / jobs,
     )
 
 

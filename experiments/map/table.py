@@ -122,6 +122,6 @@ def draw(cells: dict[str, Cell], path: Path) -> None:
         axes.axvline(0, color="0.6", linewidth=1)
         axes.set_title(name, fontsize=9)
         axes.set_yticks(range(len(rows)), rows)
-    figure.supxlabel(f"difference to tuned {against}, points of the score (95 % interval)")
+    figure.supxlabel(f"difference to tuned {against}, points (95 % interval)", fontsize=9)
     with writing(path) as file:
         figure.savefig(file, format="png", dpi=150)
