@@ -58,6 +58,23 @@ def test_every_row_tries_its_defaults_and_then_as_many_values_of_its_own_weights
         assert all(w.low <= values[w.name] <= w.high for w in clipkd.weights)
 
 
+def test_defaults_stay_unless_a_trial_is_clearly_ahead_of_them(flags, teacher, tmp_path):
+    scores = {1e-4: 30.0, 1e-3: 31.5, 1e-5: 29.0}  # the first is the default
+    trials = optuna.create_study(direction="maximize")
+    spans = {"lambda_i": optuna.distributions.FloatDistribution(1e-6, 1e-2, log=True)}
+    for value, score in scores.items():
+        trials.add_trial(
+            optuna.trial.create_trial(params={"lambda_i": value}, distributions=spans, value=score)
+        )
+    for margin, expected in (("0", 1e-3), ("1.4", 1e-3), ("1.6", 1e-4)):
+        words = study(flags, teacher, tmp_path, "study", "--margin", margin, methods=ROWS)
+        plan = parse(words)
+        assert plan.best(plan.rows[3], trials) == {"lambda_i": expected}, margin
+        assert plan.best(plan.rows[0], trials) == {}
+    with pytest.raises(UsageError, match="--margin -1: expected points"):
+        parse(study(flags, teacher, tmp_path, "study", "--margin=-1"))
+
+
 def test_a_value_at_an_end_of_its_span_is_on_the_edge(flags, teacher, tmp_path):
     (weight,) = parse(study(flags, teacher, tmp_path, methods=ROWS)).rows[3].weights
     assert weight.on_edge(weight.low * 1.1) and weight.on_edge(weight.high)

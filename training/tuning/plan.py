@@ -104,6 +104,7 @@ class Plan:
         evaluation: flags of `eval.benchmark` for the final runs; none: they are judged as trials.
         jobs, threads: runs at a time, and threads of each.
         prune: whether trials that fall behind are ended early.
+        margin: points by which a trial must be ahead of a row's defaults to take their place.
     """
 
     command: Command
@@ -118,6 +119,17 @@ class Plan:
     jobs: int
     threads: int
     prune: bool
+    margin: float = 0.0
+
+    def best(self, row: Row, trials: Any) -> dict[str, float]:
+        """The weights of a row's final runs, from Optuna's study of its trials, which are done."""
+        if not row.weights:
+            return {}
+        defaults = {weight.name: weight.default for weight in row.weights}
+        done = (t for t in trials.get_trials() if t.state.name == "COMPLETE" and t.value)
+        begin = next((t for t in done if t.params == defaults), None)
+        clear = begin is None or trials.best_value - begin.value > self.margin
+        return dict(trials.best_params if clear else begin.params)
 
     @property
     def name(self) -> str:
@@ -143,6 +155,7 @@ class Plan:
             "seed": self.seed,
             "evaluation": list(self.evaluation),
             "prune": self.prune,
+            **({"margin": self.margin} if self.margin else {}),
         }
 
 
@@ -233,6 +246,9 @@ def parse(argv: Sequence[str]) -> Plan:
     add("--prune", action="store_true",
         help="end trials that fall behind (successive halving): cheaper, but a method that "
         "learns late is not compared at an equal budget")  # fmt: skip
+    add("--margin", type=float, default=0.0, metavar="POINTS",
+        help="a row keeps its defaults unless a trial is ahead of them by more than this: say a "
+        "standard error of the held-out score, where few samples judge")  # fmt: skip
     add = parser.add_argument_group("evaluation of training.main's final runs").add_argument
     add("--data-root", metavar="DIR", help="as of eval.benchmark; without, held-out recall again")
     add("--datasets", nargs="+", default=[], metavar="NAME", help="as of eval.benchmark")
@@ -255,6 +271,8 @@ def plan(args: argparse.Namespace, flags: list[str]) -> Plan:
     for name in ("trials", "seeds", "jobs", "threads"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.margin < 100:
+        raise UsageError(f"--margin {args.margin:g}: expected points from 0 to 100")
     check_place(args.name, args.logs)
     if bool(args.data_root) != bool(args.datasets):
         raise UsageError("--data-root DIR and --datasets NAME ... go together")
@@ -295,6 +313,7 @@ def plan(args: argparse.Namespace, flags: list[str]) -> Plan:
         jobs=args.jobs,
         threads=args.threads,
         prune=args.prune,
+        margin=args.margin,
     )
 
 

@@ -60,7 +60,7 @@ def record(plan: Plan, row: Row, trials: Any, final: Any) -> dict[str, Any]:
     )
     runs = {t.user_attrs["number"]: t for t in final.get_trials() if t.value is not None}
     figures = [{k: v for k, v in t.user_attrs.items() if k not in OURS} for t in runs.values()]
-    best = trials.best_params if row.weights else {}
+    best = plan.best(row, trials)
     return {
         "row": row.name,
         "flags": list(row.flags),
@@ -106,15 +106,16 @@ def lines(content: dict[str, Any]) -> list[list[str]]:
 
 def explanation(content: dict[str, Any]) -> str:
     """What the table means."""
-    pruned = content["settings"]["prune"]
+    pruned, margin = content["settings"]["prune"], content["settings"].get("margin")
     return (
         "Score: the mean of the figures, percent, over n new seeds under the best of as many "
         "trials of the weights, which held-out training samples judged; "
         f"− {content['against']}: the paired difference by seed ± half of its 95 % t-interval. "
         "(edge): the best value lies at an end of the span that was tried. In brackets: the "
         "weight's share of the variance over trials (fANOVA)."
-        + " Trials that fell behind were ended early."
-        * pruned
+        + f" Defaults stayed where no trial was ahead of them by more than {margin} points."
+        * bool(margin)
+        + " Trials that fell behind were ended early." * pruned
     )
 
 

@@ -136,7 +136,7 @@ class Worker:
         kind, values, seed = "t", claim.trial.params, plan.seed
         if claim.final:
             kind, seed = "s", plan.seed + 1 + claim.number
-            values = trials.best_params if claim.row.weights else {}
+            values = plan.best(claim.row, trials)
         run = plan.folder / "runs" / f"{claim.row.name}-{kind}{claim.number:02}"
         train = ["-m", plan.command.module, *plan.flags, *row_flags(claim.row, values)]
         train += ["--seed", str(seed), "--logs", str(run.parent), "--name", run.name]
