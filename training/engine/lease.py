@@ -118,7 +118,11 @@ class Lease:
             claim.unlink(missing_ok=True)
             return None
         _write(file, self.holder, 0)
-        claim.rename(self.path)
+        try:
+            claim.rename(self.path)
+        except FileNotFoundError:  # it stood still for a minute, and was taken for dead
+            os.close(file)
+            return None
         return file
 
     def _live(self) -> None:
