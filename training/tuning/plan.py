@@ -350,9 +350,16 @@ def _row(command: Command, text: str, flags: list[str], spans: dict[str, tuple])
     for flag, (low, high) in spans.items():
         if flag in weights:
             weights[flag] = weights[flag]._replace(low=low, high=high)
-        elif isinstance(getattr(config, flag, ""), float | None) and flag not in fixed:
+        elif _shared(config, flag) and flag not in fixed:
             weights[flag] = Weight(flag, getattr(config, flag), low, high)
     return Row(name, tuple(own), tuple(weights.values()))
+
+
+def _shared(config: Any, flag: str) -> bool:
+    """Whether it is a number of every run, which no method declares as a weight of its own."""
+    field = config.__dataclass_fields__.get(flag)
+    number = isinstance(getattr(config, flag, ""), float | None)
+    return number and field is not None and "span" not in field.metadata
 
 
 def has(config: Any, part: str) -> bool:
