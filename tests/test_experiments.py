@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cifar100
+from experiments import cifar100, table1
 from experiments.study import Run, Study, priorities, write_result
 from runs import ROOT
 from training.classifier.config import parse_args
 from training.errors import UsageError
+from training.tuning.plan import parse as tuning
 
 CIFAR = ROOT.parent / "shared" / "data"
 needs_cifar = pytest.mark.skipif(
@@ -36,6 +37,18 @@ def test_the_plan_trains_every_run_after_those_it_needs():
     assert every_seed[1] == every_seed[2] < every_seed[0]
     first = priorities(runs)
     assert max(first, key=first.get) == "teacher_s4"
+
+
+def test_table_1_is_tuned_with_equal_trials_and_once_as_its_authors_sum_it():
+    runs = table1.plan(jobs=2, trials=8, seeds=3)
+    *before, study = runs
+    idle = {run.name for run in before} ^ set(study.needs) - {"data", "logs"}
+    assert not idle, "a teacher is missing, or teaches nobody"
+    plan = tuning(Study(runs, Path("l"), Path("d")).command(study)[2:])
+    rows = {row.name: {weight.name for weight in row.weights} for row in plan.rows}
+    assert rows["kd"] == rows["takd"] == rows["dgkd"] == {"lambda_kl", "tau"}
+    assert rows["cifd"] == {"lambda_kl", "tau", "lambda_n", "lambda_emb", "lambda_i"}
+    assert not any(weights for name, weights in rows.items() if name not in table1.OWN)
 
 
 @pytest.mark.parametrize("few", [0, 10_000])

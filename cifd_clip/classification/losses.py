@@ -3,6 +3,9 @@
 Shapes: B samples, T embedding dimension.
 """
 
+from dataclasses import replace
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,6 +48,25 @@ def kd_dropout_mask(noise: Noise | None, like: Tensor, probability: float) -> Te
     teachers, batch = like.shape
     draws = noise.uniform("kd_dropout", batch, teachers, like.device)
     return (draws + 0.5 >= probability).t().to(like.dtype)
+
+
+def kd_drop_mask(noise: Noise | None, like: Tensor, count: int) -> Tensor | None:
+    """Which teachers a batch listens to, where so many are left out of it (DGKD's own code).
+
+    Args:
+        noise: of this step; None in evaluation, where nothing is dropped.
+        like: (K, B) KL terms of K teachers and assistants.
+        count: of the terms that are dropped, fewer than K.
+
+    Returns:
+        (K, 1) of zeros and ones, the same for every row of the global batch; None when nothing is
+        dropped. Terms that stay are not scaled up.
+    """
+    if noise is None or not count:
+        return None
+    draws = replace(noise, start=0).uniform("kd_drop", 1, len(like), like.device)
+    mask = torch.ones(len(like), 1, dtype=like.dtype, device=like.device)
+    return mask.index_fill(0, draws[0].topk(count).indices, 0.0)
 
 
 def factor_loss(teacher: Tensor, student: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from cifd_clip.bottleneck import InformationBottleneck
 from cifd_clip.classification.losses import (
     EMBEDDING_LOSSES,
     factor_loss,
+    kd_drop_mask,
     kd_dropout_mask,
     kl_per_sample,
 )
@@ -132,6 +133,8 @@ class Weights:
     """τ."""
     kd_dropout: float = 0.0
     """Probability of dropping a teacher's KL for a sample."""
+    kd_drop: int = 0
+    """How many teachers' KL a batch leaves out."""
     label_smoothing: float = 0.0
     """Of the cross-entropy."""
     embedding_loss: str = "mse"
@@ -202,8 +205,9 @@ class Distillation(ClassifierTask):
         )
         if teachers and w.kl:
             kl = torch.stack([t.weight * kl_per_sample(t.logits, logits, w.tau) for t in teachers])
-            mask = kd_dropout_mask(noise, kl, w.kd_dropout)
-            losses["kl_loss"] = w.kl * (kl if mask is None else kl * mask).sum(0).mean()
+            masks = kd_dropout_mask(noise, kl, w.kd_dropout), kd_drop_mask(noise, kl, w.kd_drop)
+            kl = math.prod((mask for mask in masks if mask is not None), start=kl)
+            losses["kl_loss"] = w.kl * kl.sum(0).mean()
         if w.embedding:
             losses["embedding_loss"] = w.embedding * self._embedding_terms(features, teachers)
         if self.paraphraser is not None:

@@ -105,6 +105,7 @@ def test_a_value_out_of_range_is_refused_by_its_flag(flags):
         f"--factors 3 {KD}",
         f"--embedding-loss smooth_l1 {KD}",
         f"--kd-dropout 0.25 {RDM}",
+        f"--kd-drop 1 {KD}",
         f"--label-smoothing 0.1 {RDM}",
         "--lambda-ce 1 --method paraphraser --teacher a",
         "--kd-dropout 0.25 --model cnn2",

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from cifd_clip.classification.losses import factor_loss, kd_dropout_mask, kl_per_sample
+from cifd_clip.classification.losses import (
+    factor_loss,
+    kd_drop_mask,
+    kd_dropout_mask,
+    kl_per_sample,
+)
 from cifd_clip.noise import Noise
 from classification.small import generator
 
@@ -29,6 +34,16 @@ def test_kd_dropout_drops_its_share_for_each_teacher_by_itself():
     assert torch.equal(mask, kd_dropout_mask(Noise(0, 5), kl, 0.25))
     assert not torch.equal(mask, kd_dropout_mask(Noise(0, 6), kl, 0.25))
     assert kd_dropout_mask(None, kl, 0.25) is None, "nothing is dropped in evaluation"
+
+
+def test_a_batch_leaves_out_so_many_teachers_each_as_often_on_every_rank():
+    kl = torch.ones(4, 8)
+    masks = torch.cat([kd_drop_mask(Noise(0, step), kl, 1) for step in range(2000)], 1)
+    assert torch.all(masks.sum(0) == 3), "another number than one was left out"
+    assert torch.all((masks.mean(1) - 0.75).abs() < 0.04), f"kept {masks.mean(1).tolist()}"
+    elsewhere = kd_drop_mask(Noise(0, 5, start=300), kl, 1)
+    assert torch.equal(elsewhere, kd_drop_mask(Noise(0, 5), kl, 1)), "ranks leave out others"
+    assert kd_drop_mask(None, kl, 1) is None, "nothing is dropped in evaluation"
 
 
 def test_factors_are_compared_by_direction():

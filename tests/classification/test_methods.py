@@ -70,6 +70,22 @@ def test_dropout_removes_whole_terms_of_the_sum():
     assert losses["kl_loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_term_that_a_batch_leaves_out_is_not_in_its_loss():
+    images, labels = batch()
+    teachers = teacher_outputs(1.0, 1.0)
+    student = simple_cnn("cnn2", generator=generator())
+    task = Distillation(student, [], Weights(kd_drop=1, tau=1.0))
+    terms = [kl_per_sample(t.logits, student(images), 1.0).mean().item() for t in teachers]
+    left = sorted(sum(terms) - term for term in terms)
+    seen = set()
+    for step in range(20):
+        loss = task(images, Targets(labels, teachers), Noise(1, step))[0]["kl_loss"].item()
+        near = [i for i, one in enumerate(left) if loss == pytest.approx(one, rel=1e-5)]
+        assert near, f"{loss} is none of {left}"
+        seen.add(near[0])
+    assert len(seen) == len(left), "some term is never left out"
+
+
 def test_factor_transfer_trains_the_translator_and_not_the_paraphraser():
     images, labels = batch()
     paraphraser = Paraphraser(5, 3, 1.0, generator()).requires_grad_(False)

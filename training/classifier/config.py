@@ -119,6 +119,12 @@ class WeightConfig:
         below=1,
         **only("kd", "takd", "dgkd", "ft", "cifd"),
     )
+    kd_drop: int = flag(
+        0,
+        "teachers and assistants, drawn for each batch, whose KL it leaves out; 1: DGKD's code",
+        least=0,
+        **only("dgkd"),
+    )
     embedding_loss: str = flag(
         "mse", "smooth_l1: A.2", choices=("mse", "smooth_l1"), **only("rdm", "cifd")
     )
@@ -305,6 +311,10 @@ def _check(config: Config, given: Given) -> None:
         raise UsageError(f"--method {method} needs one --teacher RUN, got {teachers}")
     if method in ("takd", "dgkd") and not teachers:
         raise UsageError(f"--method {method} needs --teacher RUN[,RUN...], the assistants last")
+    if config.kd_drop >= max(teachers, 1):
+        raise UsageError(
+            f"--kd-drop {config.kd_drop}: expected fewer than teachers and assistants, {teachers}"
+        )
     if (method in STAGE1) == bool(config.model):
         needs = "trains no --model" if method in STAGE1 else "needs --model"
         raise UsageError(f"--method {method} {needs}")

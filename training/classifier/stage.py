@@ -163,6 +163,7 @@ def assemble(
         factor=config.lambda_ft,
         tau=config.tau,
         kd_dropout=config.kd_dropout,
+        kd_drop=config.kd_drop,
         label_smoothing=config.label_smoothing,
         embedding_loss=config.embedding_loss,
     )
