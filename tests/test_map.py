@@ -1,6 +1,8 @@
 """The map: its plan, its table from records alone, and its teacher's two linear maps."""
 
 import importlib.util
+import json
+import shutil
 
 import pytest
 import torch
@@ -46,12 +48,22 @@ def test_rows_are_compared_over_subsets_and_seeds(tmp_path):
         path = logs / f"cell-{subset}" / "table.json"
         path.parent.mkdir(parents=True)
         write_json(path, {"against": "clipkd", "rows": rows}, FORMAT)
+    recall = {"image_retrieval_recall@1": 0.1, "text_retrieval_recall@1": 0.2}
+    one = {"teacher": {"acc1": 0.6}, "mean": {"acc1": 0.58}, "map": "large", "dataset": "images"}
+    one["assistants"] = [{"rate": 3000.0, "metrics": {"acc1": 0.5}}]
+    other = {"teacher": recall, "mean": recall, "dataset": "photos"}
+    other["assistants"] = [{"rate": 3000.0, "metrics": recall}]
+    for name, record in {"images": one, "photos": other}.items():
+        path = logs / "kept-cella" / "bank" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record))
     text = write_map(logs, results, ["cell", "later"], SUBSETS)
+    assert "| teacher | 37.5 |" in text and "| R = 3000 | 32.5 |" in text
+    assert "| mean | 36.5 |" in text
     assert "| clipkd | 22.50 |" in text and "| cifd | +1.25 ± 0.46 |" in text
     assert "| cifd | 31.0 (34.5) |" in text
     assert (results / "map.png").stat().st_size > 1000
-    for path in logs.rglob("table.json"):
-        path.unlink()
+    shutil.rmtree(logs)
     assert write_map(logs, results, ["cell"], SUBSETS) == text, "made of what is kept alone"
 
 

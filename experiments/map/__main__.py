@@ -19,6 +19,7 @@ from training.errors import UsageError, cli
 MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
 SUBSETS = ("a", "b")
 AGAINST = "clipkd"
+TEST = ("--data-root={data}/benchmark", "--datasets", "cifar100", "flickr8k")
 
 
 class Scale(NamedTuple):
@@ -101,6 +102,12 @@ def plan(scale: Scale, jobs: int, names: Collection[str] = ()) -> Iterator[Run]:
                 done.add(data)
                 yield from teaching(scale, data, more)
             yield tuning(scale, cell, subset, ROWS | (MORE if more else {}), jobs)
+        # What the first subset's RDMs are as teachers, of the test data that judged the students.
+        data = f"{cell.images}{SUBSETS[0]}"
+        if f"kept-{data}" not in done:
+            done.add(f"kept-{data}")
+            flags = (f"{{bank-{data}}}", "--teacher={data}/teacher", *TEST)
+            yield Run(f"kept-{data}", "eval.bank", flags, where=("--out={here}",), cost=3)
 
 
 def common(scale: Scale, data: str) -> tuple[str, ...]:
@@ -158,11 +165,10 @@ def tuning(scale: Scale, cell: Cell, subset: str, rows: dict[str, str], jobs: in
     runs += ("--in-memory",)
     if cell.images in MARGIN:
         size += (f"--margin={MARGIN[cell.images]}",)
-    test = ("--data-root={data}/benchmark", "--datasets", "cifar100", "flickr8k")
     return Run(
         f"{cell.name}-{subset}",
         "training.tune",
-        ("--methods", *methods, f"--against={AGAINST}", *size, *test, "--", *runs),
+        ("--methods", *methods, f"--against={AGAINST}", *size, *TEST, "--", *runs),
         where=("--logs={logs}", "--name={name}", f"--jobs={jobs}"),
         cost=2 * len(rows) * (scale.seeds + scale.trials * first) / jobs,
     )

@@ -20,11 +20,13 @@ class Cell(NamedTuple):
         against: the row that the others are compared with.
         scores: on test data, of every row.
         trials: held-out scores of every row that was tuned.
+        kept: scores of the teacher, of its RDMs and of the mean of all, in their students' place.
     """
 
     against: str
     scores: Scores
     trials: dict[str, list[float]]
+    kept: dict[str, float]
 
     def differences(self) -> dict[str, Difference]:
         """Of each row to the one that all are compared with, over subsets and seeds."""
@@ -49,7 +51,10 @@ def write_map(logs: Path, results: Path, cells: list[str], subsets: tuple[str, .
             if kept.is_file():
                 records[subset] = read_json(kept)
         if len(records) == len(subsets):
-            whole[cell] = read_cell(records)
+            data = f"{cell.rpartition('-')[2]}{subsets[0]}"
+            whole[cell] = read_cell(
+                records, keep_bank(logs / f"kept-{data}", results / "bank", data)
+            )
     if not whole:
         return "no cell of the map is whole yet"
     text = to_markdown(whole)
@@ -58,9 +63,24 @@ def write_map(logs: Path, results: Path, cells: list[str], subsets: tuple[str, .
     return text
 
 
-def read_cell(records: dict[str, dict[str, Any]]) -> Cell:
+def keep_bank(measured: Path, kept: Path, data: str) -> dict[str, float]:
+    """Keep what eval.bank measured, a file for each data set; the scores of who was a teacher."""
+    for path in sorted(measured.glob("bank/*.json")):
+        one = read_json(path)
+        if not (target := kept / f"{data}-{one['dataset']}.json").is_file():
+            write_result(target, one | {"map": None})  # of points, which no table has
+    scores: dict[str, list[float]] = {}
+    for path in sorted(kept.glob(f"{data}-*.json")):
+        one = read_json(path)
+        rates = {f"R = {rdm['rate']:g}": rdm["metrics"] for rdm in one["assistants"]}
+        for who, metrics in {"teacher": one["teacher"], **rates, "mean": one["mean"]}.items():
+            scores.setdefault(who, []).append(100 * tuning.figure_of(metrics))
+    return {who: fmean(parts) for who, parts in scores.items()}
+
+
+def read_cell(records: dict[str, dict[str, Any]], kept: dict[str, float]) -> Cell:
     """A cell from the record of each of its subsets."""
-    cell = Cell(next(iter(records.values()))["against"], {}, {})
+    cell = Cell(next(iter(records.values()))["against"], {}, {}, kept)
     for subset, record in records.items():
         for row in record["rows"]:
             pairs = {(subset, seed): score for seed, score in row["scores"].items()}
@@ -71,7 +91,7 @@ def read_cell(records: dict[str, dict[str, Any]]) -> Cell:
 
 
 def to_markdown(cells: dict[str, Cell]) -> str:
-    """Two tables with a column for each cell: differences on test data, and held-out trials."""
+    """Tables with a column for each cell: differences, held-out trials, what RDMs keep."""
     rows = list(dict.fromkeys(row for cell in cells.values() for row in cell.scores))
     by_cell = [cell.differences() for cell in cells.values()]
     (against,) = {cell.against for cell in cells.values()}
@@ -94,6 +114,10 @@ def to_markdown(cells: dict[str, Cell]) -> str:
         for row in rows
         if any(row in cell.trials for cell in cells.values())
     ]
+    teachers = [
+        [who, *(f"{cell.kept[who]:.1f}" if who in cell.kept else "" for cell in cells.values())]
+        for who in dict.fromkeys(who for cell in cells.values() for who in cell.kept)
+    ]
     return (
         "# What each term brings\n\nScore: the mean of zero-shot top-1 (CIFAR-100) and mean "
         f"recall (Flickr8k), percent, on test data. First line: {against} under its best weights; "
@@ -102,7 +126,11 @@ def to_markdown(cells: dict[str, Cell]) -> str:
         + markdown(["", *cells], [[against, *bases], *differences])
         + "\nThe intervals are of seeds and subsets under the weights that were chosen, not of the "
         "choice. What the choice was made from: held-out recall of each row's trials, the median "
-        "and in brackets the best.\n\n" + markdown(["", *cells], trials)
+        "and in brackets the best.\n\n"
+        + markdown(["", *cells], trials)
+        + "\nThe score of who teaches, on the same test data: the teacher, each of its RDMs and "
+        "the mean of them all, the one point that squared errors to all of them amount to "
+        "(docs/paper.md).\n\n" + markdown(["", *cells], teachers)
     )
 
 

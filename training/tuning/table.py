@@ -73,6 +73,12 @@ def record(plan: Plan, row: Row, trials: Any, final: Any) -> dict[str, Any]:
     }
 
 
+def figure_of(metrics: dict[str, float]) -> float:
+    """What stands for a data set's zero-shot metrics, as a fraction: mean recall, or top-1."""
+    recalls = [value for name, value in metrics.items() if "_retrieval_recall" in name]
+    return fmean(recalls) if recalls else metrics["acc1"]
+
+
 def importance(trials: Any) -> dict[str, float]:
     """Each weight's share of the trials' variance, by Optuna."""
     import optuna

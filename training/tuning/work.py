@@ -15,7 +15,7 @@ from training.engine.run import read_metrics
 from training.errors import Failure, UsageError
 from training.tuning.plan import Plan, row_flags
 from training.tuning.queue import Claim, Queue
-from training.tuning.table import write_table
+from training.tuning.table import figure_of, write_table
 
 FORMAT = 1  # of settings.json
 STOPPED = os.EX_TEMPFAIL
@@ -215,6 +215,5 @@ def evaluated(run: Path) -> dict[str, float]:
     figures = {}
     for path in sorted((run / "results").glob("*.json")):
         record = result.read(path)
-        recalls = [value for name, value in record.metrics.items() if "_retrieval_recall" in name]
-        figures[record.dataset] = fmean(recalls) if recalls else record.metrics["acc1"]
+        figures[record.dataset] = figure_of(record.metrics)
     return figures
