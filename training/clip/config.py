@@ -76,7 +76,10 @@ class MethodConfig:
     """The method, its teachers and their assistants."""
 
     distill: str = flag(
-        "none", "none: plain CLIP; rdm: stage 1 of CIFD (the bank); cifd: stage 2", choices=DISTILL
+        "none",
+        "clipkd: where to begin (docs/results.md, The map); none: plain CLIP; rdm: stage 1 of CIFD; "
+        "cifd: stage 2",
+        choices=DISTILL,
     )
     distill_model: str = flag(
         "",
