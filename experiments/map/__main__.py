@@ -72,6 +72,12 @@ MORE = {
     "tinyclip-50": "--distill tinyclip --distill-logit-scale 50",
     "mobileclip-two": "--distill mobileclip --teacher-cache {caches} --distill-logit-scale 100 100",
     "cifd-two": "--distill cifd --teacher-cache {caches} --rdm-bank {bank},{second}",
+    # Û in D dimensions, an eighth, a quarter and all of the teacher's T; the others have a half.
+    **{
+        f"cifd-{dims}": f"--distill cifd --rdm-bank {{bank}} --force-embed-dim {dims} "
+        "--lambda-cl 0.0005 --lambda-i 0.0001 --lambda-n 1"
+        for dims in (32, 64, 256)
+    },
 }
 
 
