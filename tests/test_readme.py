@@ -74,12 +74,12 @@ def test_its_speed_on_a_gpu_is_what_was_measured():
     students = json.loads((ROOT / "results/gpu/steps.json").read_text())["students"]
     rows = re.findall(r"\| (ViT-\S+) \| (.*) \|\n", PAGE)
     assert len(rows) == 2
-    for student, cells in rows:
+    for student, figures in rows:
         measured = students[student]["compiled"]
         speeds = [
             measured[w]["images_per_s"][m] for w in ("cached", "live") for m in ("fd", "cifd")
         ]
-        assert cells == " | ".join(f"{speed:,.0f}" for speed in speeds)
+        assert figures == " | ".join(f"{speed:,.0f}" for speed in speeds)
 
 
 def test_its_python_runs():

@@ -77,8 +77,8 @@ class MethodConfig:
 
     distill: str = flag(
         "none",
-        "clipkd: where to begin (docs/results.md, The map); none: plain CLIP; rdm: stage 1 of CIFD; "
-        "cifd: stage 2",
+        "clipkd: where to begin (docs/results.md, The map); none: plain CLIP; rdm: stage 1 of "
+        "CIFD; cifd: stage 2",
         choices=DISTILL,
     )
     distill_model: str = flag(
