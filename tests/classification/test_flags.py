@@ -28,6 +28,7 @@ DGKD, RDM = "--method dgkd --model cnn2 --teacher a,b", "--method rdm --teacher 
         ("--model cnn2 --teacher a", "has no --teacher"),
         (f"{CIFD} --rates 1", "--rdm-bank RUN, which is missing"),
         (f"{KD} --rdm-bank b", "--rdm-bank belongs to --method"),
+        (f"{DGKD} --kd-drop 2", "--kd-drop 2: expected fewer than teachers and assistants, 2"),
         ("--method ft --model cnn2 --teacher a", "--paraphraser RUN go together"),
         ("--model cnn2 --epochs 2 --warmup-epochs 2", "leaves nothing"),
         ("--model cnn2 --warmup-epochs 2 --warmup 3", "say the same in two ways"),

@@ -311,10 +311,6 @@ def _check(config: Config, given: Given) -> None:
         raise UsageError(f"--method {method} needs one --teacher RUN, got {teachers}")
     if method in ("takd", "dgkd") and not teachers:
         raise UsageError(f"--method {method} needs --teacher RUN[,RUN...], the assistants last")
-    if config.kd_drop >= max(teachers, 1):
-        raise UsageError(
-            f"--kd-drop {config.kd_drop}: expected fewer than teachers and assistants, {teachers}"
-        )
     if (method in STAGE1) == bool(config.model):
         needs = "trains no --model" if method in STAGE1 else "needs --model"
         raise UsageError(f"--method {method} {needs}")
@@ -324,6 +320,10 @@ def _check(config: Config, given: Given) -> None:
             raise UsageError(
                 f"{spelled(name)} belongs to --method {', '.join(methods)}, not {method}"
             )
+    if config.kd_drop >= max(teachers, 1):
+        raise UsageError(
+            f"--kd-drop {config.kd_drop}: expected fewer than teachers and assistants, {teachers}"
+        )
     for name in ("rates", "lambda_n"):
         if name in given and method == "cifd" and not config.rdm_bank:
             raise UsageError(
