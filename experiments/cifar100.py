@@ -7,6 +7,7 @@ command of training.classify. Stopped, the study goes on where it was. What a ru
 weights and they are not in --logs.
 """
 
+import argparse
 from pathlib import Path
 from statistics import mean
 
@@ -203,25 +204,47 @@ def _by_kind(results: Path) -> dict[str, list[dict]]:
     return groups
 
 
-def main(argv: list[str]) -> int:
-    """Execute what is missing; exit 0 when everything is there."""
-    parser = command_line("experiments.cifar100", __doc__)
+def cifar_line(module: str, doc: str) -> argparse.ArgumentParser:
+    """The parser of a study of CIFAR-100, with what every such study can be told."""
+    parser = command_line(module, doc)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="as for training.classify")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one's teacher teaches")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    add("--few", type=int, default=0, help="students train on N images; 0: on all")
     add("--logs", type=Path, default=Path("logs/cifar100"), metavar="DIR", help="of the runs")
-    add("--results", type=Path, metavar="DIR", help="[results/cifar100, with _few for --few]")
+    add("--results", type=Path, metavar="DIR", help="of the tables [results/cifar100]")
     add("--epochs", type=int, help="a trial: so many epochs of everything")
     add("--subset", type=int, default=0, help="a trial: so many training images")
     add("--dry-run", action="store_true", help="print the commands that are left and their cost")
-    args = parser.parse_args(argv)
-    from eval.report import main as report  # these take seconds to import
-    from training.classifier.cifar import SPLITS, find_cifar100
+    return parser
+
+
+def check_data(data: Path) -> None:
+    """Refuse a folder without both splits of CIFAR-100.
+
+    Raises:
+        UsageError: it has no such split.
+    """
+    from training.classifier.cifar import SPLITS, find_cifar100  # takes seconds to import
 
     for split in SPLITS:
-        find_cifar100(args.data, split)
+        find_cifar100(data, split)
+
+
+def main(argv: list[str]) -> int:
+    """Execute what is missing; exit 0 when everything is there."""
+    parser = cifar_line("experiments.cifar100", __doc__)
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one's teacher teaches")
+    add(
+        "--few",
+        type=int,
+        default=0,
+        help="students train on N images; 0: on all",
+    )
+    args = parser.parse_args(argv)
+    from eval.report import main as report  # takes seconds to import
+
+    check_data(args.data)
     results = args.results or Path(f"results/cifar100{FEW if args.few else ''}")
     runs = plan(args.seeds, args.epochs, args.subset, args.few)
     study = Study(runs, args.logs, args.data, results, keep_results)

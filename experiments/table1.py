@@ -1,11 +1,11 @@
 """``python -m experiments.table1``: Table 1 at equal tuning, and with its authors' KL terms.
 
 The code of TAKD and DGKD takes a KL term's mean over the 100 classes where the equations have its
-sum: λ_KL there is a hundredth of what it is here. So every method is a row twice: with λ_KL 0.0025,
-which is their 0.25, and tuned anew, each with the same number of trials on held-out images
-(training.tune). DGKD leaves one of its four terms out of each batch, as its code does; KD with the
-λ_KL of DGKD's three others says what their number alone brings. Teacher, assistants and bank are
-experiments.cifar100's. Stopped, it goes on where it was.
+sum: their λ_KL of 0.25 is 0.0025 here. So every method is a row twice, with λ_KL 0.0025 and tuned
+anew, each with the same number of trials on held-out images (training.tune). DGKD leaves one of its
+four terms out of each batch, as its code does; KD with the λ_KL of DGKD's three others says what
+their number alone brings. Teacher, assistants and bank are experiments.cifar100's. Stopped, it goes
+on where it was.
 """
 
 import logging
@@ -13,16 +13,24 @@ from functools import partial
 from pathlib import Path
 
 from cifd_clip.files import read_json, write_text
-from experiments.cifar100 import CLASSIFIERS, EVERY_RUN, RATES, SMALL, STUDENT
+from experiments.cifar100 import (
+    CLASSIFIERS,
+    EVERY_RUN,
+    RATES,
+    SMALL,
+    STUDENT,
+    check_data,
+    cifar_line,
+)
 from experiments.cifar100 import plan as before
-from experiments.study import STOPPED, Run, Study, command_line, write_result
+from experiments.study import STOPPED, Run, Study, write_result
 from training.errors import cli
 from training.tuning.table import FORMAT
 
 NAME = "table1"
 #: 0.25 of a mean over 100 classes, and three such terms.
 MEAN, THREE = 0.0025, 0.0075
-#: A method's flags; what its row with the authors' sum has besides, where nothing is tuned.
+#: A method's flags; what its row with the authors' mean has besides, where nothing is tuned.
 OWN = {
     "kd": "--teacher={teacher}",
     "takd": "--teacher={takd}",
@@ -30,7 +38,7 @@ OWN = {
     "cifd": f"--teacher={{teacher}} --rdm-bank={{bank}} --rates {' '.join(map(str, RATES[3]))}",
 }
 FIXED = {"cifd": "--lambda-n=0.25 --lambda-emb=0.1 --lambda-i=0.005"}
-#: Spans of what is tuned: λ_KL from the authors' sum to ten times what was best before.
+#: Spans of what is tuned: λ_KL from the authors' mean to ten times what was best before.
 SPANS = ("lambda_kl=0.0025:2.5", "lambda_n=0.05:2", "lambda_emb=0.01:2", "lambda_i=1e-4:0.1")
 
 
@@ -83,24 +91,12 @@ def keep(results: Path, study: Study, run: Run) -> None:
 
 def main(argv: list[str]) -> int:
     """Execute what is missing; exit 0 when everything is there."""
-    parser = command_line(f"experiments.{NAME}", __doc__)
-    add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="as for training.classify")
-    add("--trials", type=int, default=8, help="of each method's weights")
-    add("--seeds", type=int, default=3, help="of each row's best weights, all new")
-    add("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    add("--logs", type=Path, default=Path("logs/cifar100"), metavar="DIR", help="of the runs")
-    add(
-        "--results", type=Path, default=Path("results/cifar100"), metavar="DIR", help="of the table"
-    )
-    add("--epochs", type=int, help="a trial: so many epochs of everything")
-    add("--subset", type=int, default=0, help="a trial: so many training images")
-    add("--dry-run", action="store_true", help="print the commands that are left and their cost")
+    parser = cifar_line(f"experiments.{NAME}", __doc__)
+    parser.set_defaults(results=Path("results/cifar100"))
+    parser.add_argument("--trials", type=int, default=8, help="of each method's weights")
+    parser.add_argument("--seeds", type=int, default=3, help="of each row's best weights, all new")
     args = parser.parse_args(argv)
-    from training.classifier.cifar import SPLITS, find_cifar100
-
-    for split in SPLITS:
-        find_cifar100(args.data, split)
+    check_data(args.data)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s | %(message)s", datefmt="%H:%M:%S")
     runs = plan(args.jobs, args.trials, args.seeds, args.epochs, args.subset)
     study = Study(runs, args.logs, args.data, keep=partial(keep, args.results))

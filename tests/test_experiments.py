@@ -39,7 +39,7 @@ def test_the_plan_trains_every_run_after_those_it_needs():
     assert max(first, key=first.get) == "teacher_s4"
 
 
-def test_table_1_is_tuned_with_equal_trials_and_once_as_its_authors_sum_it():
+def test_table_1_is_tuned_with_equal_trials_and_has_its_authors_means_untuned():
     runs = table1.plan(jobs=2, trials=8, seeds=3)
     *before, study = runs
     idle = {run.name for run in before} ^ set(study.needs) - {"data", "logs"}

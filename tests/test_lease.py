@@ -168,6 +168,23 @@ def test_who_died_while_taking_over_is_taken_over_too(path):
     assert not path.parent.exists(), "nothing is left of it"
 
 
+def test_whose_claim_was_taken_for_dead_looks_again(path, monkeypatch):
+    Elsewhere(path).stop()
+    claim, write, lost = path.with_name("lease.json.claim"), lease._write, []
+
+    def stand_still(file, holder, beat):
+        write(file, holder, beat)
+        if claim.exists() and not lost:
+            lost.append(claim.unlink())  # as another does after a minute
+
+    monkeypatch.setattr(lease, "_write", stand_still)
+    taken = Lease(path)
+    assert lost, "the claim was not made"
+    taken.check()
+    taken.release()
+    assert not path.parent.exists(), "nothing is left of it"
+
+
 def test_a_lease_ends_with_its_block_and_with_an_error_in_it(path):
     with pytest.raises(ZeroDivisionError), held(path, World()):
         assert path.exists()

@@ -115,8 +115,9 @@ def test_the_maps_figures_are_those_of_its_records():
         files = {s: ROOT / f"results/map/{folder}/{name}-{s}.json" for s in SUBSETS}
         return read_cell({s: json.loads(path.read_text()) for s, path in files.items()}, {})
 
-    whole = {path.stem[:-2] for path in (ROOT / "results/map/runs").glob("*-a.json")}
-    maps = [cell.name for cell in cells(SCALES["full"]) if cell.name in whole]
+    runs = {path.stem for path in (ROOT / "results/map/runs").glob("*.json")}
+    names = [cell.name for cell in cells(SCALES["full"])]
+    maps = [name for name in names if runs.issuperset(f"{name}-{subset}" for subset in SUBSETS)]
     by_cell = [read("runs", name).differences() for name in maps]
 
     def lead(row: str, sign: int = -1) -> str:
