@@ -235,12 +235,7 @@ def main(argv: list[str]) -> int:
     parser = cifar_line("experiments.cifar100", __doc__)
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one's teacher teaches")
-    add(
-        "--few",
-        type=int,
-        default=0,
-        help="students train on N images; 0: on all",
-    )
+    add("--few", type=int, default=0, help="students train on N images; 0: on all")
     args = parser.parse_args(argv)
     from eval.report import main as report  # takes seconds to import
 
