@@ -8,7 +8,7 @@ from runs import assert_bit_equal, final
 from shards import Letters, sample, write_shards, write_tar
 from training.cache_teacher import main as write_cache
 from training.data.decode import BadSample
-from training.data.in_memory import Held, MemoryLoader
+from training.data.in_memory import READ, Held, MemoryLoader
 from training.data.index import index_shards
 from training.data.loader import Fetcher, Loader, Reader, Recipe
 from training.data.order import Order
@@ -50,11 +50,11 @@ def sources(tmp_path_factory):
 def loader(kind, sources, rank=0, ranks=1, **options):
     where = {"device": CPU} if kind is MemoryLoader else {}
     order = options.pop("order", {})
+    images = options.pop("views_of", [train_view(ImageSpec(8)), train_view(ImageSpec(4))])
     return kind(
-        Order(sources, SEED, window=16, **order), sources,
-        [train_view(ImageSpec(8)), train_view(ImageSpec(4))], [Letters()],
-        seed=SEED, global_batch=BATCH, captions="all", rank=rank, world_size=ranks,
-        fetchers=[Stored()], **where, **({"views": 2} | options),
+        Order(sources, SEED, window=16, **order), sources, images, [Letters()],
+        global_batch=BATCH, rank=rank, world_size=ranks, fetchers=[Stored()],
+        **where, **({"views": 2, "seed": SEED, "captions": "all"} | options),
     )  # fmt: skip
 
 
@@ -118,6 +118,73 @@ def test_each_view_is_made_once_whatever_the_number_of_passes(sources):
     assert len(made) == 3 * 2
 
 
+def counting(sources, made, **options):
+    """A `MemoryLoader` that notes each view it makes."""
+
+    def count(image):
+        made.append(1)
+        return image
+
+    view = train_view(ImageSpec(8))
+    return loader(MemoryLoader, sources, views_of=[View((count, *view.stages))], **options)
+
+
+def test_what_one_run_made_the_next_one_reads(sources, tmp_path):
+    made, expected = [], list(loader(Loader, sources).batches(0, STEPS))
+    for at_a_time in (READ, 1):  # one batch of each view; many, and the first of them empty
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("training.data.in_memory.READ", at_a_time)
+            for _ in range(2):
+                held = loader(MemoryLoader, sources, folder=tmp_path / str(at_a_time))
+                for batches in zip(held.batches(0, STEPS), expected, strict=True):
+                    assert_same(*batches)
+    for _ in range(2):
+        assert len(list(counting(sources, made, folder=tmp_path).batches(0, 2))) == 2
+        first = len(made)
+    assert len(made) == first > 0
+
+
+def test_other_samples_are_made_anew(sources, tmp_path):
+    made, folders = [], set()
+    others = ({}, {"order": {"kept": np.arange(4)}}, {"views": 3}, {"captions": "first"})
+    for options in (*others, {"recipe": "other"}, {"seed": 6}):
+        before = len(made)
+        next(counting(sources, made, folder=tmp_path, **options).batches(0, 1))
+        assert len(made) > before, options
+        folders = set(tmp_path.iterdir())
+    assert len(folders) == 6
+
+
+def test_nothing_is_kept_of_a_making_that_was_interrupted(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.data.in_memory.READ", 7)
+    for calls in (1, 3):
+        answers = [False] * calls
+        held = loader(MemoryLoader, sources, folder=tmp_path)
+        assert not list(held.batches(0, STEPS, stopping=lambda a=answers: not a or a.pop()))
+        assert not list(tmp_path.iterdir())
+
+
+def test_two_runs_that_make_the_same_samples_at_once_both_go_on(sources, tmp_path):
+    both = [loader(MemoryLoader, sources, folder=tmp_path) for _ in range(2)]
+    making = [held._made(stopping=None, timeout=None) for held in both]
+    for batches in zip(*making, strict=True):
+        for held, batch in zip(both, batches):
+            held._held.add(batch)
+    assert_same(*(next(held.batches(0, 1)) for held in both))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_damaged_file_is_named(sources, tmp_path):
+    next(loader(MemoryLoader, sources, folder=tmp_path).batches(0, 1))
+    (folder,) = tmp_path.iterdir()
+    path = next(folder.glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(Failure, match=rf"{path.name} is damaged: remove {folder}"):
+        next(loader(MemoryLoader, sources, folder=tmp_path).batches(0, 1))
+
+
 def test_a_signal_while_samples_are_made_ends_the_batches(sources):
     assert not list(loader(MemoryLoader, sources).batches(0, STEPS, stopping=lambda: True))
 
@@ -144,12 +211,19 @@ def test_a_run_from_a_cache_is_the_same_run_in_memory(stored, flags, teacher, tm
     assert write_cache(made) == 0
     command = [*flags, *cache, "--epochs", "3", "--val-fraction", "0.2", "--logs", str(tmp_path)]
     for method in (["--distill", "clipkd"], ["--distill", "rdm", "--rates", "100"]):
-        for name, more in (("read", []), ("held", ["--in-memory"])):
+        memory = ["--in-memory"]
+        keeping = [*memory, "--in-memory-dir", str(tmp_path / method[1])]
+        runs = {"read": [], "held": memory, "kept": keeping, "again": keeping}
+        for name, more in runs.items():
             assert main([*command, *method, *more, "--name", f"{name}-{method[1]}"]) == 0
-        read, held = (final(tmp_path / f"{name}-{method[1]}") for name in ("read", "held"))
-        assert_bit_equal(held, read)
+        read, *others = (final(tmp_path / f"{name}-{method[1]}") for name in runs)
+        for other in others:
+            assert_bit_equal(other, read)
+        assert len(list((tmp_path / method[1]).iterdir())) == 1
 
 
 def test_without_fixed_views_there_is_nothing_to_hold(flags, tmp_path):
     with pytest.raises(UsageError, match="--in-memory holds views that come again"):
         main([*flags, "--in-memory", "--logs", str(tmp_path)])
+    with pytest.raises(UsageError, match="--in-memory-dir keeps what --in-memory makes"):
+        main([*flags, "--in-memory-dir", str(tmp_path), "--logs", str(tmp_path)])

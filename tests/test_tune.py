@@ -142,6 +142,15 @@ def test_a_study_of_three_methods_stopped_twice_ends_as_one_that_was_not(
         assert mine[name]["trials"] == row["trials"]
 
 
+def test_runs_in_memory_share_the_samples_that_one_of_them_made(flags, teacher, tmp_path):
+    words = study(flags, teacher, tmp_path, methods=["none"])
+    assert main([*words, "--views", "2", "--in-memory"]) == 0
+    made = tmp_path / "study" / "made"
+    configs = [json.loads(p.read_text()) for p in (tmp_path / "study/runs").glob("*/config.json")]
+    assert [config["in_memory_dir"] for config in configs] == [str(made)] * 2
+    assert not made.exists(), "nobody needs them any more"
+
+
 def test_a_study_does_not_go_on_with_other_settings(finished, flags, teacher):
     with pytest.raises(UsageError, match="the study began with other flags"):
         main([*study(flags, teacher, finished), "--lr", "0.1"])

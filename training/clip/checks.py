@@ -51,6 +51,8 @@ def check(config: Config) -> None:
         )
     if config.in_memory and not config.views:
         raise UsageError("--in-memory holds views that come again: say how many with --views")
+    if config.in_memory_dir and not config.in_memory:
+        raise UsageError("--in-memory-dir keeps what --in-memory makes: give that too")
     for path in config.model_config:
         if not Path(path).is_file():
             raise UsageError(

@@ -201,6 +201,12 @@ class DataConfig:
         "for data that fit there",
         free=True,
     )
+    in_memory_dir: str = flag(
+        "",
+        "where what --in-memory makes is kept, for other runs on the same data [nowhere]",
+        metavar="DIR",
+        free=True,
+    )
     shuffle_window: int = flag(20000, "samples shuffled together (whole shards)", above=0)
     max_bad_fraction: float = flag(0.01, "stop when more than this share of samples can't be used")
     verify_data: bool = flag(

@@ -16,9 +16,12 @@ from training.clip.config import modality_of
 from training.clip.models import quiet
 from training.data.index import Sources
 from training.data.loader import Batch, Fetcher
+from training.data.stored import libraries
 from training.data.views import ImageSpec, View, eval_view, normalise, stored_view, train_view
+from training.engine.environment import versions
 from training.errors import UsageError
 
+DRAWN_BY = ("torch", "torchvision", "open_clip_torch", "transformers", "ftfy")
 NEWEST = 1000  # batches whose keys are kept, to name samples that can't be used
 
 
@@ -78,6 +81,17 @@ class Transforms:
             self._tokenizer_keys.append(key)
             self.tokenizers.append(tokenizer)
         return self._tokenizer_keys.index(key)
+
+    def recipe(self) -> dict:
+        """What the training views and tokens depend on, as JSON values."""
+        return {
+            "images": [repr(self._shared(spec)) for spec in self.specs],
+            "texts": [list(key) for key in self._tokenizer_keys],
+            "aug_cfg": self.aug_cfg,
+            "image_backend": self.backend,
+            "stored": self.stored,
+            "libraries": libraries() | versions(*DRAWN_BY),
+        }
 
     def train_views(self) -> list[View]:
         """The augmenting transforms, or those of stored views."""

@@ -287,6 +287,8 @@ def make_loader(
     # A bank reads no image; those of a second teacher's are in the first one's cache.
     read = order, stage.source.images_of(sources) if inputs[0] else sources, *inputs
     if config.in_memory:
+        options["folder"] = Path(config.in_memory_dir) if config.in_memory_dir else None
+        options["recipe"] = stage.transforms.recipe()
         return MemoryLoader(*read, device=trainer.device, **options)
     return Loader(*read, **options)
 

@@ -65,6 +65,11 @@ class Batch:
             skipped=dict(skipped),
         )
 
+    def select(self, places: Sequence[int]) -> "Batch":
+        """Some of the samples."""
+        index = torch.tensor(places, dtype=torch.int64)
+        return replace(self.map(lambda t: t[index]), keys=[self.keys[i] for i in places])
+
     def _rows(self, rows: slice) -> "Batch":
         return replace(self.map(lambda tensor: tensor[rows]), keys=self.keys[rows], skipped={})
 

@@ -2,18 +2,23 @@
 
 A batch is then a look-up there: nothing is decoded, and nothing crosses to the device but indices.
 It has the loader's samples in the loader's order, bad ones replaced as the loader replaces them.
+What was made may be kept on disk for the runs that follow (`training.data.kept`).
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from training.data import kept
 from training.data.batch import Batch
+from training.data.decode import BadSample
 from training.data.index import Sources
 from training.data.loader import (
     MAX_ATTEMPTS,
@@ -36,7 +41,7 @@ class Held:
     """The samples, in the place of a `Reader` of their bytes.
 
     Args:
-        reader: says why a sample that is not held can't be used.
+        reader: says why a sample that is not held can't be used; its fetchers have the extras.
         shape: rows of the data set, and views.
         room: how many samples there may be.
         device: where they are held.
@@ -49,15 +54,30 @@ class Held:
         self.place = np.full(shape, -1)  # of (row, view) among them
 
     def add(self, batch: Batch) -> None:
-        """Copy a batch to the device."""
+        """Copy a batch to the device, with what the fetchers have of it."""
+        batch = self._fetched(batch)
+        if not len(batch):
+            return
         batch.images = [image.permute(0, 2, 3, 1) for image in batch.images]
         if self.samples is None:
             self.samples = self._empty(batch)
         here = slice(len(self.keys), len(self.keys) + len(batch))
         for held, new in zip(_tensors(self.samples), _tensors(batch), strict=True):
             held[here].copy_(new)
-        self.place[batch.rows, batch.views] = np.arange(here.start, here.stop)
+        self.place[batch.rows.numpy(), batch.views.numpy()] = np.arange(here.start, here.stop)
         self.keys += batch.keys
+
+    def _fetched(self, batch: Batch) -> Batch:
+        fetchers = self.reader.fetchers
+        usable = [
+            i
+            for i, (row, view) in enumerate(zip(batch.rows.tolist(), batch.views.tolist()))
+            if _has(fetchers, row, view)
+        ]
+        batch = batch.select(usable)
+        for fetcher in fetchers if usable else ():
+            batch.extras |= fetcher(batch.rows, batch.views)
+        return batch
 
     def _empty(self, like: Batch) -> Batch:
         try:
@@ -91,6 +111,15 @@ class Held:
         return batch
 
 
+def _has(fetchers: Sequence[Fetcher], row: int, view: int) -> bool:
+    try:
+        for fetcher in fetchers:
+            fetcher.check(row, view)
+    except BadSample:
+        return False
+    return True
+
+
 def _tensors(batch: Batch) -> list[Tensor]:
     return [*batch.images, *batch.texts, batch.rows, batch.views, *batch.extras.values()]
 
@@ -101,6 +130,8 @@ class MemoryLoader:
     Args:
         device: where the samples are held, all of them in each process.
         views: V, at least 1.
+        folder: where the samples are kept for others, if they are.
+        recipe: what they depend on besides these arguments (JSON).
         workers: arguments of `sequential`, which makes the samples before the first batch.
         others: as of `Loader`.
     """
@@ -120,6 +151,8 @@ class MemoryLoader:
         rank: int = 0,
         world_size: int = 1,
         fetchers: Sequence[Fetcher] = (),
+        folder: Path | None = None,
+        recipe: Any = None,
         **workers: Any,
     ):
         rows = np.arange(sources.num_samples) if order.kept is None else order.kept
@@ -129,10 +162,17 @@ class MemoryLoader:
             *(sources, image_transforms, tokenizers),
             batch_size=READ,
             spans=[(rows, view) for view in range(views)],
-            fetchers=fetchers,
             **made,
             **workers,
         )
+        self._identity = {
+            "data": sources.fingerprint(),
+            "rows": sha256(np.asarray(rows, np.int64)).hexdigest(),
+            "views": views,
+            "recipe": recipe,
+            **made,
+        }
+        self._folder = folder and kept.folder_of(folder, self._identity)
         reader = Reader(sources, Recipe(image_transforms, tokenizers, **made), fetchers)
         self._held = Held(reader, (sources.num_samples, views), len(rows) * views, device)
         local = global_batch // world_size
@@ -148,13 +188,20 @@ class MemoryLoader:
         """As `Loader.batches`; before the first one all samples are made."""
         stopped = stopping or bool  # which is False
         if self._held.samples is None:
-            for batch in self._read(stopping=stopping, timeout=timeout):
+            for batch in self._made(stopping=stopping, timeout=timeout):
                 self._held.add(batch)
                 if stopped():  # workers are ended by `sequential`
                     break
             if stopped():
                 return
         yield from map(self._steps.__getitem__, range(start_step, stop_step))
+
+    def _made(self, **waiting: Any) -> Iterator[Batch]:
+        folder = self._folder
+        if folder and folder.is_dir():
+            return kept.read(folder)
+        batches = self._read(**waiting)
+        return kept.keep(folder, batches, self._held.room, self._identity) if folder else batches
 
     def close(self) -> None:
         """Nothing is left open."""

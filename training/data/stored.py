@@ -6,6 +6,7 @@ JSON, so that a view's tars are a data set of their own.
 """
 
 import contextlib
+import hashlib
 import io
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,6 +120,13 @@ class StoredViews(Sources):
     def __init__(self, sources: Sources, views: dict[int, list[Shard]]):
         super().__init__(sources.shards, sources.source, sources.weights)
         self.views = views
+
+    def fingerprint(self) -> dict:
+        """Of the data set, and of the tars that its views are stored in."""
+        digest = hashlib.sha256()
+        for shard in (shard for number in sorted(self.views) for shard in self.views[number]):
+            digest.update(f"{shard.bytes} {shard.digest}\n".encode())
+        return super().fingerprint() | {"views": digest.hexdigest()}
 
     def record(self, row: int, view: int) -> tuple[Shard, np.void]:
         """See `Sources.record`.

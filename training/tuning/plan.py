@@ -142,6 +142,11 @@ class Plan:
         return self.folder.parent
 
     @property
+    def made(self) -> Path:
+        """Where samples are kept that all of its runs hold in memory; gone when it is finished."""
+        return self.folder / "made"
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What may not change while the study goes on."""
         spans = {row.name: [list(weight) for weight in row.weights] for row in self.rows}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from subprocess import Popen
 from cifd_clip.files import read_json, write_json
 from training import children
 from training.engine import result
+from training.engine.flags import expand_files
 from training.engine.run import read_metrics
 from training.errors import Failure, UsageError
 from training.tuning.plan import Plan, row_flags
@@ -71,6 +73,7 @@ def work(plan: Plan) -> int:
     if not finished:
         return STOPPED
     print(write_table(plan, queue.studies), flush=True)
+    shutil.rmtree(plan.made, ignore_errors=True)
     return 0
 
 
@@ -138,7 +141,10 @@ class Worker:
             kind, seed = "s", plan.seed + 1 + claim.number
             values = plan.best(claim.row, trials)
         run = plan.folder / "runs" / f"{claim.row.name}-{kind}{claim.number:02}"
-        train = ["-m", plan.command.module, *plan.flags, *row_flags(claim.row, values)]
+        train = ["-m", plan.command.module]
+        if "--in-memory" in expand_files(plan.flags):
+            train += [f"--in-memory-dir={plan.made}"]
+        train += [*plan.flags, *row_flags(claim.row, values)]
         train += ["--seed", str(seed), "--logs", str(run.parent), "--name", run.name]
         train += ["--resume=latest", "--keep=1", *(plan.command.final if claim.final else ())]
         commands = [train]
