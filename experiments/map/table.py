@@ -1,5 +1,6 @@
 """The map's tables and figure, from the tables of its studies alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -92,45 +93,36 @@ def read_cell(records: dict[str, dict[str, Any]], kept: dict[str, float]) -> Cel
 
 def to_markdown(cells: dict[str, Cell]) -> str:
     """Tables with a column for each cell: differences, held-out trials, what RDMs keep."""
-    rows = list(dict.fromkeys(row for cell in cells.values() for row in cell.scores))
-    by_cell = [cell.differences() for cell in cells.values()]
     (against,) = {cell.against for cell in cells.values()}
-    bases = [f"{fmean(cell.scores[against].values()):.2f}" for cell in cells.values()]
-    differences = [
-        [row, *(str(own[row]) if row in own else "" for own in by_cell)]
-        for row in rows
-        if row != against
-    ]
-    trials = [
-        [
-            row,
-            *(
-                f"{median(cell.trials[row]):.1f} ({max(cell.trials[row]):.1f})"
-                if row in cell.trials
-                else ""
-                for cell in cells.values()
-            ),
-        ]
-        for row in rows
-        if any(row in cell.trials for cell in cells.values())
-    ]
-    teachers = [
-        [who, *(f"{cell.kept[who]:.1f}" if who in cell.kept else "" for cell in cells.values())]
-        for who in dict.fromkeys(who for cell in cells.values() for who in cell.kept)
-    ]
+
+    def table(figures: Callable[[Cell], dict[str, str]]) -> str:
+        columns = [figures(cell) for cell in cells.values()]
+        rows = dict.fromkeys(row for column in columns for row in column)
+        return markdown(["", *cells], [[row, *(c.get(row, "") for c in columns)] for row in rows])
+
+    def differences(cell: Cell) -> dict[str, str]:
+        base = {against: f"{fmean(cell.scores[against].values()):.2f}"}
+        return base | {row: str(found) for row, found in cell.differences().items()}
+
+    def trials(cell: Cell) -> dict[str, str]:
+        return {row: f"{median(own):.1f} ({max(own):.1f})" for row, own in cell.trials.items()}
+
+    def teachers(cell: Cell) -> dict[str, str]:
+        return {who: f"{score:.1f}" for who, score in cell.kept.items()}
+
     return (
         "# What each term brings\n\nScore: the mean of zero-shot top-1 (CIFAR-100) and mean "
         f"recall (Flickr8k), percent, on test data. First line: {against} under its best weights; "
         "others: the paired difference over subsets and seeds ± half of its 95 % t-interval. "
         "Cells: student and labelled images.\n\n"
-        + markdown(["", *cells], [[against, *bases], *differences])
+        + table(differences)
         + "\nThe intervals are of seeds and subsets under the weights that were chosen, not of the "
         "choice. What the choice was made from: held-out recall of each row's trials, the median "
         "and in brackets the best.\n\n"
-        + markdown(["", *cells], trials)
+        + table(trials)
         + "\nThe score of who teaches, on the same test data: the teacher, each of its RDMs and "
         "the mean of them all, the one point that squared errors to all of them amount to "
-        "(docs/paper.md).\n\n" + markdown(["", *cells], teachers)
+        "(docs/paper.md).\n\n" + table(teachers)
     )
 
 
