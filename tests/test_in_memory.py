@@ -174,6 +174,14 @@ def test_two_runs_that_make_the_same_samples_at_once_both_go_on(sources, tmp_pat
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_of_several_ranks_one_keeps_and_all_read(sources, tmp_path):
+    expected = [next(loader(Loader, sources, rank, 2).batches(0, 1)) for rank in range(2)]
+    for rank, kept in ((1, 0), (0, 1), (1, 1)):
+        held = loader(MemoryLoader, sources, rank, 2, folder=tmp_path)
+        assert_same(next(held.batches(0, 1)), expected[rank])
+        assert len(list(tmp_path.iterdir())) == kept, f"after rank {rank}"
+
+
 def test_a_damaged_file_is_named(sources, tmp_path):
     next(loader(MemoryLoader, sources, folder=tmp_path).batches(0, 1))
     (folder,) = tmp_path.iterdir()

@@ -130,7 +130,7 @@ class MemoryLoader:
     Args:
         device: where the samples are held, all of them in each process.
         views: V, at least 1.
-        folder: where the samples are kept for others, if they are.
+        folder: where rank 0 keeps the samples for other runs.
         recipe: what they depend on besides these arguments (JSON).
         workers: arguments of `sequential`, which makes the samples before the first batch.
         others: as of `Loader`.
@@ -173,6 +173,7 @@ class MemoryLoader:
             **made,
         }
         self._folder = folder and kept.folder_of(folder, self._identity)
+        self._keeps = folder and rank == 0
         reader = Reader(sources, Recipe(image_transforms, tokenizers, **made), fetchers)
         self._held = Held(reader, (sources.num_samples, views), len(rows) * views, device)
         local = global_batch // world_size
@@ -197,11 +198,12 @@ class MemoryLoader:
         yield from map(self._steps.__getitem__, range(start_step, stop_step))
 
     def _made(self, **waiting: Any) -> Iterator[Batch]:
-        folder = self._folder
-        if folder and folder.is_dir():
-            return kept.read(folder)
+        if self._folder and self._folder.is_dir():
+            return kept.read(self._folder)
         batches = self._read(**waiting)
-        return kept.keep(folder, batches, self._held.room, self._identity) if folder else batches
+        if self._keeps:
+            return kept.keep(self._folder, batches, self._held.room, self._identity)
+        return batches
 
     def close(self) -> None:
         """Nothing is left open."""
