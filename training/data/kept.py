@@ -67,7 +67,8 @@ def keep(
     except _Incomplete:
         pass
     except OSError:
-        if not (folder / MANIFEST).is_file():  # made by another process meanwhile
+        made = (folder / MANIFEST).is_file()  # by another process meanwhile
+        if samples or not made:
             raise
 
 
