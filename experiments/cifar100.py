@@ -37,7 +37,7 @@ EVERY_RUN = (
 )
 PLACE = (
     "--data={data}", "--logs={logs}", "--name={name}", "--resume=latest",
-    "--teacher-cache={logs}/answers", "--device=cpu",
+    "--teacher-cache={logs}/answers",
 )  # fmt: skip
 CLASSIFIERS = "--epochs 15 --lr 0.02"
 SETTINGS = {
@@ -63,13 +63,20 @@ FEW, LONGER = "_few", "--epochs 30"
 COST = {"cnn10": 29, "cnn8": 6.5, "cnn6": 5.5, "cnn4": 4, "cnn2": 3, "": 7}
 
 
-def plan(seeds: list[int], epochs: int | None = None, subset: int = 0, few: int = 0) -> list[Run]:
+def plan(
+    seeds: list[int],
+    epochs: int | None = None,
+    subset: int = 0,
+    few: int = 0,
+    device: str = "cpu",
+) -> list[Run]:
     """All runs, each after those it needs.
 
     Args:
         seeds: of the students; the first one's teacher and assistants teach them all.
         epochs, subset: fewer of everything, for a trial.
         few: how many images students train on, whose teachers see all; 0: all as well.
+        device: where all of them train.
     """
     runs: list[Run] = []
     trial = f"--epochs {epochs} --warmup-epochs 0 " if epochs else ""
@@ -86,7 +93,8 @@ def plan(seeds: list[int], epochs: int | None = None, subset: int = 0, few: int 
         flags += [f"--teacher={','.join(f'{{{name}}}' for name in teachers)}"] if teachers else []
         name = f"{kind}{FEW if part else ''}_s{seed}"
         kept = {"results": ("",), "cost": COST[model], **other}
-        runs.append(Run(name, "training.classify", (*flags, *more), PLACE, **kept))
+        place = (*PLACE, f"--device={device}")
+        runs.append(Run(name, "training.classify", (*flags, *more), place, **kept))
         return name
 
     # 1. Of every seed a teacher; of the first, its assistants: TAKD reads the last, DGKD all.
@@ -210,6 +218,7 @@ def cifar_line(module: str, doc: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="as for training.classify")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where all of them train")
     add("--logs", type=Path, default=Path("logs/cifar100"), metavar="DIR", help="of the runs")
     add("--results", type=Path, metavar="DIR", help="of the tables [results/cifar100]")
     add("--epochs", type=int, help="a trial: so many epochs of everything")
@@ -241,7 +250,7 @@ def main(argv: list[str]) -> int:
 
     check_data(args.data)
     results = args.results or Path(f"results/cifar100{FEW if args.few else ''}")
-    runs = plan(args.seeds, args.epochs, args.subset, args.few)
+    runs = plan(args.seeds, args.epochs, args.subset, args.few, args.device)
     study = Study(runs, args.logs, args.data, results, keep_results)
     if args.dry_run:
         study.dry_run()

@@ -43,10 +43,15 @@ SPANS = ("lambda_kl=0.0025:2.5", "lambda_n=0.05:2", "lambda_emb=0.01:2", "lambda
 
 
 def plan(
-    jobs: int, trials: int, seeds: int, epochs: int | None = None, subset: int = 0
+    jobs: int,
+    trials: int,
+    seeds: int,
+    epochs: int | None = None,
+    subset: int = 0,
+    device: str = "cpu",
 ) -> list[Run]:
-    """Every run, each after those it needs; ``epochs`` and ``subset`` as of cifar100's plan."""
-    runs = {run.name: run for run in before([0], epochs, subset)}
+    """Every run, each after those it needs; the last three arguments as of cifar100's plan."""
+    runs = {run.name: run for run in before([0], epochs, subset, device=device)}
     students = {name: runs[f"{name}_s0"].needs for name in ("kd", "takd", "dgkd", "cifd3")}
     taught = {name: ",".join(f"{{{run}}}" for run in needs) for name, needs in students.items()}
     *_, bank = students["cifd3"]
@@ -70,7 +75,7 @@ def plan(
         (
             *("--command=classify", "--methods", *rows, "--against=kd", "--space", *SPANS),
             *(f"--trials={trials}", f"--seeds={seeds}", "--", *flags, *trial),
-            *("--data={data}", "--teacher-cache={logs}/answers", "--device=cpu"),
+            *("--data={data}", "--teacher-cache={logs}/answers", f"--device={device}"),
         ),
         where=("--logs={logs}", "--name={name}", f"--jobs={jobs}"),
         cost=3.3 * (len(OWN) * trials + len(rows) * seeds),
@@ -98,7 +103,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     check_data(args.data)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s | %(message)s", datefmt="%H:%M:%S")
-    runs = plan(args.jobs, args.trials, args.seeds, args.epochs, args.subset)
+    runs = plan(args.jobs, args.trials, args.seeds, args.epochs, args.subset, args.device)
     study = Study(runs, args.logs, args.data, keep=partial(keep, args.results))
     if args.dry_run:
         study.dry_run()
