@@ -146,10 +146,10 @@ def _captions(pairs: Iterable[Pair]) -> Iterator[str]:
     return (text for pair in pairs for text in pair.captions)
 
 
-def chunks(items: Sequence, what: str, size: int = 256) -> Iterator[Sequence]:
+def chunks(items: Sequence, what: str, size: int = 32) -> Iterator[Sequence]:
     """Consecutive parts, with a line of progress now and then."""
     for start in range(0, len(items), size):
-        if start % (40 * size) == 0:
+        if start % (400 * size) == 0:
             logging.info("teacher's features: %d of %d %s", start, len(items), what)
         yield items[start : start + size]
 
