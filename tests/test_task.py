@@ -234,3 +234,13 @@ def test_runs_of_one_name_are_two_runs_to_wandb_and_a_resumed_one_stays_itself(t
             assert _wandb_id(directory) in ids
     assert len(ids) == 4
     assert _wandb_name(tmp_path / "a") == "a" and _wandb_name(tmp_path / "a" / "rdm") == "a/rdm"
+
+
+@pytest.mark.parametrize("kind, warned", [("AVX2", True), ("AVX512", False)])
+def test_bfloat16_that_a_processor_emulates_is_warned_of(home, monkeypatch, caplog, kind, warned):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kind)
+    trainer("none", home, "--precision", "amp_bf16")
+    assert ("no instructions for bfloat16" in caplog.text) == warned
+    caplog.clear()
+    trainer("none", home)
+    assert "bfloat16" not in caplog.text

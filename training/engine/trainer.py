@@ -1,5 +1,6 @@
 """A stage, its optimizers and its place in the data: one step at a time."""
 
+import logging
 import math
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ from training.engine.metrics import flatten
 from training.engine.optim import MovingAverage, make_schedule
 from training.engine.stage import Batch, Losses, Report, Stage
 from training.errors import Failure, NonFinite
+
+log = logging.getLogger(__name__)
 
 #: Steps after which is looked whether one was skipped: by then the device has long counted it.
 LOOK_BACK = 4
@@ -58,6 +61,10 @@ class Progress:
     def of(cls, state: dict[str, Any]) -> "Progress":
         """From `state`."""
         return cls(**{**state, "skipped": Counter(state["skipped"])})
+
+
+def _emulates_bfloat16() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 class Trainer:
@@ -103,6 +110,11 @@ class Trainer:
         if stage.average is not None:
             self.average = MovingAverage(stage.average, stage.task, config.ema)
         self.autocast = get_autocast(precision, self.device.type)
+        if precision == "amp_bf16" and self.device.type == "cpu" and _emulates_bfloat16():
+            log.warning(
+                "--precision amp_bf16: this processor has no instructions for bfloat16, and a step "
+                "may take ten times as long as with fp32"
+            )
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "amp" else None
         # With accumulation the gradient is complete only after the last micro-batch, and is
         # averaged over ranks once, by `_average_gradients`.
