@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ class _Execution:
         self.chain = priorities(study.runs.values())
         self.waiting = sorted(study.outstanding(), key=lambda run: -self.chain[run.name])
         self.total = len(self.waiting)
-        self.active: dict[subprocess.Popen, tuple[Run, float]] = {}
+        self.active: dict[BaseProcess, tuple[Run, float]] = {}
         self.minutes = self.cost = 0.0  # spent on what is finished, and expected of it
         self.signals = 0
         self.commit = origin()["commit"]
@@ -233,12 +234,12 @@ class _Execution:
                 while (self.waiting and not self.signals) or self.active:
                     self._start_ready()
                     time.sleep(0.2)
-                    for process in [p for p in self.active if p.poll() is not None]:
+                    for process in [p for p in self.active if p.exitcode is not None]:
                         self._ended(process, *self.active.pop(process))
             except BaseException:
                 self._stop()
                 for process in self.active:
-                    process.wait()
+                    process.join()
                 raise
         return not self.waiting
 
@@ -263,11 +264,11 @@ class _Execution:
     def _log(self, run: Run) -> Path | None:
         return None if self.show else self.study.logs / f"{run.name}.log"
 
-    def _ended(self, process: subprocess.Popen, run: Run, begin: float) -> None:
-        if process.returncode == STOPPED or (process.returncode and self.signals):
+    def _ended(self, process: BaseProcess, run: Run, begin: float) -> None:
+        if process.exitcode == STOPPED or (process.exitcode and self.signals):
             self.waiting.append(run)
             self.signals = max(1, self.signals)
-        elif process.returncode:
+        elif process.exitcode:
             log = self._log(run)
             why = f": {last_line(log.read_text())} ({log})" if log else "; its message is above"
             raise Failure(f"{run.name} failed{why}")

@@ -108,13 +108,13 @@ class ZeroShot:
         errors = out.with_suffix(".log")
         command = [*_command(self.config, str(link)), "--out", str(out)]
         child = children.start(command, max(1, cores() // 4), errors)
-        while child.poll() is None:
+        while child.exitcode is None:
             if self.closing.wait(0.1):
                 child.terminate()
-                child.wait()
+                child.join()
                 return
         link.unlink()
-        if child.returncode:
+        if child.exitcode:
             why = children.last_line(errors.read_text(errors="replace"))
             log.warning("zero-shot evaluation of step %d is not whole: %s", step, why)
         try:

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,9 @@ def _entry_point() -> str:
     return spec.name if spec else Path(sys.argv[0]).name
 
 
+@cache
 def _commit() -> str | None:
-    """The checkout's commit, with ``-dirty`` when it has uncommitted changes.
+    """The checkout's commit, with ``-dirty`` when it has uncommitted changes, at the first look.
 
     None of an installed package: a repository around it, such as the user's own, is another's.
     """

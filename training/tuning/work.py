@@ -4,10 +4,11 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import fmean
-from subprocess import Popen
 
 from cifd_clip.files import read_json, write_json
 from training import children
@@ -40,7 +41,7 @@ class Task:
     claim: Claim
     run: Path
     commands: list[list[str]]
-    process: Popen | None = None
+    process: BaseProcess | None = None
     reported: int = 0
     begin: float = field(default_factory=time.monotonic)
 
@@ -110,7 +111,7 @@ class Worker:
         for task in self.active:
             task.process.terminate()
         for task in self.active:
-            task.process.wait()
+            task.process.join()
             self.queue.give_back(task.claim.study, task.claim.trial)
         self.queue.leave()
 
@@ -157,16 +158,18 @@ class Worker:
         log = task.run.with_suffix(".log")
         command = task.commands.pop(0)
         task.process = children.start(command, self.plan.threads, log)
-        task.claim.trial.set_user_attr("process", [task.process.pid, command])
+        with suppress(OSError):  # it has ended already
+            process = [task.process.pid, children.began(task.process.pid)]
+            task.claim.trial.set_user_attr("process", process)
 
     def look_after(self, task: Task) -> None:
         """Take note of a run's validations and of its end."""
-        claim, code = task.claim, task.process.poll()
+        claim, code = task.claim, task.process.exitcode
         if self.signals:
             return  # `leave` gives it back
         if self.plan.prune and not claim.final and code is None and self.falls_behind(task):
             task.process.kill()
-            task.process.wait()
+            task.process.join()
             claim.study.tell(claim.trial, state=self.queue.states.PRUNED)
             self.active.remove(task)
         elif code == 0 and task.commands:

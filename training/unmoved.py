@@ -1,0 +1,11 @@
+"""Imported by the server that `training.children` forks from, before all else."""
+
+import signal
+
+from training.engine.environment import origin
+
+# What ends its parent is not for it.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+
+origin()  # keeps the commit of the code that is imported now, for all who are forked later
