@@ -142,7 +142,7 @@ def catch(run: Path, story) -> int:
         return metrics.is_file() and len(metrics.read_text().splitlines()) > 4
 
     until(in_the_middle, story)
-    (process,) = processes(run)
+    process = json.loads((run / "lease.json").read_text())["pid"]
     os.kill(process, signal.SIGSTOP)
     assert not (run / "finished.json").exists(), f"{run} was too fast to be caught"
     return process

@@ -82,29 +82,29 @@ def _parent(environment: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def began(pid: int) -> int:
-    """When a process of this host began, which tells it from a later one of its number (ticks).
+def started(pid: int) -> str | None:
+    """When a process began, in the kernel's clock; None if there is none, or it has ended.
 
-    Raises:
-        OSError: it has ended.
+    It tells a process from a later one of its number.
     """
-    state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    if state == "Z":
-        raise ProcessLookupError(pid)
-    return int(numbers[18])
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]
 
 
-def end_orphan(pid: int, begin: int, patience: float = 20.0) -> None:
+def end_orphan(pid: int, begin: str | None, patience: float = 20.0) -> None:
     """End a process of this host whose parent has died, letting it save itself.
 
     Args:
         pid: its number, which another process may have by now.
-        begin: when it `began`.
+        begin: when it `started`; None: it had ended.
         patience: seconds that it has before it is killed.
     """
     since = time.monotonic()
-    with suppress(FileNotFoundError, ProcessLookupError):
-        while began(pid) == begin:
+    with suppress(ProcessLookupError):
+        while begin and started(pid) == begin:
             late = time.monotonic() - since > patience
             os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
             time.sleep(0.5)

@@ -19,6 +19,7 @@ from typing import Any
 
 from cifd_clip import World
 from cifd_clip.files import make_folder, sync_folder
+from training.children import started
 from training.engine.control import together
 from training.errors import Failure, UsageError
 
@@ -172,7 +173,7 @@ def _this_process() -> dict[str, Any]:
     return {
         "host": platform.node(),
         "pid": os.getpid(),
-        "started": _started(os.getpid()),
+        "started": started(os.getpid()),
         "system": _system(),
         "job": os.environ.get("SLURM_JOB_ID"),
     }
@@ -187,19 +188,10 @@ def _system() -> str | None:
         return None
 
 
-def _started(pid: int) -> str | None:
-    """When a process began, in the kernel's clock; None if there is none, or it has ended."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else fields[18]
-
-
 def _is_gone(holder: dict[str, Any]) -> bool:
     """Whether host and process number show that a holder has ended."""
     here = holder.get("system") is not None and holder["system"] == _system()
-    return here and _started(holder["pid"]) != holder["started"]
+    return here and started(holder["pid"]) != holder["started"]
 
 
 def _name(holder: dict[str, Any]) -> str:

@@ -148,7 +148,7 @@ class Queue:
             worker = trial.user_attrs.get("worker", "")
             if worker != self.worker and self._dead(worker):
                 if worker.rpartition("-")[0] == socket.gethostname():
-                    end_orphan(*trial.user_attrs.get("process", (0, 0)))
+                    end_orphan(*trial.user_attrs.get("process", (0, None)))
                 self.give_back(study, trial)
 
     def _dead(self, worker: str) -> bool:

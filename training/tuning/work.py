@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -158,9 +157,8 @@ class Worker:
         log = task.run.with_suffix(".log")
         command = task.commands.pop(0)
         task.process = children.start(command, self.plan.threads, log)
-        with suppress(OSError):  # it has ended already
-            process = [task.process.pid, children.began(task.process.pid)]
-            task.claim.trial.set_user_attr("process", process)
+        pid = task.process.pid
+        task.claim.trial.set_user_attr("process", [pid, children.started(pid)])
 
     def look_after(self, task: Task) -> None:
         """Take note of a run's validations and of its end."""
