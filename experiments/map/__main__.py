@@ -20,6 +20,8 @@ MODELS = Path(os.path.relpath(Path(__file__).parent / "models"))
 SUBSETS = ("a", "b")
 AGAINST = "clipkd"
 TEST = ("--data-root={data}/benchmark", "--datasets", "cifar100", "flickr8k")
+#: Samples are made once for all runs on a subset.
+MADE = ("--in-memory", "--in-memory-dir={logs}/made")
 
 
 class Scale(NamedTuple):
@@ -34,6 +36,7 @@ class Scale(NamedTuple):
     seeds: int  # of each subset
     teacher: int = 0  # labelled images that it is aligned on, with photos in proportion; 0: all
     device: str = "cpu"
+    workers: int = 0  # that decode what caches and banks see
 
 
 SCALES = {
@@ -121,8 +124,7 @@ def common(scale: Scale, data: str) -> tuple[str, ...]:
     return (
         f"--train-data={{data}}/{data}",
         *("--captions=all", "--view-seed=0", "--aug-cfg", "scale=[0.6,1.0]", "--views=4"),
-        *(f"--batch-size={scale.batch}", "--precision=fp32", "--workers=0"),
-        f"--device={scale.device}",
+        *(f"--batch-size={scale.batch}", "--precision=fp32", f"--device={scale.device}"),
     )
 
 
@@ -130,13 +132,14 @@ def teaching(scale: Scale, data: str, more: bool) -> Iterator[Run]:
     """The teachers' caches of a subset, and their banks; without ``more`` those of `ROWS` alone."""
     flags = (f"--model={scale.models}-{SMALL}",)
     flags += ("--model-config", f"{MODELS}/{scale.models}-{SMALL}.json")
+    workers = f"--workers={scale.workers}"
     for number in ("", "1")[: 1 + more]:
         teacher = f"--distill-model=local-dir:{{data}}/teacher{number}"
         yield Run(
             f"cache{number}-{data}",
             "training.cache_teacher",
             (*common(scale, data), teacher, *flags),
-            where=(f"--teacher-cache={{logs}}/cache{number}-{data}",),
+            where=(f"--teacher-cache={{logs}}/cache{number}-{data}", workers),
             cost=8,
         )
     steps = ("--epochs=1", f"--train-num-samples={scale.bank}", "--val-fraction=0.1")
@@ -147,7 +150,7 @@ def teaching(scale: Scale, data: str, more: bool) -> Iterator[Run]:
             f"{name}-{data}",
             "training.main",
             (*common(scale, data), *steps, cache, "--distill=rdm", "--rates", *rates.split()),
-            where=("--logs={logs}", "--name={name}", "--resume=latest", "--in-memory"),
+            where=("--logs={logs}", "--name={name}", "--resume=latest", *MADE, workers),
             cost=2,
         )
 
@@ -168,7 +171,7 @@ def tuning(scale: Scale, cell: Cell, subset: str, rows: dict[str, str], jobs: in
     runs = (*common(scale, data), f"--teacher-cache={{cache-{data}}}", f"--model={model}")
     runs += ("--model-config", f"{MODELS}/{model}.json", "--val-fraction=0.1", "--epochs=1")
     runs += (f"--train-num-samples={scale.samples}", "--save-frequency=0", "--lr=4e-3")
-    runs += ("--in-memory",)
+    runs += (*MADE, "--workers=0")
     if cell.images in MARGIN:
         size += (f"--margin={MARGIN[cell.images]}",)
     return Run(
@@ -189,12 +192,13 @@ def main(argv: list[str]) -> int:
     add("--scale", choices=SCALES, default="full", help="how large everything is")
     add("--cells", nargs="+", metavar="NAME", help="some of the map, such as gap10-2000")
     add("--jobs", type=int, default=2, help="students at a time, one thread each")
+    add("--workers", type=int, default=0, help="processes that decode what caches and banks see")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where all of them train")
     add("--logs", type=Path, default=Path("logs/map"), metavar="DIR", help="of the runs")
     add("--results", type=Path, default=Path("results/map"), metavar="DIR", help="of the map")
     add("--dry-run", action="store_true", help="print the commands that are left and their cost")
     args = parser.parse_args(argv)
-    scale = SCALES[args.scale]._replace(device=args.device)
+    scale = SCALES[args.scale]._replace(device=args.device, workers=args.workers)
     names = [cell.name for cell in cells(scale)]
     if unknown := set(args.cells or ()).difference(names):
         raise UsageError(f"--cells {unknown.pop()}: expected some of {' '.join(names)}")
