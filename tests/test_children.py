@@ -1,6 +1,7 @@
 """Commands as child processes: forked from a process with the imports, and yet as `python -m`."""
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import pytest
 from training import children
 
 COMMAND = """
-import json, os, sys, time
+import json, multiprocessing, os, sys, time
 from pathlib import Path
 imported = "training.clip.run" in sys.modules
 import torch
@@ -22,7 +23,7 @@ print("said")
 print("complained", file=sys.stderr)
 found = dict(imported=imported, command=origin()["command"], folder=os.getcwd(), name=__name__)
 found |= dict(threads=torch.get_num_threads(), own=os.getsid(0) == os.getpid())
-found |= dict(environment=dict(os.environ))
+found |= dict(environment=dict(os.environ), workers=multiprocessing.get_start_method())
 Path(sys.argv[1]).write_text(json.dumps(found))
 while sys.argv[2] == "wait":
     time.sleep(0.05)
@@ -64,6 +65,7 @@ def test_a_child_is_the_command_it_was_given_without_its_imports(run, tmp_path, 
     assert told["command"] == f"python -m some_command {found} 75"
     assert told["name"] == "__main__" and told["own"], "a session of its own"
     assert told["folder"] == str(tmp_path) and told["threads"] == 2
+    assert told["workers"] == multiprocessing.get_start_method(), "a loader's, as of any process"
     environment = told["environment"]
     assert environment["OF_THE_PARENT"] == "now" and "WORLD_SIZE" not in environment
     assert environment.items() >= children.KEEP_MEMORY.items()

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
@@ -55,6 +55,7 @@ def _run(
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    set_start_method(None, force=True)  # a loader's workers are forked as ever, from this process
     os.environ.clear()
     os.environ.update(environment)
     if log is not None:
