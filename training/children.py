@@ -18,8 +18,7 @@ from types import ModuleType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 #: glibc keeps what a step frees for the next one, in place of giving it back and getting fresh
-#: pages: EfficientNet-Lite2 on 256 images at once, whose activations are large, sees five times as
-#: many a second.
+#: pages, which costs more than the step where activations are large.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 #: What makes a process one of several: a child of one of them is alone.
 PLACE = ("RANK", "WORLD_SIZE", "SLURM_PROCID")
@@ -36,13 +35,13 @@ def start(command: list[str], threads: int, log: Path | None = None) -> BaseProc
         log: the file for what it writes; None: the terminal.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in PLACE}
-    environment = {**inherited, **KEEP_MEMORY, "OMP_NUM_THREADS": str(threads)}
+    own = {**KEEP_MEMORY, "OMP_NUM_THREADS": str(threads)}
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
     context = get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
-    process = context.Process(target=_run, args=(command, threads, environment, log))
-    with _parent(environment):
+    process = context.Process(target=_run, args=(command, threads, {**inherited, **own}, log))
+    with _parent(own):
         process.start()
     return process
 
@@ -70,17 +69,20 @@ def _run(
 
 
 @contextmanager
-def _parent(environment: Mapping[str, str]) -> Iterator[None]:
-    """What a child takes over: this environment, and not this process's main module."""
-    before, main = dict(os.environ), sys.modules["__main__"]
-    os.environ.update(environment)
+def _parent(variables: Mapping[str, str]) -> Iterator[None]:
+    """What a server takes over: these variables, and not this process's main module."""
+    before, main = {name: os.environ.get(name) for name in variables}, sys.modules["__main__"]
+    os.environ.update(variables)
     sys.modules["__main__"] = ModuleType("__main__")
     try:
         yield
     finally:
         sys.modules["__main__"] = main
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():  # no others: threads of this process may read them
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def started(pid: int) -> str | None:
