@@ -219,7 +219,8 @@ def test_int8_graphs_hold_int8_and_the_card_says_what_they_cost(
         for weights in onnx.load(out / f"{tower}.onnx").graph.initializer
         if np.prod(weights.dims) > 2000
     ]
-    assert len(large) >= 6 and set(large) <= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+    assert len(large) >= 6
+    assert set(large) == {onnx.TensorProto.UINT8}, "signed ones overflow on some processors"
     readers = readers_of_int8(out / "image.onnx") | readers_of_int8(out / "text.onnx")
     assert "MatMul" in readers and not readers & {"Gelu", "Erf", "Mul", "Div", "Sigmoid"}, (
         "before its activation function a range is widest"

@@ -115,7 +115,9 @@ def quantise(source: Source, folder: Path, images: list[Image.Image], captions: 
     """Quantise ``image.onnx`` and ``text.onnx`` of a folder in place, and read them back.
 
     Weights per channel; what multiplies two activations (attention) stays in float32, and an output
-    is not quantised before its activation function, where its range is widest. Of several ways to
+    is not quantised before its activation function, where its range is widest. Weights are unsigned
+    as activations are: x86 processors without VNNI add products of unsigned and signed bytes in 16
+    bits, which overflow, and the same graph would compute other features there. Of several ways to
     cut outliers off an activation's range (`PERCENTILES`) each tower gets the one that leaves its
     features of the calibration pairs nearest to the student's.
     """
@@ -172,7 +174,7 @@ def _quantise(path: Path, rows: Tensor, percentile: float, scratch: Path) -> Pat
             op_types_to_quantize=["MatMul", "Gemm", "Conv", "Gather"],
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
+            weight_type=quantization.QuantType.QUInt8,
             calibrate_method=quantization.CalibrationMethod.Percentile,
             extra_options={
                 "MatMulConstBOnly": True,
