@@ -51,6 +51,8 @@ RATES = "10000 3000 1000"
 #: Images of a cell → points by which a trial must be ahead of the defaults: a standard error of its
 #: score (35 % among 798 and 2,659 held-out pairs). The first cell ran without.
 MARGIN = {6_000: 1.7, 20_000: 0.9}
+#: Trials of each row for the large student, of whose runs each takes four minutes of a core.
+LARGE_TRIALS = 3
 #: Row → its flags; of a row without, the name is the method's.
 ROWS = {
     "none": "",
@@ -167,7 +169,8 @@ def tuning(scale: Scale, cell: Cell, subset: str, rows: dict[str, str], jobs: in
             flags = f"@{{{cell.name}-{SUBSETS[0]}}}/best/{name}.args {flags}"
         methods.append(f"{name}={flags}" if flags else name)
     model = f"{scale.models}-{cell.model}"
-    size = ("--trials", str(scale.trials), "--seeds", str(scale.seeds))
+    trials = min(scale.trials, LARGE_TRIALS) if cell.model == LARGE else scale.trials
+    size = ("--trials", str(trials), "--seeds", str(scale.seeds))
     runs = (*common(scale, data), f"--teacher-cache={{cache-{data}}}", f"--model={model}")
     runs += ("--model-config", f"{MODELS}/{model}.json", "--val-fraction=0.1", "--epochs=1")
     runs += (f"--train-num-samples={scale.samples}", "--save-frequency=0", "--lr=4e-3")
@@ -179,7 +182,7 @@ def tuning(scale: Scale, cell: Cell, subset: str, rows: dict[str, str], jobs: in
         "training.tune",
         ("--methods", *methods, f"--against={AGAINST}", *size, *TEST, "--", *runs),
         where=("--logs={logs}", "--name={name}", f"--jobs={jobs}"),
-        cost=2 * len(rows) * (scale.seeds + scale.trials * first) / jobs,
+        cost=2 * len(rows) * (scale.seeds + trials * first) / jobs,
     )
 
 
