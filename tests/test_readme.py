@@ -7,7 +7,6 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 
@@ -23,7 +22,6 @@ from training.clip import flags
 from training.commands import COMMANDS
 from training.intervals import paired
 from training.tuning import plan
-from training.tuning.table import figure_of
 
 PAGE = (ROOT / "README.md").read_text()
 PARSERS: dict[str, Callable] = {
@@ -141,25 +139,6 @@ def test_the_maps_figures_are_those_of_its_records():
     for row in {row for own in by_cell for row in own}:
         told = [str(own[row]) for own in by_cell if row in own]
         assert f"| {' | '.join(told)} |" in results, row
-
-
-def test_the_figures_of_the_study_before_the_map_are_those_of_its_records():
-    scores: dict[tuple[str, str], dict[str, float]] = {}
-    for path in (ROOT / "results/clip_small/runs").glob("*_gap*_test.json"):
-        record = json.loads(path.read_text())
-        method, student, seed = (record["about"][k] for k in ("method", "student", "seed"))
-        figures = [
-            figure_of(record["results"][data]["metrics"]) for data in ("cifar100", "flickr8k")
-        ]
-        scores.setdefault((method, student), {})[seed] = 100 * fmean(figures)
-    results = (ROOT / "docs/results.md").read_text()
-    table = results[results.index("## CLIP, small") : results.index("## Kinds of teacher cache")]
-    told = 0
-    for method in {method for method, _ in scores} - {"clipkd", "fd-separate"}:
-        pairs = [paired(scores[method, size], scores["clipkd", size]) for size in ("gap10", "gap3")]
-        assert f"| {' | '.join(map(str, pairs))} |" in table, method
-        told += 1
-    assert told == 10, "as many rows as the table has"
 
 
 def test_its_files_are_there():
