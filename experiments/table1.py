@@ -33,9 +33,9 @@ MEAN, THREE = 0.0025, 0.0075
 #: A method's flags; what its row with the authors' mean has besides, where nothing is tuned.
 OWN = {
     "kd": "--teacher={teacher}",
+    "cifd": f"--teacher={{teacher}} --rdm-bank={{bank}} --rates {' '.join(map(str, RATES[3]))}",
     "takd": "--teacher={takd}",
     "dgkd": "--teacher={dgkd} --kd-drop=1",
-    "cifd": f"--teacher={{teacher}} --rdm-bank={{bank}} --rates {' '.join(map(str, RATES[3]))}",
 }
 FIXED = {"cifd": "--lambda-n=0.25 --lambda-emb=0.1 --lambda-i=0.005"}
 #: Spans of what is tuned: λ_KL from the authors' mean to ten times what was best before.
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
     parser = cifar_line(f"experiments.{NAME}", __doc__)
     parser.set_defaults(results=Path("results/cifar100"))
     parser.add_argument("--trials", type=int, default=8, help="of each method's weights")
-    parser.add_argument("--seeds", type=int, default=3, help="of each row's best weights, all new")
+    parser.add_argument("--seeds", type=int, default=6, help="of each row's best weights, all new")
     args = parser.parse_args(argv)
     check_data(args.data)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s | %(message)s", datefmt="%H:%M:%S")
