@@ -1,8 +1,11 @@
 """The study of CIFAR-100: what it runs, keeps and compares."""
 
+import json
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -40,15 +43,70 @@ def test_the_plan_trains_every_run_after_those_it_needs():
 
 
 def test_table_1_is_tuned_with_equal_trials_and_has_its_authors_means_untuned():
-    runs = table1.plan(jobs=2, trials=8, seeds=3)
-    *before, study = runs
+    *before, study, _ = table1.plan(jobs=2, trials=8, seeds=3)
     idle = {run.name for run in before} ^ set(study.needs) - {"data", "logs"}
     assert not idle, "a teacher is missing, or teaches nobody"
-    plan = tuning(Study(runs, Path("l"), Path("d")).command(study)[2:])
+    plan = tuning(Study([*before, study], Path("l"), Path("d")).command(study)[2:])
     rows = {row.name: {weight.name for weight in row.weights} for row in plan.rows}
     assert rows["kd"] == rows["takd"] == rows["dgkd"] == {"lambda_kl", "tau"}
     assert rows["cifd"] == {"lambda_kl", "tau", "lambda_n", "lambda_emb", "lambda_i"}
     assert not any(weights for name, weights in rows.items() if name not in table1.OWN)
+
+
+def test_table_1s_parts_have_the_weights_of_its_cifd_row_untuned(tmp_path):
+    best = tmp_path / "table1" / "best" / "cifd.args"
+    best.parent.mkdir(parents=True)
+    weights = "--lambda-kl=0.5 --lambda-n=2 --lambda-emb=3 --lambda-i=0.1 --tau=5"
+    best.write_text(f"--method cifd --teacher=t --rdm-bank=b --rates 7 {weights}\n")
+    *_, study = table1.plan(jobs=2, trials=8, seeds=3)
+    rows = tuning(Study([study], tmp_path, Path("d")).command(study)[2:]).rows
+    assert not any(row.weights for row in rows)
+    runs = {row.name: parse_args([*row.flags, "--model=cnn2", "--data=d"]) for row in rows}
+    assert {run.lambda_kl for run in runs.values()} == {0.5}
+    assert [len(runs[name].rates) for name in ("cifd3-noibm", "cifd1", "cifd5")] == [1, 1, 5]
+    assert [run.ibm for run in runs.values()] == [False, True, True]
+
+
+def test_table_1s_orderings_are_those_of_the_records():
+    results = ROOT / "results" / "cifar100"
+    text = table1.to_markdown(results)
+    assert text == (results / "table1.md").read_text()
+    scores = {
+        row["row"]: list(row["scores"].values())
+        for name in ("table1", "table6")
+        for row in json.loads((results / f"{name}.json").read_text())["rows"]
+    }
+    _, _, _, _, *lines = text.partition("orderings")[2].strip().splitlines()
+    assert len(lines) > len(table1.OWN)
+    for line in lines:
+        name, _, tuned, untuned = (cell.strip() for cell in line.split("|")[1:-1])
+        one, other = name.split(" − ")
+        mean = [
+            row if row in scores and row in ("none", "kd-three") else f"{row}-mean"
+            for row in (one, other)
+        ]
+        for shown, (mine, theirs) in ((tuned, (one, other)), (untuned, mean)):
+            if shown:
+                expected = fmean(scores[mine]) - fmean(scores[theirs])
+                assert float(shown.split()[0]) == pytest.approx(expected, abs=0.006), name
+
+
+@pytest.mark.parametrize(
+    "doc, begin, end",
+    [
+        ("results.md", "## Classifiers", "Where students overfit"),
+        ("paper.md", "**CIFAR-100: Table 1 at equal", "**CIFAR-100, students that overfit"),
+    ],
+)
+def test_what_the_docs_say_of_table_1_is_in_its_records(doc, begin, end):
+    section = (ROOT / "docs" / doc).read_text().partition(begin)[2].partition(end)[0]
+    record = (ROOT / "results" / "cifar100" / "table1.md").read_text()
+    differences = re.findall(r"[+-]?\d+\.\d\d ± \d\.\d\d", section)
+    assert len(differences) > 10
+    unknown = [text for text in differences if text.lstrip("+") not in record]
+    assert not unknown, f"docs/{doc} has figures that no record has: {unknown}"
+    for row in re.findall(r"\| [A-Z].*? \| \d\d\.\d\d \| (\d\d\.\d\d) \|", section)[1:]:
+        assert f"| {row} |" in record, row
 
 
 @pytest.mark.parametrize("few", [0, 10_000])
