@@ -8,7 +8,6 @@ needs what it left in the logs.
 
 import argparse
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -26,11 +25,11 @@ from training.children import duration, last_line, signals, start
 from training.engine.environment import origin
 from training.engine.flags import CommandLine
 from training.engine.run import read_metrics
-from training.errors import Failure, UsageError
+from training.errors import Failure, Stopped, UsageError
 
 FORMAT = 1  # of study.json
 #: Exit code of a run, and of a study, that was asked to stop and can go on.
-STOPPED = os.EX_TEMPFAIL
+STOPPED = Stopped.exit_code
 
 
 def command_line(module: str, doc: str) -> argparse.ArgumentParser:
@@ -223,31 +222,37 @@ class _Execution:
         self.total = len(self.waiting)
         self.active: dict[BaseProcess, tuple[Run, float]] = {}
         self.minutes = self.cost = 0.0  # spent on what is finished, and expected of it
-        self.signals = 0
+        self.signals = self.passed = 0  # received, and passed on to the runs
         self.commit = origin()["commit"]
         if self.waiting and (self.commit or "").endswith("-dirty"):
             print("note: the checkout has changes that are not committed, and results will say so")
 
     def side_by_side(self) -> bool:
-        with signals(self._stop):
+        with signals(self._count):
             try:
                 while (self.waiting and not self.signals) or self.active:
                     self._start_ready()
-                    time.sleep(0.2)
+                    time.sleep(0.2)  # in which one that has just begun learns to listen
+                    self._pass_on()
                     for process in [p for p in self.active if p.exitcode is not None]:
                         self._ended(process, *self.active.pop(process))
             except BaseException:
-                self._stop()
-                for process in self.active:
-                    process.join()
+                self._count()
+                while any(process.is_alive() for process in self.active):
+                    time.sleep(0.2)
+                    self._pass_on()
                 raise
         return not self.waiting
 
-    def _stop(self) -> None:
-        """Let the runs save themselves; at a second signal, end them."""
+    def _count(self) -> None:
         self.signals += 1
-        for process in self.active:
-            process.terminate() if self.signals == 1 else process.kill()
+
+    def _pass_on(self) -> None:
+        """Let the runs save themselves; at a second signal, end them."""
+        while self.passed < self.signals:
+            self.passed += 1
+            for process in self.active:
+                process.terminate() if self.passed == 1 else process.kill()
 
     def _start_ready(self) -> None:
         undone = {run.name for run in [*self.waiting, *(run for run, _ in self.active.values())]}
@@ -267,7 +272,7 @@ class _Execution:
     def _ended(self, process: BaseProcess, run: Run, begin: float) -> None:
         if process.exitcode == STOPPED or (process.exitcode and self.signals):
             self.waiting.append(run)
-            self.signals = max(1, self.signals)
+            self.signals, self.passed = max(1, self.signals), max(1, self.passed)
         elif process.exitcode:
             log = self._log(run)
             why = f": {last_line(log.read_text())} ({log})" if log else "; its message is above"

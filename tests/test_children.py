@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from training import children
+from training.stopping import SIGNALS
 
 COMMAND = """
 import json, multiprocessing, os, sys, time
@@ -78,7 +79,7 @@ def test_signals_end_a_child_but_not_the_server_it_is_forked_from(run):
     process, found = run("wait")
     until_written(found)
     server = forkserver._forkserver._forkserver_pid
-    for number in children.SIGNALS:
+    for number in SIGNALS:
         os.kill(server, number)
     process.terminate()
     process.join()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,11 +14,13 @@ from cifd_clip.files import BadFile, write_json
 from cifd_clip.methods import DECLARED
 from eval import report
 from runs import ROOT
+from training.engine.flags import expand_files
 from training.errors import UsageError
 from training.tune import main
 from training.tuning.plan import parse
 from training.tuning.queue import Queue
-from training.tuning.work import check_settings
+from training.tuning.table import flag_file, lines, record
+from training.tuning.work import Task, Worker, check_settings
 
 CIFAR = ROOT.parent / "shared" / "data"
 needs_cifar = pytest.mark.skipif(
@@ -174,6 +177,106 @@ def test_a_trial_that_was_half_taken_when_its_worker_died_keeps_its_values(
     assert tried == dict(enumerate(plan.rows[0].trials(2, plan.seed)))
 
 
+def test_a_queue_whose_worker_was_killed_while_it_filled_it_lacks_nothing(flags, teacher, tmp_path):
+    plan = parse(study(flags, teacher, tmp_path, methods=["clipkd"]))
+    plan.folder.mkdir()
+    Queue(plan, optuna).claim()
+    journal = plan.folder / "journal.log"
+    kept = journal.read_text().splitlines(keepends=True)
+    first = next(i for i, line in enumerate(kept) if '"number"' in line)
+    journal.write_text("".join(kept[: first + 1]))
+    queue = Queue(plan, optuna)
+    claims = [queue.claim(), queue.claim()]
+    assert [claim.number for claim in claims] == [0, 1] and queue.claim() is None
+    assert queue.left() == 4, "two trials and two seeds"
+    queue.give_back(claims[1].study, claims[1].trial)
+    assert queue.left() == 4 and queue.claim().number == 1
+    for claim in claims[:1] * 2:  # twice: another may have given it back, and this one goes on
+        queue.give_back(claim.study, claim.trial)
+    assert queue.left() == 4 and queue.claim().number == 0
+
+
+def test_a_worker_is_not_taken_for_one_of_its_number_from_before_a_power_cut(
+    flags, teacher, tmp_path
+):
+    plan = parse(study(flags, teacher, tmp_path, methods=["clipkd"]))
+    plan.folder.mkdir()
+    before = Queue(plan, optuna)
+    host_and_number, _, begin = before.worker.rpartition("-")
+    assert begin.isdigit()
+    before.worker = f"{host_and_number}-{int(begin) - 1}"
+    before.beat()
+    before.claim(), before.claim()
+    now = Queue(plan, optuna)
+    assert [now.claim().number, now.claim().number] == [0, 1]
+
+
+def test_a_run_that_diverged_under_a_new_seed_counts_as_zero_and_has_no_figures(
+    flags, teacher, tmp_path
+):
+    plan = parse(study(flags, teacher, tmp_path, methods=["fd"]))
+    for scores in ([None, 31.0], [31.0, None], [None, None]):
+        trials, final = (optuna.create_study(direction="maximize") for _ in range(2))
+        for number, score in enumerate(scores):
+            own = {"number": number} | ({} if score is None else {"held out": score / 100})
+            final.add_trial(optuna.trial.create_trial(value=score or 0.0, user_attrs=own))
+        found = record(plan, plan.rows[0], trials, final)
+        assert list(found["scores"].values()) == [score or 0.0 for score in scores]
+        whole = {**found, "row": "other", "shown": "", "figures": {"held out": 1.0, "x": 2.0}}
+        content = {"against": "fd", "rows": [{**found, "shown": ""}, whole]}
+        assert len({len(line) for line in lines(content)}) == 1, "every line has all cells"
+
+
+def test_a_trial_that_falls_behind_is_ended_and_has_no_score(flags, teacher, tmp_path):
+    words = study(flags, teacher, tmp_path, "study", "--prune", "--trials", "3", methods=["clipkd"])
+    plan = parse(words)
+    plan.folder.mkdir()
+    worker = Worker(plan, Queue(plan, optuna))
+
+    def claimed(recalls: list[float]) -> Task:
+        task = worker.task(worker.queue.claim())
+        task.run.mkdir(parents=True)
+        names = plan.command.held_out
+        validations = [
+            {"kind": "val", "step": step} | dict.fromkeys(names, recall)
+            for step, recall in enumerate(recalls)
+        ]
+        (task.run / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in validations))
+        return task
+
+    behind = []
+    for recalls in ([0.3, 0.4], [0.31, 0.41], [0.1]):
+        task = claimed(recalls)
+        behind.append(worker.falls_behind(task))
+        if behind[-1]:
+            task.claim.study.tell(task.claim.trial, state=worker.queue.states.PRUNED)
+        else:
+            worker.score(task, worker.figures(task))
+    assert behind == [False, False, True]
+    trials, final = worker.queue.studies["clipkd"]
+    final.add_trial(optuna.trial.create_trial(value=1.0, user_attrs={"number": 0}))
+    scores = [trial["score"] for trial in record(plan, plan.rows[0], trials, final)["trials"]]
+    assert scores == [pytest.approx(40), pytest.approx(41), None]
+
+
+def test_runs_whose_rows_have_a_dot_in_their_names_have_logs_of_their_own(flags, teacher, tmp_path):
+    rows = ["lr0.1=--distill fd", "lr0.2=--distill fd"]
+    words = study(flags, teacher, tmp_path, "study", "--against", "lr0.1", methods=rows)
+    plan = parse(words)
+    plan.folder.mkdir()
+    worker = Worker(plan, Queue(plan, optuna))
+    tasks = [worker.task(worker.queue.claim()) for _ in range(4)]
+    logs = [task.log.name for task in tasks]
+    assert logs == [f"{row}-s0{seed}.log" for row in ("lr0.1", "lr0.2") for seed in (0, 1)]
+
+
+def test_the_best_weights_are_read_back_whatever_is_in_their_flags(tmp_path):
+    flags = ["--teacher-cache=my runs/a", "--distill", "fd", "it's", "#1"]
+    path = tmp_path / "best.args"
+    path.write_text(flag_file(flags, "study"))
+    assert expand_files([f"@{path}"]) == flags
+
+
 @pytest.mark.parametrize("line", ["\0garbage\n", "[]\n", '{"op_code": 99, "worker_id": "x"}\n'])
 def test_a_damaged_journal_is_named(line, flags, teacher, tmp_path):
     plan = parse(study(flags, teacher, tmp_path))
@@ -212,13 +315,25 @@ WRONG = {
     "a wrong flag of the runs": (["--methods", "fd"], ["--epocs", "3"], "did you mean --epochs"),
     "a seed of the runs": (["--methods", "fd"], ["--seed", "3"], "--seed after --"),
     "no folder in --logs": (["--methods", "fd", "--name", "../x"], [], "--name '../x': expected"),
+    "a name of the runs in a file": (["--methods", "fd"], ["@seeded.args"], "--name after --"),
+    "a name of a row's runs": (["--methods", "a=--distill fd --name x"], [], "--name of --methods"),
+    "no held-out pairs": (["--methods", "fd"], ["--val-fraction", "0"], "judged by held-out pairs"),
+    "a last epoch without": (
+        ["--methods", "fd"],
+        ["--val-frequency", "7"],
+        r"divides --epochs \d, got 7",
+    ),
     "no trial": (["--methods", "fd", "--trials", "0"], [], "--trials must be at least 1"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_refused_before_anything_runs(case, flags, teacher, tmp_path):
+def test_wrong_input_is_refused_before_anything_runs(
+    case, flags, teacher, tmp_path, tmp_path_factory, monkeypatch
+):
     ours, runs, message = WRONG[case]
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    Path("seeded.args").write_text("--name x\n")
     where = ["--name", "study", "--logs", str(tmp_path)]
     with pytest.raises(UsageError, match=message):
         main([*where, *ours, "--", *flags, "--distill-model", teacher, *runs])
@@ -249,3 +364,11 @@ def test_tuning_without_optuna_says_what_to_install(flags, teacher, tmp_path, mo
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UsageError, match=r"pip install 'cifd_clip\[tune\]'"):
         main(study(flags, teacher, tmp_path))
+
+
+def test_a_span_of_some_methods_flag_is_tuned_in_their_rows_alone(tmp_path):
+    command = ["--command", "classify", "--methods", "none", "kd=--teacher t", "--name", "x"]
+    command += ["--space", "kd_dropout=0.05:0.5", "--logs", str(tmp_path)]
+    plan = parse([*command, "--", "--data", "d", "--model", "cnn2", "--holdout", "9"])
+    tuned = {row.name: [weight.name for weight in row.weights] for row in plan.rows}
+    assert tuned["none"] == [] and "kd_dropout" in tuned["kd"]

@@ -16,7 +16,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+from training.stopping import SIGNALS, heeded
+
 #: glibc keeps what a step frees for the next one, in place of giving it back and getting fresh
 #: pages, which costs more than the step where activations are large.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
@@ -116,7 +117,7 @@ def end_orphan(pid: int, begin: str | None, patience: float = 20.0) -> None:
 @contextmanager
 def signals(stop: Callable[[], None]) -> Iterator[None]:
     """Call ``stop`` at each signal that asks this process to end."""
-    previous = {number: signal.signal(number, lambda *_: stop()) for number in SIGNALS}
+    previous = {number: signal.signal(number, lambda *_: stop()) for number in heeded()}
     try:
         yield
     finally:

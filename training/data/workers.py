@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 
 from training.data.shard import OPEN_SHARDS
 from training.errors import Failure, UsageError
+from training.stopping import SIGNALS
 
-JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SLICE = 2  # seconds of waiting for a batch, after which is looked whether to wait on
 GRACE = 3  # seconds a worker has to end by itself
 TENSORS = 8  # of a batch, each an open file while it travels
@@ -65,9 +65,9 @@ def start_worker(board: Tensor, number: int) -> None:
     when the loader closes or the main process is gone (`_watch`).
     """
     global _place
-    for job_signal in JOB_SIGNALS:
+    for job_signal in SIGNALS:
         signal.signal(job_signal, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     warnings.filterwarnings("ignore", module="PIL")  # broken EXIF and the like: not worth a line
@@ -220,7 +220,7 @@ def _start(loader: DataLoader) -> Iterator:
         loader.worker_init_fn = partial(start_worker, loader.board)
     child = signal.getsignal(signal.SIGCHLD)
     # a signal that comes while workers start waits until they ignore it (`start_worker`)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         iterator = iter(loader)
     finally:

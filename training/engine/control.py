@@ -23,12 +23,12 @@ from cifd_clip import World
 from training.engine.config import ProcessConfig, check_group
 from training.errors import Failure, Stopped, UsageError, exit_code, sentence
 from training.masking import MaskingFormatter, masked
+from training.stopping import heeded
 
 T = TypeVar("T")
 
 #: Exit code of a run that was asked to stop and saved itself: start it again with --resume latest.
 STOPPED_EXIT = Stopped.exit_code
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 #: What processes agree on at a step boundary, see `StopFlag.agreed`.
 GO_ON, SAVE, STOP = range(3)
 #: Seconds that a process which another one left may still take to finish writing a checkpoint.
@@ -137,10 +137,7 @@ class StopFlag:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
         self._owner = os.getpid()
-        handled = (*SIGNALS, signal.SIGINT)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
-            handled += (signal.SIGHUP,)
-        self._previous = {s: signal.signal(s, self._handle) for s in handled}
+        self._previous = {s: signal.signal(s, self._handle) for s in heeded()}
 
     def _handle(self, number: int, frame) -> None:
         if os.getpid() == self._owner:

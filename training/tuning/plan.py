@@ -27,7 +27,7 @@ EDGE = 0.05  # of a span (of its logarithm): a best value this near to an end is
 OF = {"lambda_n": "rates", "lambda_emb": "rates", "lambda_i": "ibm"}
 #: A row of --methods: a method, or NAME=FLAGS.
 ROW = re.compile(r"([\w.+-]+)(?:=(.*))?", re.DOTALL)
-OURS = ("--name", "--logs", "--seed", "--resume", "--keep", "--final")
+OURS = ("name", "logs", "seed", "resume", "keep", "final")
 TEACHERS = ("--distill-model=", "--distill-pretrained=", "--teacher-cache=")
 
 
@@ -200,9 +200,14 @@ def _classifier_weights(config: Any) -> list[Weight]:
     return [
         Weight(name, _one(getattr(config, name)), *field.metadata["span"])
         for name, field in fields
-        if "span" in field.metadata
-        and config.method in field.metadata.get("methods", (config.method,))
+        if "span" in field.metadata and _belongs(config, field)
     ]
+
+
+def _belongs(config: Any, field: Any) -> bool:
+    """Whether a flag is of the method of a configuration; most are of every method."""
+    methods = field.metadata.get("methods")
+    return methods is None or config.method in methods
 
 
 def _one(default: Any) -> float:
@@ -211,10 +216,10 @@ def _one(default: Any) -> float:
 
 RECALL = tuple(f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10))
 COMMANDS = {
-    "main": Command("training.main", "--distill", _clip_given, _clip, _clip_weights, RECALL, ()),
+    "main": Command("training.main", "distill", _clip_given, _clip, _clip_weights, RECALL, ()),
     "classify": Command(
         "training.classify",
-        "--method",
+        "method",
         _classifier_given,
         _classifier,
         _classifier_weights,
@@ -282,10 +287,9 @@ def plan(args: argparse.Namespace, flags: list[str]) -> Plan:
     if bool(args.data_root) != bool(args.datasets):
         raise UsageError("--data-root DIR and --datasets NAME ... go together")
     command = COMMANDS[args.command]
-    for word in flags:
-        if word.partition("=")[0] in OURS:
-            raise UsageError(f"{word} after --: the study itself says it of each of its runs")
-    if args.command == "main" and not any(word.startswith("--val-") for word in flags):
+    given = command.parse(flags)
+    _refuse_ours(given, "after --")
+    if args.command == "main" and given.keys().isdisjoint(("val_data", "val_fraction")):
         flags += ["--val-fraction=0.1"]
     spans = dict(map(_span, args.space))
     rows = [_row(command, text, flags, spans) for text in args.methods]
@@ -322,6 +326,15 @@ def plan(args: argparse.Namespace, flags: list[str]) -> Plan:
     )
 
 
+def _refuse_ours(given: Given, where: str) -> None:
+    """Refuse what the study itself says of each of its runs."""
+    for name in OURS:
+        if name in given:
+            raise UsageError(
+                f"{spelled(name)} {where}: the study itself says it of each of its runs"
+            )
+
+
 def _span(text: str) -> tuple[str, tuple[float, float]]:
     name, _, ends = text.partition("=")
     try:
@@ -339,14 +352,15 @@ def _row(command: Command, text: str, flags: list[str], spans: dict[str, tuple])
     if not match:
         raise UsageError(f"--methods '{text}': expected a method, or NAME='FLAGS'")
     name, own = match[1], expand_files(shlex.split(match[2] or ""))
-    if command.method not in own:
-        own = [command.method, name, *own]
-    method = own[own.index(command.method) + 1]
+    fixed = command.parse(own)
+    _refuse_ours(fixed, f"of --methods {name}")
+    method = fixed.get(command.method, name)
+    if command.method not in fixed:
+        own = [f"--{command.method}", name, *own]
     if method == "none" and command.module == "training.main":
         own += TEACHERS  # which the others share
     config = command.resolve([*flags, *own])
     _check(command, name, config)
-    fixed = command.parse(own)
     weights = {
         weight.name: weight
         for weight in command.weights(config)
@@ -363,8 +377,9 @@ def _row(command: Command, text: str, flags: list[str], spans: dict[str, tuple])
 def _shared(config: Any, flag: str) -> bool:
     """Whether it is a number of every run, which no method declares as a weight of its own."""
     field = config.__dataclass_fields__.get(flag)
-    number = isinstance(getattr(config, flag, ""), float | None)
-    return number and field is not None and "span" not in field.metadata
+    if field is None or "span" in field.metadata or not _belongs(config, field):
+        return False
+    return isinstance(getattr(config, flag), float | None)
 
 
 def has(config: Any, part: str) -> bool:
@@ -385,6 +400,13 @@ def _check(command: Command, name: str, config: Any) -> None:
         return
     if config.distill == "rdm":
         raise UsageError(f"--methods {name}: a bank is no student that could be judged")
+    frequency = config.val_frequency
+    if not (config.val_data or config.val_fraction) or not frequency or config.epochs % frequency:
+        raise UsageError(
+            f"--methods {name}: trials are judged by held-out pairs after the last epoch: give the "
+            "runs --val-fraction or --val-data, and a --val-frequency that divides --epochs "
+            f"{config.epochs}, got {frequency}"
+        )
     if config.distill == "cifd" and config.rates and not config.rdm_bank:
         raise UsageError(
             f"--methods {name}: each of its runs would train a bank: train one with "

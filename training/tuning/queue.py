@@ -1,8 +1,9 @@
 """The queue of a study: Optuna's journal, from which several processes claim runs.
 
 Every run is a trial of Optuna: those of a row's weights in a study of the row's name, those of its
-new seeds in another. A run that was stopped, or whose process has died, is queued again under its
-number and goes on from its checkpoint.
+new seeds in another. Each study wants a run of every number; whoever claims one first queues those
+that are neither queued nor under way nor finished. So a run that was stopped, or whose process has
+died, is queued again under its number and goes on from its checkpoint.
 """
 
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cifd_clip.files import BadFile
-from training.children import end_orphan
+from training.children import end_orphan, started
 from training.tuning.plan import Plan, Row
 
 SILENT = 60.0  # seconds after which another worker without a heartbeat counts as dead
@@ -57,7 +58,7 @@ class Queue:
     def __init__(self, plan: Plan, optuna: Any):
         self.plan, self.optuna = plan, optuna
         self.states = optuna.trial.TrialState
-        self.worker = f"{socket.gethostname()}-{os.getpid()}"
+        self.worker = f"{socket.gethostname()}-{os.getpid()}-{started(os.getpid())}"
         self._seen: dict[str, tuple[float, float]] = {}  # others' heartbeats, and since when
         self._workers = plan.folder / "workers"
         self._workers.mkdir(exist_ok=True)
@@ -93,24 +94,37 @@ class Queue:
             self.optuna.create_study(study_name=name, pruner=pruner, **options)
             for name in (row.name, f"{row.name}, new seeds")
         )
-        if not trials.get_trials(deepcopy=False):  # of a row without weights there are none
-            for number, values in enumerate(row.trials(self.plan.trials, self.plan.seed)):
-                _enqueue(trials, number, values)
         return Studies(trials, final)
 
     def claim(self) -> Claim | None:
         """Take the next run, in the order of the rows; None while there is none to take."""
+        for _, trial in self._abandoned():  # some need a while, in which others may claim
+            if self._is_here(trial):
+                end_orphan(*trial.user_attrs.get("process", (0, None)))
         with self._alone():
+            for study, trial in self._abandoned():
+                self.give_back(study, trial)
             for row in self.plan.rows:
                 trials, final = self.studies[row.name]
-                if not _unfinished(trials) and not final.get_trials(deepcopy=False):
-                    for number in range(self.plan.seeds):
-                        _enqueue(final, number, {})
+                tried = row.trials(self.plan.trials, self.plan.seed)
+                self._fill(trials, tried)
+                if len(self._finished(trials)) == len(tried):
+                    self._fill(final, [{}] * self.plan.seeds)
                 for study in (trials, final):
-                    self._requeue_dead(study)
                     if study.get_trials(deepcopy=False, states=(self.states.WAITING,)):
                         return self._take(row, study, study is final)
         return None
+
+    def _fill(self, study: Any, values: list[dict[str, float]]) -> None:
+        """Queue the runs that are neither queued nor under way nor finished, by their number."""
+        under_way = (self.states.WAITING, self.states.RUNNING)
+        there = self._finished(study) | _numbers(study, under_way)
+        for number, own in enumerate(values):
+            if number not in there:
+                study.enqueue_trial(own, user_attrs={"number": number})
+
+    def _finished(self, study: Any) -> set[int]:
+        return _numbers(study, (self.states.COMPLETE, self.states.PRUNED))
 
     def _take(self, row: Row, study: Any, final: bool) -> Claim:
         spans = self.optuna.distributions.FloatDistribution
@@ -120,18 +134,15 @@ class Queue:
         return Claim(row, study, trial, final)
 
     def give_back(self, study: Any, trial: Any) -> None:
-        """Queue a run again under its number."""
-        study.tell(trial.number, state=self.states.FAIL)
-        # not `trial.params`: whoever took it may have died before all of them were written
-        _enqueue(study, trial.user_attrs["number"], trial.user_attrs["values"])
+        """Let a run be queued again, unless another worker has done so."""
+        study.tell(trial.number, state=self.states.FAIL, skip_if_finished=True)
 
     def left(self) -> int:
         """How many runs have no score yet."""
-        seeds = self.plan.seeds
-        return sum(
-            len(_unfinished(trials)) + (len(_unfinished(final)) if final.trials else seeds)
-            for trials, final in self.studies.values()
-        )
+        wanted = sum(len(row.trials(self.plan.trials, self.plan.seed)) for row in self.plan.rows)
+        wanted += self.plan.seeds * len(self.plan.rows)
+        every = (study for both in self.studies.values() for study in both)
+        return wanted - sum(len(self._finished(study)) for study in every)
 
     # -- who lives -------------------------------------------------------------------------------
 
@@ -143,30 +154,34 @@ class Queue:
         """Say that this worker has ended."""
         (self._workers / self.worker).unlink(missing_ok=True)
 
-    def _requeue_dead(self, study: Any) -> None:
-        for trial in study.get_trials(deepcopy=False, states=(self.states.RUNNING,)):
-            worker = trial.user_attrs.get("worker", "")
-            if worker != self.worker and self._dead(worker):
-                if worker.rpartition("-")[0] == socket.gethostname():
-                    end_orphan(*trial.user_attrs.get("process", (0, None)))
-                self.give_back(study, trial)
+    def _abandoned(self) -> list[tuple[Any, Any]]:
+        """The studies and runs of workers that are gone."""
+        running = (self.states.RUNNING,)
+        return [
+            (study, trial)
+            for both in self.studies.values()
+            for study in both
+            for trial in study.get_trials(deepcopy=False, states=running)
+            if self._dead(trial.user_attrs.get("worker", ""))
+        ]
+
+    def _is_here(self, trial: Any) -> bool:
+        return trial.user_attrs.get("worker", "").startswith(f"{socket.gethostname()}-")
 
     def _dead(self, worker: str) -> bool:
         """Whether a worker is gone: at once where its host shows it, else after a silence."""
-        host, _, pid = worker.rpartition("-")
+        place, _, begin = worker.rpartition("-")
+        host, _, pid = place.rpartition("-")
         path, now = self._workers / worker, time.monotonic()
-        if not path.is_file():
+        if worker == self.worker:
+            return False
+        known = host == socket.gethostname() and os.path.exists("/proc/self")
+        if not path.is_file() or (known and started(int(pid)) != begin):
             return True
-        if host == socket.gethostname() and not os.path.exists(f"/proc/{pid}"):
-            return os.path.exists("/proc/self")
         beat = path.stat().st_mtime
         if self._seen.get(worker, (None, 0.0))[0] != beat:
             self._seen[worker] = beat, now
         return now - self._seen[worker][1] > SILENT
-
-
-def _enqueue(study: Any, number: int, values: dict[str, float]) -> None:
-    study.enqueue_trial(values, user_attrs={"number": number, "values": values})
 
 
 def _forget_half_a_line(journal: Path, lock: Any) -> None:
@@ -180,5 +195,6 @@ def _forget_half_a_line(journal: Path, lock: Any) -> None:
         lock.release()
 
 
-def _unfinished(study: Any) -> list[Any]:
-    return [t for t in study.get_trials(deepcopy=False) if not t.state.is_finished()]
+def _numbers(study: Any, states: tuple[Any, ...]) -> set[int]:
+    trials = study.get_trials(deepcopy=False, states=states)
+    return {trial.user_attrs["number"] for trial in trials}

@@ -1,6 +1,7 @@
 """What a study has found: a table, a figure, and a flag file of each row's best weights."""
 
 import json
+import shlex
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,8 @@ def write_table(plan: Plan, studies: dict[str, tuple[Any, Any]]) -> str:
         entry["difference"] = difference and difference._asdict()
         entry["shown"] = "" if difference is None else str(difference)
     for row, entry in zip(plan.rows, records):
-        flags = [*row_flags(row, entry["best"]), f"# of the study {plan.folder.name}"]
-        write_text(plan.folder / "best" / f"{row.name}.args", "\n".join(flags) + "\n")
+        file = plan.folder / "best" / f"{row.name}.args"
+        write_text(file, flag_file(row_flags(row, entry["best"]), plan.name))
     content = {"against": plan.against, "rows": records, "settings": plan.settings}
     content |= {"data": data(plan), "environment": environment()}
     content = json.loads(json.dumps(content))
@@ -52,24 +53,31 @@ def write_table(plan: Plan, studies: dict[str, tuple[Any, Any]]) -> str:
     return text
 
 
+def flag_file(flags: list[str], study: str) -> str:
+    """What ``@FILE`` on a command line reads."""
+    return "".join(f"{line}\n" for line in [*map(shlex.quote, flags), f"# of the study {study}"])
+
+
 def record(plan: Plan, row: Row, trials: Any, final: Any) -> dict[str, Any]:
     """Everything about a row: its trials, its best weights, and what new seeds gave."""
     finished = sorted(
-        (t for t in trials.get_trials() if t.value is not None),
+        (t for t in trials.get_trials() if t.state.name in ("COMPLETE", "PRUNED")),
         key=lambda trial: trial.user_attrs["number"],
     )
-    runs = {t.user_attrs["number"]: t for t in final.get_trials() if t.value is not None}
-    figures = [{k: v for k, v in t.user_attrs.items() if k not in OURS} for t in runs.values()]
+    scores = [t.value if t.state.name == "COMPLETE" else None for t in finished]
+    runs = {t.user_attrs["number"]: t for t in final.get_trials() if t.state.name == "COMPLETE"}
+    own = ({k: v for k, v in t.user_attrs.items() if k not in OURS} for t in runs.values())
+    figures = [f for f in own if f]  # a run that has diverged has none
     best = plan.best(row, trials)
     return {
         "row": row.name,
         "flags": list(row.flags),
         "best": best,
         "on_edge": [w.name for w in row.weights if w.on_edge(best[w.name])],
-        "importance": importance(trials) if len({t.value for t in finished}) > 3 else {},
-        "trials": [{"values": t.params, "score": t.value} for t in finished],
+        "importance": importance(trials) if len({*scores} - {None}) > 3 else {},
+        "trials": [{"values": t.params, "score": s} for t, s in zip(finished, scores)],
         "scores": {plan.seed + 1 + n: runs[n].value for n in sorted(runs)},
-        "figures": {name: 100 * fmean(f[name] for f in figures) for name in figures[0]},
+        "figures": {n: 100 * fmean(f[n] for f in figures) for n in (figures or [{}])[0]},
     }
 
 
@@ -94,7 +102,7 @@ def data(plan: Plan) -> dict[str, Any]:
 
 def lines(content: dict[str, Any]) -> list[list[str]]:
     """Heads and cells of the table that a ``table.json`` holds."""
-    names = list(content["rows"][0]["figures"])
+    names = list(dict.fromkeys(name for row in content["rows"] for name in row["figures"]))
     heads = ["row", "n", "score", f"− {content['against']}", *names, "trials", "best weights"]
     return [heads] + [
         [
@@ -102,7 +110,7 @@ def lines(content: dict[str, Any]) -> list[list[str]]:
             str(len(r["scores"])),
             f"{fmean(r['scores'].values()):.2f}",
             r["shown"],
-            *(f"{value:.2f}" for value in r["figures"].values()),
+            *(f"{r['figures'][n]:.2f}" if n in r["figures"] else "" for n in names),
             str(len(r["trials"])),
             ", ".join(_weight(r, name) for name in r["best"]) or "none",
         ]

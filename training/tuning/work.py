@@ -1,7 +1,6 @@
 """The work on a study: claim a run, execute it, score it, until none is left."""
 
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -14,14 +13,12 @@ from training import children
 from training.engine import result
 from training.engine.flags import expand_files
 from training.engine.run import read_metrics
-from training.errors import Failure, UsageError
+from training.errors import Failure, NonFinite, Stopped, UsageError
 from training.tuning.plan import Plan, row_flags
 from training.tuning.queue import Claim, Queue
 from training.tuning.table import figure_of, write_table
 
 FORMAT = 1  # of settings.json
-STOPPED = os.EX_TEMPFAIL
-DIVERGED = 3  # exit code of a run whose loss is no number: as bad as it gets
 PAUSE, PATIENCE = 0.2, 2.0  # seconds between two looks: at the runs, and for one where none was
 
 
@@ -31,7 +28,7 @@ class Task:
 
     Attributes:
         claim: what was claimed.
-        run: its directory.
+        run: its directory, beside its log.
         commands: what is left to execute, each what follows ``python``.
         process: the one under way.
         reported: how many held-out scores Optuna knows.
@@ -43,6 +40,11 @@ class Task:
     process: BaseProcess | None = None
     reported: int = 0
     begin: float = field(default_factory=time.monotonic)
+
+    @property
+    def log(self) -> Path:
+        """The file for what it writes."""
+        return self.run.with_name(f"{self.run.name}.log")
 
 
 def work(plan: Plan) -> int:
@@ -71,7 +73,7 @@ def work(plan: Plan) -> int:
         finally:
             worker.leave()
     if not finished:
-        return STOPPED
+        return Stopped.exit_code
     print(write_table(plan, queue.studies), flush=True)
     shutil.rmtree(plan.made, ignore_errors=True)
     return 0
@@ -100,17 +102,17 @@ class Worker:
         self.signals = 0
 
     def stop(self) -> None:
-        """Let the runs save themselves; at a second signal, end them."""
+        """Take note of a signal, for `run` and `leave`."""
         self.signals += 1
-        for task in self.active:
-            task.process.terminate() if self.signals == 1 else task.process.kill()
 
     def leave(self) -> None:
-        """Give back what is under way, and end."""
+        """Let what is under way save itself, at a second signal end it; give it back."""
+        while alive := [task.process for task in self.active if task.process.is_alive()]:
+            for process in alive:  # more than once: one that has just begun does not listen yet
+                process.terminate() if self.signals < 2 else process.kill()
+            time.sleep(PAUSE)
+            self.queue.beat()
         for task in self.active:
-            task.process.terminate()
-        for task in self.active:
-            task.process.join()
             self.queue.give_back(task.claim.study, task.claim.trial)
         self.queue.leave()
 
@@ -154,9 +156,8 @@ class Worker:
 
     def start(self, task: Task) -> None:
         """Start a task's next command."""
-        log = task.run.with_suffix(".log")
         command = task.commands.pop(0)
-        task.process = children.start(command, self.plan.threads, log)
+        task.process = children.start(command, self.plan.threads, task.log)
         pid = task.process.pid
         task.claim.trial.set_user_attr("process", [pid, children.started(pid)])
 
@@ -168,23 +169,22 @@ class Worker:
         if self.plan.prune and not claim.final and code is None and self.falls_behind(task):
             task.process.kill()
             task.process.join()
-            claim.study.tell(claim.trial, state=self.queue.states.PRUNED)
+            claim.study.tell(claim.trial, state=self.queue.states.PRUNED, skip_if_finished=True)
             self.active.remove(task)
         elif code == 0 and task.commands:
             self.start(task)
-        elif code in (0, DIVERGED):
+        elif code in (0, NonFinite.exit_code):  # a loss that is no number is as bad as it gets
             self.active.remove(task)
             self.score(task, {} if code else self.figures(task))
         elif code is not None:
-            log = task.run.with_suffix(".log")
-            why = children.last_line(log.read_text(errors="replace"))
-            raise Failure(f"{task.run.name} failed: {why} ({log})")
+            why = children.last_line(task.log.read_text(errors="replace"))
+            raise Failure(f"{task.run.name} failed: {why} ({task.log})")
 
     def falls_behind(self, task: Task) -> bool:
         """Whether Optuna's pruner gives a trial up."""
         scores = held_out(task.run, self.plan.command.held_out)
         for step in range(task.reported, len(scores)):
-            task.claim.trial.report(scores[step], step + 1)
+            task.claim.trial.report(100 * scores[step], step + 1)
         task.reported = len(scores)
         return bool(scores) and task.claim.trial.should_prune()
 
@@ -201,7 +201,7 @@ class Worker:
         claim, score = task.claim, 100 * fmean(figures.values()) if figures else 0.0
         for name, value in figures.items():
             claim.trial.set_user_attr(name, value)
-        claim.study.tell(claim.trial, score)
+        claim.study.tell(claim.trial, score, skip_if_finished=True)
         minutes, left = (time.monotonic() - task.begin) / 60, self.queue.left()
         rest = children.duration(minutes * left / self.plan.jobs)
         print(
