@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,12 +92,13 @@ sys.exit(0 if Study(runs, place / "logs").execute(2) else STOPPED)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_study_lets_its_runs_save_and_goes_on(number, tmp_path):
     (tmp_path / "stoppable.py").write_text(STOPPABLE)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     command = [sys.executable, "-c", STUDY, str(tmp_path)]
-    first = subprocess.Popen(command, env=environment)
+    heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    first = subprocess.Popen(command, env=environment, preexec_fn=heard)
     while not (tmp_path / "ready").exists():
         assert first.poll() is None
         time.sleep(0.1)
@@ -105,6 +107,17 @@ def test_a_stopped_study_lets_its_runs_save_and_goes_on(number, tmp_path):
     assert (tmp_path / "saved").exists() and not list(tmp_path.rglob("finished.json"))
     assert subprocess.run(command, env=environment, check=False).returncode == 0
     assert len(list(tmp_path.rglob("finished.json"))) == 2
+
+
+def test_a_signal_that_comes_while_a_run_is_started_reaches_it(tmp_path):
+    (tmp_path / "stoppable.py").write_text(STOPPABLE)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    first = subprocess.Popen([sys.executable, "-c", STUDY, str(tmp_path)], env=environment)
+    while not (tmp_path / "logs" / "a" / "study.json").exists():  # written just before
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.terminate()
+    assert first.wait(timeout=50) == STOPPED, "the run, which takes a minute, was waited for"
 
 
 def results_of(whole: Study) -> list[Path]:
