@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from statistics import fmean, stdev
 
+from eval.report.table import markdown
+
 
 def spread(values: Iterable[float]) -> str:
     """``1.23 ± 0.45``: mean ± sample standard deviation."""
@@ -10,7 +12,6 @@ def spread(values: Iterable[float]) -> str:
     return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def table(heads: list[str], rows: Iterable[list[str]], texts: int = 1) -> str:
-    """A GitHub table whose first `texts` columns are texts, the others figures."""
-    rule = [*["---"] * texts, *["---:"] * (len(heads) - texts)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, rule, *rows))
+def table(heads: list[str], rows: Iterable[list[str]]) -> str:
+    """A GitHub table whose first column is texts, the others figures."""
+    return markdown([heads, ["---", *["---:"] * (len(heads) - 1)], *rows])

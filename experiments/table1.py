@@ -31,6 +31,8 @@ from training.intervals import paired
 from training.tuning.table import FORMAT, explanation, lines
 
 NAME, ABLATION = "table1", "table6"
+#: What `results/cifar100` has, and other sizes keep in --logs.
+SIZE = ("trials", "seeds", "epochs", "subset")
 #: 0.25 of a mean over 100 classes, and three such terms.
 MEAN, THREE = 0.0025, 0.0075
 #: A method's flags; what its row with the authors' mean has besides, where nothing is tuned.
@@ -176,19 +178,20 @@ def to_markdown(results: Path) -> str:
 def main(argv: list[str]) -> int:
     """Execute what is missing; exit 0 when everything is there."""
     parser = cifar_line(f"experiments.{NAME}", __doc__)
-    parser.set_defaults(results=Path("results/cifar100"))
     parser.add_argument("--trials", type=int, default=8, help="of each method's weights")
     parser.add_argument("--seeds", type=int, default=6, help="of each row's best weights, all new")
     args = parser.parse_args(argv)
     check_data(args.data)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s | %(message)s", datefmt="%H:%M:%S")
+    whole = all(getattr(args, name) == parser.get_default(name) for name in SIZE)
+    results = args.results or (Path("results/cifar100") if whole else args.logs / "results")
     runs = plan(args.jobs, args.trials, args.seeds, args.epochs, args.subset, args.device)
-    study = Study(runs, args.logs, args.data, keep=partial(keep, args.results))
+    study = Study(runs, args.logs, args.data, keep=partial(keep, results))
     if args.dry_run:
         study.dry_run()
         return 0
     finished = study.execute(args.jobs)
-    print((args.results / f"{NAME}.md").read_text() if finished else "", end="")
+    print((results / f"{NAME}.md").read_text() if finished else "", end="")
     return 0 if finished else STOPPED
 
 

@@ -181,11 +181,6 @@ class Distillation(ClassifierTask):
         if paraphraser is not None:
             self.translator = _mlp([width, paraphraser.factors, paraphraser.factors], generator)
 
-    @property
-    def needs_embeddings(self) -> bool:
-        """Whether the teachers' embeddings are read."""
-        return bool(self.weights.embedding) or self.paraphraser is not None
-
     def encode(self, images: Tensor) -> Embedded:
         return Embedded(self.student.features(images))
 
@@ -234,8 +229,6 @@ class RDMTraining(ClassifierTask):
         weights: λ_CE, λ_KL and τ of eq. (22), and the kind of embedding loss.
     """
 
-    needs_embeddings = True
-
     def __init__(self, bank: RDMBank, weights: Weights):
         super().__init__()
         self.bank, self.weights = bank, weights
@@ -278,8 +271,6 @@ class Paraphraser(ClassifierTask):
         scale: 1 / root mean square of the embedding.
         generator: draws the initial weights.
     """
-
-    needs_embeddings = True
 
     def __init__(
         self, dim: int, factors: int, scale: float, generator: torch.Generator | None = None

@@ -198,10 +198,14 @@ def main(argv: list[str]) -> int:
     add("--workers", type=int, default=0, help="processes that decode what caches and banks see")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where all of them train")
     add("--logs", type=Path, default=Path("logs/map"), metavar="DIR", help="of the runs")
-    add("--results", type=Path, default=Path("results/map"), metavar="DIR", help="of the map")
+    add("--results", type=Path, metavar="DIR",
+        help="of the map [results/map; of a smaller scale: in --logs]")  # fmt: skip
     add("--dry-run", action="store_true", help="print the commands that are left and their cost")
     args = parser.parse_args(argv)
     scale = SCALES[args.scale]._replace(device=args.device, workers=args.workers)
+    results = args.results or (
+        Path("results/map") if args.scale == "full" else args.logs / "results"
+    )
     names = [cell.name for cell in cells(scale)]
     if unknown := set(args.cells or ()).difference(names):
         raise UsageError(f"--cells {unknown.pop()}: expected some of {' '.join(names)}")
@@ -214,7 +218,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s | %(message)s", datefmt="%H:%M:%S")
     prepare(args.logs / "data", args.cifar100, args.flickr8k, scale.images, PHOTOS, scale.teacher)
     finished = study.execute(jobs=1)
-    print(write_map(args.logs, args.results, names, SUBSETS))
+    print(write_map(args.logs, results, names, SUBSETS))
     return 0 if finished else STOPPED
 
 

@@ -53,11 +53,12 @@ def prepare(
             mixed = permutation(len(chosen), "map", size, subset)
             samples = (chosen[row].trained() for row in mixed)
             write_shards(out / f"{size}{subset}", samples, PER_SHARD, KEY, "{:05}")
-    tests = {"cifar100": cifar_pairs(cifar100, "test")[1]}
-    tests["flickr8k"] = list(flickr_pairs(flickr8k / "test"))
-    for name, pairs in tests.items() if not written else ():
-        write_split(out / "benchmark" / name, "test", map(Pair.tested, pairs), PER_SHARD, KEY)
-        describe(out / "benchmark" / name, names if name == "cifar100" else (), TEMPLATES)
+    if not written:
+        tests = {"cifar100": cifar_pairs(cifar100, "test")[1]}
+        tests["flickr8k"] = list(flickr_pairs(flickr8k / "test"))
+        for name, pairs in tests.items():
+            write_split(out / "benchmark" / name, "test", map(Pair.tested, pairs), PER_SHARD, KEY)
+            describe(out / "benchmark" / name, names if name == "cifar100" else (), TEMPLATES)
     write_json(mark, settings)
     some = round(teacher * photos) if teacher else len(pictures)
     for folder, tower in teachers.items():

@@ -37,7 +37,7 @@ def test_kd_is_cifd_without_assistants_bottleneck_and_embedding_terms():
     images, labels = batch()
     task = Distillation(simple_cnn("cnn2", generator=generator()), [], Weights())
     losses, _ = task(images, Targets(labels, teacher_outputs()[:1]), Noise(0, 0))
-    assert set(losses) == {"ce_loss", "kl_loss"} and not task.needs_embeddings
+    assert set(losses) == {"ce_loss", "kl_loss"}
 
 
 def test_the_bottleneck_is_there_in_training_only():

@@ -1,6 +1,7 @@
 """Teachers of classifiers: live or looked up, and what is refused of a run that is to teach."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import torchvision
 
 from cifd_clip.classification.models import simple_cnn
+from cifd_clip.files import BadFile
 from classification.command import needs_cifar, run_photos
 from classification.small import bank, generator, table
 from training.classifier.cifar import Batches, mirrored
@@ -46,6 +48,10 @@ def test_kept_answers_are_read_again_and_their_cost_is_counted(tmp_path):
         assert torch.equal(ours.logits, theirs.logits)
         assert torch.equal(ours.embedding, theirs.embedding)
     assert first.saved == 0 < again.saved
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(BadFile, match=rf"--teacher-cache: {file} is damaged .*: remove it"):
+        TeacherTable(nobody, data, "flip", ["hash"], tmp_path)
     for other in (["another"], "flip"), (["hash"], "none"):
         with pytest.raises(TypeError):  # other teachers and views are not those kept
             TeacherTable(nobody, data, other[1], other[0], tmp_path)
@@ -111,6 +117,24 @@ def test_stock_weights_of_another_size_are_refused(photos, tmp_path):
         run_photos(photos, "wrong", *flags)
     with pytest.raises(UsageError, match="holds no weights of resnet34"):
         run_photos(photos, "wrong", *flags[:2], f"--teacher=resnet34:{weights}")
+
+
+@pytest.mark.parametrize("name", ["resnet18.pth", "resnet18.safetensors"])
+def test_damaged_weights_are_named(name, photos, known, tmp_path):
+    (tmp_path / name).write_bytes(b"no weights at all")
+    flags = ["--method=kd", "--model=resnet8x4"]
+    with pytest.raises(UsageError, match=f"{name} holds no weights of resnet18"):
+        run_photos(photos, "wrong", *flags, f"--teacher=resnet18:{tmp_path / name}")
+    teacher = shutil.copytree(known[0], tmp_path / "teacher")
+    weights = teacher / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(BadFile, match=f"--teacher: {weights} is damaged"):
+        run_photos(photos, "wrong", *flags, f"--teacher={teacher}")
+
+
+def test_more_held_out_images_than_there_are_is_refused_by_its_name(photos):
+    with pytest.raises(UsageError, match=r"--holdout 999: there are \d+ training images"):
+        run_photos(photos, "wrong", "--model=cnn2", "--holdout=999")
 
 
 @pytest.mark.parametrize("flag", ["--teacher", "--rdm-bank", "--paraphraser"])

@@ -180,6 +180,8 @@ def open_images(config: Config, device: torch.device) -> Images:
     It is opened before training, which would be lost on one that is missing or of other classes.
     """
     table = load_split(config, "train")
+    if config.holdout >= len(table):
+        raise UsageError(f"--holdout {config.holdout}: there are {len(table)} training images")
     test = load_test(config, table) if config.final else None
     rows, held_out = split_rows(len(table), config.holdout, config.subset)
     if config.subset:

@@ -3,17 +3,18 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cifd_clip import RDMBank
 from cifd_clip.classification.methods import Paraphraser, TeacherOutput
 from cifd_clip.classification.models import STOCK, Classifier, build, stock_state
-from cifd_clip.files import file_hash, write_tensors
+from cifd_clip.files import BadFile, file_hash, write_tensors
 from cifd_clip.names import nearby
 from training.classifier import cifar, imagenet
 from training.classifier.cifar import VIEWS, ImageBatch, Table, mirrored
@@ -23,6 +24,8 @@ from training.errors import UsageError
 Answer = tuple[Tensor, Tensor]  # logits and embedding
 
 EVALUATION_BATCH = 500
+#: What loading a damaged file of weights raises.
+DAMAGED = (SafetensorError, UnpicklingError, EOFError, KeyError, RuntimeError, ValueError)
 SIDES = {"cifar100": cifar.SIDE, "imagenet": imagenet.SIDE}
 
 
@@ -64,9 +67,12 @@ def load_teacher(place: str, dataset: str) -> TeacherRun:
     weights = run / "model.safetensors"
     if not weights.is_file():
         raise UsageError(f"{flag} {run} trained no classifier (--method {config['method']})")
-    state = load_file(weights)
-    model = build(config["model"], len(state["head.weight"]), SIDES[config["dataset"]])
-    model.load_state_dict(state)
+    try:
+        state = load_file(weights)
+        model = build(config["model"], len(state["head.weight"]), SIDES[config["dataset"]])
+        model.load_state_dict(state)
+    except DAMAGED as problem:
+        raise BadFile(f"{flag}: {weights} is damaged: {problem}") from None
     model.requires_grad_(False).eval()
     seen = read_run(run, "data.json", train=dict)["train"]["hash"]
     return TeacherRun(config["model"], model, file_hash(weights), config["holdout"], seen)
@@ -76,12 +82,12 @@ def _stock_teacher(name: str, file: Path, dataset: str) -> TeacherRun:
     if not file.is_file():
         raise UsageError(f"--teacher {name}:{file}: there is no such file{nearby(file)}")
     safe = file.suffix == ".safetensors"
-    state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-    state = stock_state(name, state)
     try:
+        state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        state = stock_state(name, state)
         model = build(name, len(state["head.weight"]), SIDES[dataset])
         model.load_state_dict(state)
-    except (KeyError, RuntimeError) as problem:
+    except DAMAGED as problem:
         raise UsageError(f"--teacher {name}:{file} holds no weights of {name}: {problem}") from None
     # What it was trained on is not known here.
     return TeacherRun(name, model.requires_grad_(False).eval(), file_hash(file), None, None)
@@ -246,9 +252,14 @@ class TeacherTable:
         """A teacher's answers to all views, (views·N, classes) and (views·N, T)."""
         device = table.images.device
         if file is not None and file.is_file():
-            with safe_open(file, "pt", device=str(device)) as kept:
-                self.saved += float(kept.metadata()["cpu_seconds"])
-                return kept.get_tensor("logits"), kept.get_tensor("embedding")
+            try:
+                with safe_open(file, "pt", device=str(device)) as kept:
+                    self.saved += float(kept.metadata()["cpu_seconds"])
+                    return kept.get_tensor("logits"), kept.get_tensor("embedding")
+            except (*DAMAGED, TypeError) as problem:  # TypeError: it has no metadata
+                raise BadFile(
+                    f"--teacher-cache: {file} is damaged ({problem}): remove it"
+                ) from None
         start = time.process_time()
         pairs = []
         with torch.no_grad():

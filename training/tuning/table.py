@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cifd_clip.files import write_json, write_text, writing
+from eval.report.table import markdown
 from training.engine.environment import environment
 from training.engine.flags import spelled
 from training.engine.run import read_run
@@ -44,7 +45,7 @@ def write_table(plan: Plan, studies: dict[str, tuple[Any, Any]]) -> str:
     write_json(plan.folder / "table.json", content, FORMAT)
     heads, *rows = lines(content)
     marks = ["---", *["---:"] * (len(heads) - 2), "---"]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in (heads, marks, *rows))
+    table = markdown((heads, marks, *rows))
     text = f"# {plan.folder.name}\n\n{explanation(content)}\n\n{table}"
     write_text(plan.folder / "table.md", text)
     if len(records) > 1:
@@ -121,12 +122,14 @@ def lines(content: dict[str, Any]) -> list[list[str]]:
 def explanation(content: dict[str, Any]) -> str:
     """What the table means."""
     pruned, margin = content["settings"]["prune"], content["settings"].get("margin")
+    tuned = any(row["trials"] for row in content["rows"])
     return (
-        "Score: the mean of the figures, percent, over n new seeds under the best of as many "
-        "trials of the weights, which held-out training samples judged; "
-        f"− {content['against']}: the paired difference by seed ± half of its 95 % t-interval. "
-        "(edge): the best value lies at an end of the span that was tried. In brackets: the "
-        "weight's share of the variance over trials (fANOVA)."
+        "Score: the mean of the figures, percent, over n new seeds; "
+        f"− {content['against']}: the paired difference by seed ± half of its 95 % t-interval."
+        + " A row with weights had as many trials of them as every other; held-out training "
+        "samples chose the best. (edge): it lies at an end of the span that was tried. In "
+        "brackets: the weight's share of the variance over trials (fANOVA)."
+        * tuned
         + f" Defaults stayed where no trial was ahead of them by more than {margin} points."
         * bool(margin)
         + " Trials that fell behind were ended early." * pruned
