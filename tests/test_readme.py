@@ -128,10 +128,17 @@ def test_the_maps_figures_are_those_of_its_records():
     for said in (
         f"distilling brings {lead('none')} points",
         f"contrastive and similarity terms {lead('fd')} of them",
-        f"repairs and tuning {lead('clipkd-published')} over its code",
+        f"repairs {lead('clipkd-published')} over its code",
         f"CIFD is {lead('cifd')} behind",
     ):
         assert said in page, said
+    best = [
+        json.loads(path.read_text())
+        for path in sorted((ROOT / "results/map/runs").glob("*-a.json"))
+    ]
+    weights = [row["best"] for study in best for row in study["rows"] if row["row"] == "clipkd"]
+    published = {"lambda_crd": 1.0, "lambda_icl": 1.0, "lambda_fd": 2000.0}
+    assert weights == [published] * len(maps) and "code, tuning nothing." in page
     results = " ".join((ROOT / "docs/results.md").read_text().split())
     defaults, chosen = (read(folder, maps[0]).scores for folder in ("defaults", "runs"))
     again = paired(defaults["clipkd+rdm"], chosen["clipkd"])
