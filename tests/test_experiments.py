@@ -14,7 +14,9 @@ from experiments.study import Run, Study, priorities, write_result
 from runs import ROOT
 from training.classifier.config import parse_args
 from training.errors import UsageError
+from training.intervals import paired
 from training.tuning.plan import parse as tuning
+from training.tuning.table import figure_of
 
 CIFAR = ROOT.parent / "shared" / "data"
 needs_cifar = pytest.mark.skipif(
@@ -111,6 +113,25 @@ def test_what_the_docs_say_of_table_1_is_in_its_records():
     difference = r"[+-]\d+\.\d\d ± \d\.\d\d"
     told = set(re.findall(difference, " ".join(section.split()).replace(" 4.60", " +4.60")))
     assert len(told) > 10 and told <= set(re.findall(difference, record))
+
+
+def test_what_the_docs_say_of_choices_is_in_the_records_of_the_study_before_the_map():
+    scores: dict[tuple[str, str], dict[int, float]] = {}
+    for path in (ROOT / "results" / "clip_small" / "runs").glob("*.json"):
+        record = json.loads(path.read_text())
+        about = record["about"]
+        metrics = [record["results"][name]["metrics"] for name in ("cifar100", "flickr8k")]
+        score = 100 * fmean(figure_of(one) for one in metrics)
+        key = about["question"], about["answer"]
+        scores.setdefault(key, {})[about["seed"]] = score
+    page = " ".join((ROOT / "docs" / "paper.md").read_text().split())
+    told = [(question, answer) for question, answer in scores if question != "default"]
+    for question, answer in told:
+        default = "gap10-vit" if question == "IBM" else "gap10"
+        found = paired(scores[question, answer], scores["default", default])
+        if (question, answer) not in (("λ_I", "0.01"), ("projector", "separate")):
+            assert f"{abs(found.mean):.2f} ± {found.half:.2f}" in page, (question, answer)
+    assert len(told) == 20
 
 
 @pytest.mark.parametrize("few", [0, 10_000])
