@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from cifd_clip.files import BadFile, write_json
 from cifd_clip.methods import DECLARED
+from demo import scenes
 from eval import report
 from runs import ROOT
 from training.engine.flags import expand_files
@@ -143,6 +145,24 @@ def test_a_study_of_three_methods_stopped_twice_ends_as_one_that_was_not(
     for name, row in whole.items():
         assert mine[name]["scores"] == row["scores"]
         assert mine[name]["trials"] == row["trials"]
+
+
+def test_trials_are_judged_by_labelled_samples_too_where_there_are_some(flags, teacher, tmp_path):
+    scenes.write(tmp_path / "data", train=1, val=1, scenes=40)
+    labelled = ["--trial-root", str(tmp_path / "data" / "benchmark"), "--trial-datasets", "digits"]
+    small = ["--trials", "1", "--seeds", "1"]
+    words = study(flags, teacher, tmp_path, "study", *labelled, *small, methods=["clipkd"])
+    assert main(words) == 0
+    for run, found in (("t00", "trials"), ("s00", "scores")):
+        folder = tmp_path / "study" / "runs" / f"clipkd-{run}"
+        (result,) = (json.loads(path.read_text()) for path in (folder / "results").glob("*.json"))
+        validations = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        recalls = [line for line in validations if line["kind"] == "val"][-1]
+        recall = fmean(value for name, value in recalls.items() if "_recall@" in name)
+        row = table(tmp_path)["clipkd"]
+        score = row["scores"]["1"] if found == "scores" else row["trials"][0]["score"]
+        assert score == pytest.approx(50 * (recall + result["metrics"]["acc1"]))
+    assert set(row["figures"]) == {"held out", "digits"}
 
 
 def test_runs_in_memory_share_the_samples_that_one_of_them_made(flags, teacher, tmp_path):
@@ -312,6 +332,11 @@ WRONG = {
         "--space epoc",
     ),
     "data sets without data": (["--methods", "fd", "--datasets", "x"], [], "go together"),
+    "data without data sets": (
+        ["--methods", "fd", "--trial-root", "x"],
+        [],
+        "--trial-root DIR and",
+    ),
     "a wrong flag of the runs": (["--methods", "fd"], ["--epocs", "3"], "did you mean --epochs"),
     "a seed of the runs": (["--methods", "fd"], ["--seed", "3"], "--seed after --"),
     "no folder in --logs": (["--methods", "fd", "--name", "../x"], [], "--name '../x': expected"),

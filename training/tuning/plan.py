@@ -105,6 +105,7 @@ class Plan:
         jobs, threads: runs at a time, and threads of each.
         prune: whether trials that fall behind are ended early.
         margin: points by which a trial must be ahead of a row's defaults to take their place.
+        judges: flags of `eval.benchmark` for the trials, whose data sets judge them too.
     """
 
     command: Command
@@ -120,6 +121,7 @@ class Plan:
     threads: int
     prune: bool
     margin: float = 0.0
+    judges: tuple[str, ...] = ()
 
     def best(self, row: Row, trials: Any) -> dict[str, float]:
         """The weights of a row's final runs, from Optuna's study of its trials, which are done."""
@@ -161,6 +163,7 @@ class Plan:
             "evaluation": list(self.evaluation),
             "prune": self.prune,
             **({"margin": self.margin} if self.margin else {}),
+            **({"judges": list(self.judges)} if self.judges else {}),
         }
 
 
@@ -259,9 +262,14 @@ def parse(argv: Sequence[str]) -> Plan:
     add("--margin", type=float, default=0.0, metavar="POINTS",
         help="a row keeps its defaults unless a trial is ahead of them by more than this: say a "
         "standard error of the held-out score, where few samples judge")  # fmt: skip
-    add = parser.add_argument_group("evaluation of training.main's final runs").add_argument
-    add("--data-root", metavar="DIR", help="as of eval.benchmark; without, held-out recall again")
+    add = parser.add_argument_group("evaluation of training.main's runs").add_argument
+    add("--data-root", metavar="DIR",
+        help="of the final ones, as of eval.benchmark; without: judged as trials")  # fmt: skip
     add("--datasets", nargs="+", default=[], metavar="NAME", help="as of eval.benchmark")
+    add("--trial-root", metavar="DIR",
+        help="of the trials, besides held-out recall: where labelled samples are that the runs do "
+        "not train on, and that are no test set")  # fmt: skip
+    add("--trial-datasets", nargs="+", default=[], metavar="NAME", help="as of eval.benchmark")
     add = parser.add_argument_group("where and how").add_argument
     add("--name", required=True, help="of the study")
     add("--logs", type=Path, default=Path("logs/tune"), metavar="DIR", help="parent of the study")
@@ -284,8 +292,8 @@ def plan(args: argparse.Namespace, flags: list[str]) -> Plan:
     if not 0 <= args.margin < 100:
         raise UsageError(f"--margin {args.margin:g}: expected points from 0 to 100")
     check_place(args.name, args.logs)
-    if bool(args.data_root) != bool(args.datasets):
-        raise UsageError("--data-root DIR and --datasets NAME ... go together")
+    evaluation = _evaluation("", args.data_root, args.datasets)
+    judges = _evaluation("trial-", args.trial_root, args.trial_datasets)
     command = COMMANDS[args.command]
     given = command.parse(flags)
     _refuse_ours(given, "after --")
@@ -306,9 +314,11 @@ def plan(args: argparse.Namespace, flags: list[str]) -> Plan:
         raise UsageError(
             f"--against {against}: expected one of {', '.join(names)}{did_you_mean(against, names)}"
         )
-    if args.command == "classify" and args.data_root:
-        raise UsageError("--data-root is of training.main's runs; classifiers have --final")
-    evaluation = ("--data-root", args.data_root, "--datasets", *args.datasets)
+    if args.command == "classify" and (evaluation or judges):
+        raise UsageError(
+            "--data-root and --trial-root are of training.main's runs; classifiers have --final "
+            "and --holdout"
+        )
     return Plan(
         command=command,
         folder=args.logs / args.name,
@@ -318,12 +328,21 @@ def plan(args: argparse.Namespace, flags: list[str]) -> Plan:
         seeds=args.seeds,
         against=against,
         seed=args.seed,
-        evaluation=evaluation if args.data_root else (),
+        evaluation=evaluation,
         jobs=args.jobs,
         threads=args.threads,
         prune=args.prune,
         margin=args.margin,
+        judges=judges,
     )
+
+
+def _evaluation(kind: str, root: str | None, datasets: list[str]) -> tuple[str, ...]:
+    """Flags of `eval.benchmark`."""
+    if bool(root) != bool(datasets):
+        where = "trial-root" if kind else "data-root"
+        raise UsageError(f"--{where} DIR and --{kind}datasets NAME ... go together")
+    return ("--data-root", root, "--datasets", *datasets) if root else ()
 
 
 def _refuse_ours(given: Given, where: str) -> None:

@@ -150,8 +150,8 @@ class Worker:
         train += ["--seed", str(seed), "--logs", str(run.parent), "--name", run.name]
         train += ["--resume=latest", "--keep=1", *(plan.command.final if claim.final else ())]
         commands = [train]
-        if claim.final and plan.evaluation:
-            commands.append(["-m", "eval.benchmark", str(run), *plan.evaluation])
+        if evaluation := (claim.final and plan.evaluation) or plan.judges:
+            commands.append(["-m", "eval.benchmark", str(run), *evaluation])
         return Task(claim, run, commands)
 
     def start(self, task: Task) -> None:
@@ -189,12 +189,13 @@ class Worker:
         return bool(scores) and task.claim.trial.should_prune()
 
     def figures(self, task: Task) -> dict[str, float]:
-        """What a finished run is judged by: a figure of each data set, or its held-out figure."""
+        """What a finished run is judged by: figures of data sets, its held-out figure, or both."""
         if task.claim.final and self.plan.evaluation:
             return evaluated(task.run)
         if task.claim.final and self.plan.command.final:
             return {"test": result.read(task.run / "result.json").metrics["acc1"]}
-        return {"held out": held_out(task.run, self.plan.command.held_out)[-1]}
+        judged = evaluated(task.run) if self.plan.judges else {}
+        return {"held out": held_out(task.run, self.plan.command.held_out)[-1], **judged}
 
     def score(self, task: Task, figures: dict[str, float]) -> None:
         """Record a run's score, in percent; say how long the study goes on at this pace."""
