@@ -6,7 +6,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cifd_clip.files import write_json, write_text, writing
-from eval.report.table import markdown
 from training.engine.environment import environment
 from training.engine.flags import spelled
 from training.engine.run import read_run
@@ -45,7 +44,7 @@ def write_table(plan: Plan, studies: dict[str, tuple[Any, Any]]) -> str:
     write_json(plan.folder / "table.json", content, FORMAT)
     heads, *rows = lines(content)
     marks = ["---", *["---:"] * (len(heads) - 2), "---"]
-    table = markdown((heads, marks, *rows))
+    table = "".join(f"| {' | '.join(line)} |\n" for line in (heads, marks, *rows))
     text = f"# {plan.folder.name}\n\n{explanation(content)}\n\n{table}"
     write_text(plan.folder / "table.md", text)
     if len(records) > 1:
