@@ -104,6 +104,15 @@ def to_markdown(cells: dict[str, Cell]) -> str:
         base = {against: f"{fmean(cell.scores[against].values()):.2f}"}
         return base | {row: str(found) for row, found in cell.differences().items()}
 
+    def subsets(cell: Cell) -> dict[str, str]:
+        parts: dict[str, list[str]] = {}
+        for row, own in cell.scores.items():
+            for subset in sorted({subset for subset, _ in own} if row != against else ()):
+                pairs = {key: score for key, score in own.items() if key[0] == subset}
+                found = paired(pairs, cell.scores[against])
+                parts.setdefault(row, []).append(f"{found.mean:+.2f}")
+        return {row: ", ".join(means) for row, means in parts.items()}
+
     def trials(cell: Cell) -> dict[str, str]:
         return {row: f"{median(own):.1f} ({max(own):.1f})" for row, own in cell.trials.items()}
 
@@ -116,9 +125,11 @@ def to_markdown(cells: dict[str, Cell]) -> str:
         "others: the paired difference over subsets and seeds ± half of its 95 % t-interval. "
         "Cells: student and labelled images.\n\n"
         + table(differences)
-        + "\nThe intervals are of seeds and subsets under the weights that were chosen, not of the "
-        "choice. What the choice was made from: held-out recall of each row's trials, the median "
-        "and in brackets the best.\n\n"
+        + "\nThe intervals take all pairs of subset and seed for independent; two subsets say "
+        "little of a third. The mean difference on each:\n\n"
+        + table(subsets)
+        + "\nAll this is of the weights that were chosen, not of the choice. What that was made "
+        "from: held-out recall of each row's trials, the median and in brackets the best.\n\n"
         + table(trials)
         + "\nThe score of who teaches, on the same test data: the teacher, each of its RDMs and "
         "the mean of them all, the one point that squared errors to all of them amount to "
