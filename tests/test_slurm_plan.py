@@ -255,7 +255,14 @@ def test_the_tasks_of_a_tuning_study_share_it(site):
     assert len(job.tasks) == site.number("TUNE_TASKS") and len(set(map(tuple, job.tasks))) == 1
     assert parse_tuning(job.tasks[0]).settings == study.settings
     assert "1e-4" in study.flags, "extra flags are of every run"
-    assert [row.name for row in study.rows][-2:] == ["clipkd", "cifd"]
+    assert [row.name for row in study.rows][-3:] == ["clipkd", "clipkd-published", "cifd"]
+    assert [row.name for row in study.rows if not row.weights] == [
+        "none",
+        "fd",
+        "kd",
+        "tinyclip",
+        "clipkd-published",
+    ]
 
 
 def test_classifiers_on_imagenet_whose_batch_the_processes_cannot_share_are_refused(site, tmp_path):
