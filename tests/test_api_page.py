@@ -20,7 +20,7 @@ def test_the_example_trains_both_stages_and_ships(tmp_path):
     exec(code, scope)
     bank = load_file(tmp_path / "bank" / "bank.safetensors")
     assert any("image" in name for name in bank) and any("text" in name for name in bank)
-    assert [teacher.weight for teacher in scope["teachers"]] == [1.0, 1.0, 1.0]
+    assert [teacher.weight for teacher in scope["teachers"]] == [1.0, 1.4, 1.4]
     assert {"image_rate_loss", "contrastive_loss"} < scope["losses"].keys()
 
 

@@ -51,7 +51,7 @@ def test_table_4_is_three_students_under_five_methods_with_the_papers_settings(s
         assert args.global_batch == (6000 if args.distill == "tinyclip" else 1024)
         assert (args.lr, args.warmup) == (1e-3, None), "warm-up is a sixth"
         options = args.options
-        assert options.get("lambda_cl", 6.25e-5) == 6.25e-5, "see the recipe"
+        assert options.get("lambda_cl", 1.54e-4) == 1.54e-4, "see the recipe"
         if args.distill == "clipkd":
             published = (options["lambda_fd"], options["loss_reduction"])
             assert published == (2000, "mean")

@@ -27,7 +27,7 @@ def test_contrast_and_embedding_terms_read_one_embedding_in_the_teachers_space(t
     contrast = 2 * open_clip.ClipLoss()(image, text, model.logit_scale.exp())
     torch.testing.assert_close(losses["contrastive_loss"], 0.3 * contrast)
     for name, mine in (("image", image), ("text", text)):
-        terms = [(mine - getattr(taught, name)).square().mean() for taught in teachers]
+        terms = [t.weight * (mine - getattr(t, name)).square().mean() for t in teachers]
         torch.testing.assert_close(losses[f"{name}_embedding_loss"], sum(terms))
 
 

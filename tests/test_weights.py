@@ -7,6 +7,7 @@ import torch
 
 from cifd_clip import METHODS, Noise, Student, with_assistants
 from cifd_clip.losses import REFERENCE_DIM
+from cifd_clip.methods import DECLARED
 from cifd_clip.rdm import rate_distortion_loss
 from tiny import bank, clip, config, embeddings, pairs, task, teacher, total
 from trainers import prepare, trainer
@@ -141,12 +142,14 @@ def test_clipkds_published_weight_has_its_like_too():
 
 
 def test_the_recipe_of_cc12m_has_the_weights_that_were_measured_in_relative_terms():
-    """0.0005 and 1e-4 as means, of T = 256 and three assistants (results/clip_small)."""
+    """0.0016 and 0.0008 as means, of T = 256 and three assistants of 1.4 (results/map/weights)."""
     config = parse_args([*PLAIN, "--distill", "cifd", "@slurm/recipes/cc12m.args"])
     assert config.options["loss_reduction"] == "relative"
-    factor = REFERENCE_DIM * (1 + 3) / 256
-    for name, mean in (("lambda_cl", 5e-4), ("lambda_i", 1e-4)):
-        assert config.options[name] == pytest.approx(mean / factor, rel=1e-9)
+    assert config.options["lambda_n"] == [1.4]
+    factor = REFERENCE_DIM * (1 + 3 * 1.4) / 256
+    for name, mean in (("lambda_cl", 0.0016), ("lambda_i", 0.0008)):
+        assert DECLARED["cifd"].resolve({})[name] == mean
+        assert config.options[name] == pytest.approx(mean / factor, rel=2e-3)
 
 
 def test_rates_of_a_mean_are_those_of_equation_4_over_the_teachers_width(tmp_path):

@@ -6,10 +6,10 @@ from cifd_clip.methods.fd import FeatureDistillation
 
 DECLARATION = {
     "summary": "the paper's: match teacher and assistants through a bottleneck (eq. 13)",
-    "options": {"lambda_cl": (0.0005, "λ_CL of eq. 13: weight of both directions' sum (eq. 11)")},
+    "options": {"lambda_cl": (0.0016, "λ_CL of eq. 13: weight of both directions' sum (eq. 11)")},
     "spans": {"lambda_cl": (1e-5, 1e-2)},
     "uses": ["projector", "reduction", "ibm", "ibm_branch", "contrastive"],
-    "defaults": {"ibm": True},
+    "defaults": {"ibm": True, "lambda_i": 0.0008, "lambda_n": [1.4]},
     "one_modality": True,
 }
 
