@@ -143,6 +143,13 @@ def test_the_maps_figures_are_those_of_its_records():
     defaults, chosen = (read(folder, maps[0]).scores for folder in ("defaults", "runs"))
     again = paired(defaults["clipkd+rdm"], chosen["clipkd"])
     assert f"it is {again} from CLIP-KD" in results
+    asked = read("weights", "gap10-20000").scores
+    for row, before, how in (
+        ("cifd-drawn", "cifd", "over what it had before"),
+        ("rkd-drawn", "rkd", "over its authors' 25 and 50"),
+    ):
+        assert f"{paired(asked[row], asked[before])} {how}" in results
+    assert f"the λ_I alone {paired(asked['cifd-rate'], asked['cifd'])}" in results
     for row in {row for own in by_cell for row in own}:
         told = [str(own[row]) for own in by_cell if row in own]
         assert f"| {' | '.join(told)} |" in results, row

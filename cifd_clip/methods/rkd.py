@@ -15,8 +15,8 @@ DECLARATION = {
     "summary": "relational KD: distances and angles within a batch; work grows as its cube",
     "uses": ["contrastive"],
     "options": {
-        "lambda_distance": (25.0, "weight of the distances between pairs"),
-        "lambda_angle": (50.0, "weight of the angles of triplets"),
+        "lambda_distance": (12.0, "weight of the distances between pairs (its authors': 25)"),
+        "lambda_angle": (155.0, "weight of the angles of triplets (its authors': 50)"),
     },
     "spans": {"lambda_distance": (1.0, 250.0), "lambda_angle": (2.0, 500.0)},
 }
