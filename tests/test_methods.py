@@ -236,7 +236,7 @@ def test_rkd_is_the_huber_loss_of_distances_and_angles_within_each_modality(coun
     losses, _ = run(task("rkd", model, [48, 32][:count]), batch, teachers)
     student = student_features(model, batch)
     close(losses["contrastive_loss"], sum(contrastive(*student)) / 2)
-    for at, (term, weight) in enumerate({"distance_loss": 25, "angle_loss": 50}.items()):
+    for at, (term, weight) in enumerate({"distance_loss": 12, "angle_loss": 155}.items()):
         means = []
         for other in map(lesson, teachers):
             for ours, theirs in zip(student[:2], other[:2]):
