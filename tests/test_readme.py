@@ -149,6 +149,10 @@ def test_the_maps_figures_are_those_of_its_records():
         ("rkd-drawn", "rkd", "over its authors' 25 and 50"),
     ):
         assert f"{paired(asked[row], asked[before])} {how}" in results
+    large = read("weights", "gap3-20000").scores["cifd-drawn"]
+    lag = paired(large, read("runs", "gap3-20000").scores["clipkd"])
+    assert f"With them CIFD is {lag} from CLIP-KD for the larger student" in results
+    assert f"{-lag.mean:.1f} ± {lag.half:.1f} with its defaults of now" in page
     assert f"the λ_I alone {paired(asked['cifd-rate'], asked['cifd'])}" in results
     for row in {row for own in by_cell for row in own}:
         told = [str(own[row]) for own in by_cell if row in own]
